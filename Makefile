@@ -1,0 +1,43 @@
+# make demo: the model answers the four dialogs of example_chat_completion.py.
+# make test: the tests.   make check: format and lint.   make clean: forget the virtual environment.
+#
+# Everything is installed into .venv here, once. PYTHON=python3.12 chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH := $(shell grep ^torch== constraints.txt)
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.runtime
+	$(VENV)/bin/python example_chat_completion.py
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Could not make a virtual environment. On Debian: sudo apt install python3-venv"; exit 1; }
+
+# Without an NVIDIA card the CUDA build of PyTorch is gigabytes for nothing: take a CPU build, from pip's find-links if
+# there is one, else from PyTorch's index. Where neither works, the next line takes PyPI's.
+$(VENV)/.runtime: setup.py constraints.txt | $(VENV)/bin/python
+	@echo "Installing PyTorch and the package into $(VENV), once"
+	@[ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null || $(PIP) install -q --no-deps --no-index $(TORCH) 2>/dev/null || \
+	  $(PIP) install -q --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH) || true
+	@$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@$(PIP) install -q -c constraints.txt -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,22 @@
+"""Llama inference: `from llama import Llama`."""
+
+from llama.generation import ChatPrediction, CompletionPrediction, Llama
+from llama.model import ModelArgs, Transformer
+from llama.sampling import sample_top_p
+from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChatFormat",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "Llama",
+    "Message",
+    "ModelArgs",
+    "Role",
+    "Tokenizer",
+    "Transformer",
+    "sample_top_p",
+]

@@ -1,0 +1,296 @@
+"""Files to this rank's tensors: a directory of Meta's (params.json and consolidated.NN.pth), on any number of ranks.
+
+Knows the layout of the files and the partitioning of the model; nothing of text or of running the model. Tensors are
+read through a memory map: what a rank does not need of a file is never read, and on the CPU a slice that lies in one
+piece *is* the file.
+"""
+
+import json
+import pickle
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from llama.model import ModelArgs, Transformer
+
+SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
+
+# Along which dimension a full matrix is cut into shards. Norms are whole in every shard; tok_embeddings is cut along
+# the embedding dimension in Llama 1 and 2 and along the vocabulary in Llama 3, which its shape tells.
+ROWS, COLUMNS = 0, 1
+PARTITION_DIM = {
+    "wq": ROWS,
+    "wk": ROWS,
+    "wv": ROWS,
+    "w1": ROWS,
+    "w3": ROWS,
+    "output": ROWS,
+    "wo": COLUMNS,
+    "w2": COLUMNS,
+}
+
+# In a file but not weights: the rotary angles, which are computed.
+IGNORED = {"rope.freqs"}
+
+
+def read_params(ckpt_dir: Path) -> dict:
+    """The contents of params.json.
+
+    Raises:
+        FileNotFoundError: no such directory, or no params.json in it.
+        ValueError: not a JSON object.
+    """
+    if not ckpt_dir.is_dir():
+        what = "is a file" if ckpt_dir.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"ckpt_dir {ckpt_dir} {what}: expected a directory with params.json and consolidated.NN.pth"
+        )
+    path = ckpt_dir / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no params.json in {ckpt_dir}, which holds {_listing(ckpt_dir)}")
+    try:
+        params = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): expected the params.json of a Llama") from error
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} holds a {type(params).__name__}: expected an object with dim, n_layers, n_heads, …")
+    return params
+
+
+def model_args(params: dict, ckpt_dir: Path, vocab_size: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+    """The shape of a model from its params.json.
+
+    Args:
+        params: the contents of the file.
+        ckpt_dir: where it is from, for messages.
+        vocab_size: the tokenizer's, which Llama 2's files leave to it.
+        max_seq_len, max_batch_size: what the cache will have room for; not in the file.
+
+    Raises:
+        ValueError: a key is missing or of the wrong kind, or the vocabulary is another than the tokenizer's.
+    """
+    path = ckpt_dir / "params.json"
+    for key in ("dim", "n_layers", "n_heads"):
+        if key not in params:
+            raise ValueError(f"{path} has no {key!r}: expected the params.json of a Llama")
+    known = {field.name for field in fields(ModelArgs)} - {"max_seq_len", "max_batch_size"}
+    kinds = dict.fromkeys(("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scale_factor"), float)
+    kinds |= dict.fromkeys(("use_scaled_rope", "tied_embeddings"), bool)
+    args = {}
+    for key, value in params.items():
+        if key not in known or value is None:  # files carry other keys too
+            continue
+        kind = kinds.get(key, int)
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
+            raise ValueError(f"{path}: {key} is {value!r}: expected {'a number' if kind is float else kind.__name__}")
+        if kind is not bool and value <= 0 and (key, value) != ("vocab_size", -1):
+            raise ValueError(f"{path}: {key} is {value}: expected a positive number")
+        args[key] = kind(value)
+    if args.get("vocab_size", -1) == -1:
+        args["vocab_size"] = vocab_size
+    elif args["vocab_size"] != vocab_size:
+        raise ValueError(
+            f"{path} says vocab_size {args['vocab_size']}, but the tokenizer has {vocab_size} tokens: "
+            "expected the tokenizer.model that came with this checkpoint"
+        )
+    # Llama 3.2 1B and 3B scale by 32 and not by 8; their params.json does not say so, their shapes do.
+    if "rope_scale_factor" not in args and (args["dim"], args["n_layers"]) in {(2048, 16), (3072, 28)}:
+        args["rope_scale_factor"] = 32.0
+    try:
+        return ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, **args)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+
+
+def find_shards(ckpt_dir: Path) -> list[Path]:
+    """The files consolidated.00.pth, 01, … in order.
+
+    Raises:
+        FileNotFoundError: there are none, or one in the middle is missing.
+    """
+    numbered = {int(m[1]): path for path in ckpt_dir.iterdir() if (m := SHARD_NAME.fullmatch(path.name))}
+    if not numbered:
+        raise FileNotFoundError(f"no consolidated.NN.pth in {ckpt_dir}, which holds {_listing(ckpt_dir)}")
+    missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
+    if missing:
+        names = ", ".join(f"consolidated.{i:02d}.pth" for i in missing)
+        raise FileNotFoundError(f"{ckpt_dir} holds shards up to {numbered[max(numbered)].name}, but {names} is missing")
+    return [numbered[i] for i in range(len(numbered))]
+
+
+def open_shard(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .pth file, memory-mapped: nothing but their names and shapes is read yet.
+
+    Raises:
+        ValueError: not a checkpoint, cut short, or holding anything but tensors. Nothing in it is run.
+    """
+    size = path.stat().st_size
+    try:
+        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} holds more than tensors, or is not a checkpoint; refused, nothing was run: {reason}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} ({size:,} bytes) is not a whole PyTorch checkpoint: {reason}. "
+            "Expected a complete consolidated.NN.pth; download it again if its size is not the published one"
+        ) from error
+    if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
+        raise ValueError(f"{path} holds a {type(shard).__name__}: expected a dictionary of tensor names to tensors")
+    return {name: tensor for name, tensor in shard.items() if name not in IGNORED}
+
+
+def partition_dim(name: str) -> int | None:
+    """The dimension along which the model cuts a parameter over its ranks; None for a norm, which each holds whole."""
+    if name == "tok_embeddings.weight":
+        return ROWS
+    return PARTITION_DIM.get(name.split(".")[-2])
+
+
+def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the whole model, by name."""
+    dim, hidden_dim, kv_dim = args.dim, args.hidden_dim, args.n_kv_heads * args.head_dim
+    shapes = {
+        "tok_embeddings.weight": (args.vocab_size, dim),
+        "norm.weight": (dim,),
+        "output.weight": (args.vocab_size, dim),
+    }
+    for i in range(args.n_layers):
+        shapes |= {
+            f"layers.{i}.attention.wq.weight": (dim, dim),
+            f"layers.{i}.attention.wk.weight": (kv_dim, dim),
+            f"layers.{i}.attention.wv.weight": (kv_dim, dim),
+            f"layers.{i}.attention.wo.weight": (dim, dim),
+            f"layers.{i}.feed_forward.w1.weight": (hidden_dim, dim),
+            f"layers.{i}.feed_forward.w2.weight": (dim, hidden_dim),
+            f"layers.{i}.feed_forward.w3.weight": (hidden_dim, dim),
+            f"layers.{i}.attention_norm.weight": (dim,),
+            f"layers.{i}.ffn_norm.weight": (dim,),
+        }
+    return shapes
+
+
+def slice_of_rank(name: str, size: int, args: ModelArgs, rank: int, n_ranks: int) -> tuple[int, int]:
+    """[start, stop) of the partitioned dimension that a rank holds; with fewer KV heads than ranks, one whole head."""
+    if name.endswith((".wk.weight", ".wv.weight")) and n_ranks > args.n_kv_heads:
+        start = (rank * args.n_kv_heads // n_ranks) * args.head_dim
+        return start, start + args.head_dim
+    return rank * size // n_ranks, (rank + 1) * size // n_ranks
+
+
+class MetaCheckpoint:
+    """A directory of Meta's, whose full tensors can be read in slices.
+
+    Every shard's names and shapes are checked when it is opened, against `args`.
+
+    Raises:
+        FileNotFoundError: no shards, or one is missing in the middle.
+        ValueError: a shard is broken, lacks a tensor, has one too many, or one of another shape.
+    """
+
+    def __init__(self, ckpt_dir: Path, args: ModelArgs):
+        self.args = args
+        self.paths = find_shards(ckpt_dir)
+        self.shards = [open_shard(path) for path in self.paths]
+        first = self.shards[0]
+        # Llama 3.2 1B and 3B leave the output matrix out, for it is the embedding table.
+        args.tied_embeddings = args.tied_embeddings or "output.weight" not in first
+        self.shapes = full_shapes(args)
+        if args.tied_embeddings:
+            del self.shapes["output.weight"]
+        self.file_dims: dict[str, int | None] = {}
+        for path, shard in zip(self.paths, self.shards):
+            self._check_names(path, shard)
+        for name in self.shapes:
+            self.file_dims[name] = self._check_shapes(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shards[0]["norm.weight"].dtype
+
+    def _check_names(self, path: Path, shard: dict[str, torch.Tensor]) -> None:
+        missing = [name for name in self.shapes if name not in shard]
+        unexpected = [name for name in shard if name not in self.shapes]
+        if self.args.tied_embeddings:  # a copy of the table may be there
+            unexpected = [name for name in unexpected if name != "output.weight"]
+        for what, names in (("lacks", missing), ("has unexpected", unexpected)):
+            if names:
+                others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(
+                    f"{path} {what} {names[0]}{others}: expected the {len(self.shapes)} tensors of a model with "
+                    f"n_layers = {self.args.n_layers}, as its params.json says"
+                )
+
+    def _check_shapes(self, name: str) -> int | None:
+        """Checks a tensor's shape in every shard; returns the dimension along which the files are cut."""
+        n_shards, full = len(self.shards), self.shapes[name]
+        dim = partition_dim(name)
+        expected = {} if dim is not None else {None: full}
+        candidates = (ROWS, COLUMNS) if name == "tok_embeddings.weight" else (dim,)
+        for candidate in candidates if dim is not None else ():
+            shape = list(full)
+            start, stop = slice_of_rank(name, full[candidate], self.args, 0, n_shards)
+            shape[candidate] = stop - start
+            expected[candidate] = tuple(shape)
+        found = [tuple(shard[name].shape) for shard in self.shards]
+        for candidate, shape in expected.items():
+            if all(f == shape for f in found):
+                return candidate
+        bad = next(i for i, f in enumerate(found) if f not in expected.values() or f != found[0])
+        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(expected.values()))
+        raise ValueError(
+            f"{self.paths[bad]}: {name} has shape {list(found[bad])}: expected {wanted}, "
+            f"which is {list(full)} over {n_shards} shard(s)"
+        )
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
+        """[start, stop) along `dim` of a full tensor, or all of it; a view of the mapped file if it lies in one."""
+        if self.file_dims[name] is None:
+            whole = self.shards[0][name]
+            return whole if dim is None else whole.narrow(dim, start, stop - start)
+        file_dim, size = self.file_dims[name], self.shapes[name][self.file_dims[name]]
+        wanted = (start, stop) if dim == file_dim else (0, size)
+        pieces, position = [], wanted[0]
+        for i, shard in enumerate(self.shards):
+            shard_start, shard_stop = slice_of_rank(name, size, self.args, i, len(self.shards))
+            if shard_start <= position < min(shard_stop, wanted[1]):  # passes over copies of a KV head
+                piece = shard[name].narrow(file_dim, position - shard_start, min(shard_stop, wanted[1]) - position)
+                if dim is not None and dim != file_dim:
+                    piece = piece.narrow(dim, start, stop - start)
+                pieces.append(piece)
+                position = min(shard_stop, wanted[1])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=file_dim)
+
+
+def load_weights(model: Transformer, checkpoint: MetaCheckpoint, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a model built on the meta device its tensors, this rank's slices of the checkpoint's.
+
+    On the CPU, a slice that is one piece of a file and has the right dtype stays mapped and takes no memory of its own.
+    """
+    embedding = model.tok_embeddings
+    rank, n_ranks = embedding.vocab_start_index // embedding.num_embeddings_per_partition, embedding.world_size
+    state = {}
+    for name, full in checkpoint.shapes.items():
+        dim = partition_dim(name)
+        if dim is None:
+            tensor = checkpoint.read(name)
+        else:
+            tensor = checkpoint.read(name, dim, *slice_of_rank(name, full[dim], model.args, rank, n_ranks))
+        state[name] = tensor.to(device=device, dtype=dtype).contiguous()
+    if model.args.tied_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    if model.args.tied_embeddings:
+        model.output.weight = model.tok_embeddings.weight  # one Parameter, as before
+    model.requires_grad_(False)
+    model.to(device)  # the rotary table; the parameters are there

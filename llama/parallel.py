@@ -1,0 +1,244 @@
+"""Where the model runs: process groups, device and dtype, and the model-parallel layers.
+
+Knows nothing of Llama: it splits matrices over ranks and adds the pieces up again. The weights and their partitioning
+are fairscale's; the forward pass is our own while no gradient is wanted, because fairscale's reduce cannot be compiled.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+
+import fairscale.nn.model_parallel.initialize as fairscale_groups
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from torch import nn
+
+# The model-parallel size of the groups that `initialize` made; None while there are none, or they are the caller's.
+_own_model_parallel_size: int | None = None
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device this rank computes on: the one asked for, else CUDA, else MPS, else the CPU.
+
+    A bare "cuda" becomes the card of this process's LOCAL_RANK, as torchrun sets it.
+
+    Raises:
+        ValueError: the device named does not exist here.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device {device!r} is not known to PyTorch: expected 'cpu', 'cuda', 'cuda:N' or 'mps'"
+        ) from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {str(device)!r} was asked for, but PyTorch finds no CUDA device here")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"this process wants CUDA device {index}, but there are {torch.cuda.device_count()}: "
+                "start at most one process per card, or pass device='cpu'"
+            )
+        device = torch.device("cuda", index)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' was asked for, but PyTorch finds no Apple GPU here")
+    return device
+
+
+def pick_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype nearest to `dtype` (the checkpoint's) that `device` computes in."""
+    if (
+        dtype == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        return torch.float16
+    if dtype == torch.float64 and device.type == "mps":
+        return torch.float32
+    return dtype
+
+
+def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
+    """Makes the process groups that the model-parallel layers need, as far as they are not there yet.
+
+    Under torchrun the world is torchrun's; in a plain `python` or a notebook it is one process, whose group needs
+    no port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used as they are.
+
+    Args:
+        model_parallel_size: over how many processes a model is split; the world size when None. Where it is smaller,
+            each run of that many consecutive ranks holds a whole model (a replica).
+        device: decides the backend of a group made here: NCCL for CUDA, else gloo.
+
+    Raises:
+        ValueError: the size does not divide the number of processes, or contradicts the caller's groups.
+    """
+    global _own_model_parallel_size
+    device = device or pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL works on the current device of the process
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "WORLD_SIZE" in os.environ and "RANK" in os.environ:  # torchrun's rendezvous
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world_size = dist.get_world_size()
+    current = None
+    if fairscale_groups.model_parallel_is_initialized():
+        current = fairscale_groups.get_model_parallel_world_size()
+    if model_parallel_size is None:
+        model_parallel_size = world_size if current is None or current == _own_model_parallel_size else current
+    if model_parallel_size < 1 or world_size % model_parallel_size != 0:
+        sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"model_parallel_size={model_parallel_size} does not divide the {world_size} process(es) of this run: "
+            f"expected one of {sizes} (torchrun --nproc_per_node sets the number of processes)"
+        )
+    if current == model_parallel_size:
+        return
+    if current is not None:
+        if current != _own_model_parallel_size:
+            raise ValueError(
+                f"model_parallel_size={model_parallel_size}, but the caller has initialised "
+                f"fairscale's groups with {current}: pass {current}, or None"
+            )
+        # Layers remember the group they were built with, so models already built keep working.
+        fairscale_groups.destroy_model_parallel()
+    with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups in three lines
+        fairscale_groups.initialize_model_parallel(model_parallel_size)
+    _own_model_parallel_size = model_parallel_size
+
+
+def silence_other_ranks() -> None:
+    """Sends stdout of every rank but 0 to nowhere, so that a script's `print` appears once.
+
+    The example scripts, Meta's and ours, rely on it. stderr, and with it every error, stays.
+    """
+    if dist.get_rank() > 0 and sys.stdout.name != os.devnull:
+        sys.stdout = open(os.devnull, "w")
+
+
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """When one rank raises inside, every rank does, so that none is left waiting for it in a collective.
+
+    The rank's own exception stays what it is; the others raise a RuntimeError with its message.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    messages: list[str | None] = [None] * dist.get_world_size()
+    if len(messages) > 1:
+        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"rank {rank} failed: {message}")
+
+
+def split_evenly(size: int, n_parts: int, what: str) -> int:
+    """`size // n_parts`, or a ValueError that names `what` cannot be split."""
+    if size % n_parts != 0:
+        raise ValueError(f"{what} = {size} cannot be split over {n_parts} model-parallel processes")
+    return size // n_parts
+
+
+class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
+    """`x @ weight.T` with the rows of `weight` [out_features, in_features] split over the ranks.
+
+    Each rank has its slice of the output; with `gather_output` every rank has the whole.
+    """
+
+    def __init__(self, in_features: int, out_features: int, gather_output: bool = False):
+        # Not fairscale's __init__: it allocates and fills its weights on the CPU, even under torch.device("meta").
+        nn.Module.__init__(self)
+        self.group = fairscale_groups.get_model_parallel_group()
+        self.world_size = dist.get_world_size(self.group)
+        self.in_features, self.out_features = in_features, out_features
+        self.gather_output = gather_output
+        self.output_size_per_partition = split_evenly(out_features, self.world_size, "out_features")
+        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
+        self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
+        if self.world_size > 1 and torch.is_grad_enabled():
+            return super().forward(x)  # fairscale's collectives carry gradients
+        y = F.linear(x, self.weight)
+        return gather_last_dim(y, self.group) if self.gather_output else y
+
+
+class RowParallelLinear(fairscale_layers.RowParallelLinear):
+    """`x @ weight.T` with the columns of `weight` [out_features, in_features] split over the ranks.
+
+    Takes the slice of the input that a ColumnParallelLinear left on this rank; the ranks' products are summed.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        nn.Module.__init__(self)  # as in ColumnParallelLinear
+        self.group = fairscale_groups.get_model_parallel_group()
+        self.world_size = dist.get_world_size(self.group)
+        self.in_features, self.out_features = in_features, out_features
+        self.input_is_parallel = True
+        self.input_size_per_partition = split_evenly(in_features, self.world_size, "in_features")
+        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
+        self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
+        if self.world_size > 1 and torch.is_grad_enabled():
+            return super().forward(x)
+        return sum_over_ranks(F.linear(x, self.weight), self.group)
+
+
+class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
+    """The embedding table [num_embeddings, embedding_dim] with its rows split over the ranks."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        nn.Module.__init__(self)  # as in ColumnParallelLinear
+        self.group = fairscale_groups.get_model_parallel_group()
+        self.world_size = dist.get_world_size(self.group)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self.num_embeddings_per_partition = split_evenly(num_embeddings, self.world_size, "num_embeddings")
+        self.vocab_start_index = dist.get_rank(self.group) * self.num_embeddings_per_partition
+        self.vocab_end_index = self.vocab_start_index + self.num_embeddings_per_partition
+        self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [...] -> [..., embedding_dim]
+        if self.world_size == 1:
+            return F.embedding(ids, self.weight)
+        if torch.is_grad_enabled():
+            return super().forward(ids)
+        elsewhere = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
+        rows = F.embedding((ids - self.vocab_start_index).masked_fill(elsewhere, 0), self.weight)
+        return sum_over_ranks(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+
+
+def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of every rank's `x`, the same bits on each of them. `x` is overwritten."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def gather_last_dim(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's `x`, side by side along the last dimension."""
+    world_size = dist.get_world_size(group)
+    if world_size == 1:
+        return x
+    pieces = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(pieces, x.contiguous(), group=group)
+    return torch.cat(pieces, dim=-1)

@@ -1,0 +1,22 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="Llama inference: the reference, from scratch, on any number of processes",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["llama"],
+    package_data={"llama": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch", "fairscale", "tiktoken", "fire"],
+    extras_require={
+        "llama2": ["sentencepiece"],
+        "hf": ["safetensors"],
+        "test": ["pytest", "sentencepiece", "safetensors", "transformers"],
+        "dev": ["ruff"],
+    },
+)

@@ -1,0 +1,101 @@
+"""What several test files need: places, small random checkpoints, and real processes under torchrun."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama, ModelArgs, Transformer, parallel
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+DEMO = ROOT / "demo" / "checkpoint"
+
+
+def shared(*parts: str) -> Path:
+    """A path in ../shared, or a skip that says so."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"the shared test data is absent: no {'/'.join(parts)} in ../shared")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """Real trained Llama 2 weights: 260 thousand parameters, grouped KV heads, a SentencePiece tokenizer."""
+    return shared("checkpoints", "stories260K")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Llama:
+    """The embedded checkpoint, float32."""
+    return Llama.build(DEMO, max_seq_len=512, max_batch_size=8, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_groups() -> None:
+    parallel.initialize(device=torch.device("cpu"))
+
+
+def write_byte_tokenizer(path: Path, n_tokens: int = 256) -> None:
+    """A tiktoken file of all bytes, then made-up pairs of them: n_tokens ranks, 256 special tokens after them."""
+    ranks = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(n_tokens - 256)]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
+
+
+def random_model(seed: int = 0, std: float = 0.1, **shape) -> Transformer:
+    """A float32 model on the CPU with random weights, norms included."""
+    model = Transformer(ModelArgs(**shape))
+    generator = torch.Generator().manual_seed(seed)
+    model.init_weights(std, generator)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.requires_grad_(False)
+
+
+SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "vocab_size": 512}
+
+
+@pytest.fixture
+def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a directory as Meta's with random weights and a tokenizer of bytes; returns its path."""
+
+    def write(name: str = "ckpt", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
+        shape = SMALL | changes
+        folder = tmp_path / name
+        folder.mkdir()
+        model = random_model(seed, **shape)
+        state = {key: value.detach().to(dtype) for key, value in model.state_dict().items()}
+        if shape.get("tied_embeddings"):
+            del state["output.weight"]
+            shape.pop("tied_embeddings")
+        torch.save(state, folder / "consolidated.00.pth")
+        (folder / "params.json").write_text(json.dumps(shape))
+        write_byte_tokenizer(folder / "tokenizer.model", shape["vocab_size"] - 256)
+        return folder
+
+    return write
+
+
+def torchrun(n_processes: int, script: Path, *args: object, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Runs a script on n real processes, each of one thread, on the CPU."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+    return subprocess.run(
+        [*command, str(script), *map(str, args)], env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_python(code: str, *args: object, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Runs a piece of Python in a plain process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
