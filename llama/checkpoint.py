@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from llama.model import ModelArgs, Transformer
+from llama.parallel import partition
 
 SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
 
@@ -185,7 +186,7 @@ def slice_of_rank(name: str, size: int, args: ModelArgs, rank: int, n_ranks: int
     if name.endswith((".wk.weight", ".wv.weight")) and n_ranks > args.n_kv_heads:
         start = (rank * args.n_kv_heads // n_ranks) * args.head_dim
         return start, start + args.head_dim
-    return rank * size // n_ranks, (rank + 1) * size // n_ranks
+    return partition(size, rank, n_ranks)
 
 
 class MetaCheckpoint:
@@ -208,11 +209,9 @@ class MetaCheckpoint:
         self.shapes = full_shapes(args)
         if args.tied_embeddings:
             del self.shapes["output.weight"]
-        self.file_dims: dict[str, int | None] = {}
         for path, shard in zip(self.paths, self.shards):
             self._check_names(path, shard)
-        for name in self.shapes:
-            self.file_dims[name] = self._check_shapes(name)
+        self.cuts = {name: self._find_cut(name) for name in self.shapes}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -231,45 +230,47 @@ class MetaCheckpoint:
                     f"n_layers = {self.args.n_layers}, as its params.json says"
                 )
 
-    def _check_shapes(self, name: str) -> int | None:
-        """Checks a tensor's shape in every shard; returns the dimension along which the files are cut."""
-        n_shards, full = len(self.shards), self.shapes[name]
-        dim = partition_dim(name)
-        expected = {} if dim is not None else {None: full}
-        candidates = (ROWS, COLUMNS) if name == "tok_embeddings.weight" else (dim,)
-        for candidate in candidates if dim is not None else ():
-            shape = list(full)
-            start, stop = slice_of_rank(name, full[candidate], self.args, 0, n_shards)
-            shape[candidate] = stop - start
-            expected[candidate] = tuple(shape)
+    def _find_cut(self, name: str) -> "tuple[int, list[int]] | None":
+        """Along which dimension the files are cut, and where each shard's part starts; None if each has the whole."""
+        full, n_shards = self.shapes[name], len(self.shards)
         found = [tuple(shard[name].shape) for shard in self.shards]
-        for candidate, shape in expected.items():
-            if all(f == shape for f in found):
-                return candidate
-        bad = next(i for i, f in enumerate(found) if f not in expected.values() or f != found[0])
-        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(expected.values()))
+        if partition_dim(name) is None or n_shards == 1:
+            for path, shape in zip(self.paths, found):
+                if shape != full:
+                    raise ValueError(f"{path}: {name} has shape {list(shape)}: expected {list(full)}")
+            return None
+        for dim in (ROWS, COLUMNS) if name == "tok_embeddings.weight" else (partition_dim(name),):
+            sizes = [shape[dim] if len(shape) == 2 else -1 for shape in found]
+            starts = [slice_of_rank(name, full[dim], self.args, i, n_shards)[0] for i in range(n_shards)]
+            if any(starts[i] == starts[i - 1] for i in range(1, n_shards)):  # a KV head in several shards
+                right_sizes = set(sizes) == {self.args.head_dim}
+            else:  # the files say where they are cut, should it be unevenly
+                starts = [sum(sizes[:i]) for i in range(n_shards)]
+                right_sizes = sum(sizes) == full[dim] and max(sizes) - min(sizes) <= n_shards
+            if right_sizes and all(len(shape) == 2 and shape[1 - dim] == full[1 - dim] for shape in found):
+                return dim, starts
+        usual = max(set(found), key=found.count)
+        bad = next((i for i, shape in enumerate(found) if shape != usual), 0)
         raise ValueError(
-            f"{self.paths[bad]}: {name} has shape {list(found[bad])}: expected {wanted}, "
-            f"which is {list(full)} over {n_shards} shard(s)"
+            f"{self.paths[bad]}: {name} has shape {list(found[bad])}: "
+            f"expected one of {n_shards} equal parts of {list(full)}"
         )
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
         """[start, stop) along `dim` of a full tensor, or all of it; a view of the mapped file if it lies in one."""
-        if self.file_dims[name] is None:
+        if self.cuts[name] is None:
             whole = self.shards[0][name]
             return whole if dim is None else whole.narrow(dim, start, stop - start)
-        file_dim, size = self.file_dims[name], self.shapes[name][self.file_dims[name]]
-        wanted = (start, stop) if dim == file_dim else (0, size)
-        pieces, position = [], wanted[0]
-        for i, shard in enumerate(self.shards):
-            shard_start, shard_stop = slice_of_rank(name, size, self.args, i, len(self.shards))
-            if shard_start <= position < min(shard_stop, wanted[1]):  # passes over copies of a KV head
-                piece = shard[name].narrow(file_dim, position - shard_start, min(shard_stop, wanted[1]) - position)
-                if dim is not None and dim != file_dim:
-                    piece = piece.narrow(dim, start, stop - start)
-                pieces.append(piece)
-                position = min(shard_stop, wanted[1])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=file_dim)
+        cut_dim, starts = self.cuts[name]
+        first, last = (start, stop) if dim == cut_dim else (0, self.shapes[name][cut_dim])
+        pieces = []
+        for shard, shard_start in zip(self.shards, starts):
+            shard_stop = shard_start + shard[name].shape[cut_dim]
+            if shard_start <= first < min(shard_stop, last):  # copies of a KV head are passed over
+                piece = shard[name].narrow(cut_dim, first - shard_start, min(shard_stop, last) - first)
+                pieces.append(piece if dim in (None, cut_dim) else piece.narrow(dim, start, stop - start))
+                first = min(shard_stop, last)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=cut_dim)
 
 
 def load_weights(model: Transformer, checkpoint: MetaCheckpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -277,8 +278,7 @@ def load_weights(model: Transformer, checkpoint: MetaCheckpoint, dtype: torch.dt
 
     On the CPU, a slice that is one piece of a file and has the right dtype stays mapped and takes no memory of its own.
     """
-    embedding = model.tok_embeddings
-    rank, n_ranks = embedding.vocab_start_index // embedding.num_embeddings_per_partition, embedding.world_size
+    rank, n_ranks = model.tok_embeddings.rank, model.tok_embeddings.world_size
     state = {}
     for name, full in checkpoint.shapes.items():
         dim = partition_dim(name)

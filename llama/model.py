@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.kv_cache import CacheView, KVCache
-from llama.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, split_evenly
+from llama.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 
 @dataclass
@@ -50,6 +50,12 @@ class ModelArgs:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    @property
+    def model_parallel_sizes(self) -> list[int]:
+        """Over how many processes the heads can be shared out: whole heads, and as many of them to each key head."""
+        sizes = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+        return [n for n in sizes if self.n_kv_heads % n == 0 or n % self.n_kv_heads == 0]
 
     @property
     def hidden_dim(self) -> int:
@@ -116,8 +122,8 @@ class Attention(nn.Module):
         self.head_dim = args.head_dim
         # With more ranks than key and value heads, each of those is on several ranks.
         n_kv_heads = max(args.n_kv_heads, n_ranks)
-        self.n_local_heads = split_evenly(args.n_heads, n_ranks, "n_heads")
-        self.n_local_kv_heads = split_evenly(n_kv_heads, n_ranks, "n_kv_heads")
+        self.n_local_heads = args.n_heads // n_ranks
+        self.n_local_kv_heads = n_kv_heads // n_ranks
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
         self.wk = ColumnParallelLinear(args.dim, n_kv_heads * args.head_dim)
         self.wv = ColumnParallelLinear(args.dim, n_kv_heads * args.head_dim)
@@ -187,6 +193,11 @@ class Transformer(nn.Module):
         self.args = args
         self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
         n_ranks = self.tok_embeddings.world_size
+        if n_ranks not in args.model_parallel_sizes:
+            raise ValueError(
+                f"{args.n_heads} heads with {args.n_kv_heads} of keys and values cannot be shared out among {n_ranks} "
+                f"processes: expected model_parallel_size to be one of {args.model_parallel_sizes}"
+            )
         self.layers = nn.ModuleList(TransformerBlock(i, args, n_ranks) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = ColumnParallelLinear(args.dim, args.vocab_size, gather_output=True)

@@ -149,11 +149,9 @@ def fail_together() -> Iterator[None]:
             raise RuntimeError(f"rank {rank} failed: {message}")
 
 
-def split_evenly(size: int, n_parts: int, what: str) -> int:
-    """`size // n_parts`, or a ValueError that names `what` cannot be split."""
-    if size % n_parts != 0:
-        raise ValueError(f"{what} = {size} cannot be split over {n_parts} model-parallel processes")
-    return size // n_parts
+def partition(size: int, rank: int, n_ranks: int) -> tuple[int, int]:
+    """[start, stop) of a dimension that a rank holds. Where n_ranks does not divide the size, some hold one more."""
+    return rank * size // n_ranks, (rank + 1) * size // n_ranks
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
@@ -169,7 +167,8 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         self.world_size = dist.get_world_size(self.group)
         self.in_features, self.out_features = in_features, out_features
         self.gather_output = gather_output
-        self.output_size_per_partition = split_evenly(out_features, self.world_size, "out_features")
+        start, stop = partition(out_features, dist.get_rank(self.group), self.world_size)
+        self.output_size_per_partition = stop - start
         self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
         self.register_parameter("bias", None)
 
@@ -177,7 +176,7 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         if self.world_size > 1 and torch.is_grad_enabled():
             return super().forward(x)  # fairscale's collectives carry gradients
         y = F.linear(x, self.weight)
-        return gather_last_dim(y, self.group) if self.gather_output else y
+        return gather_last_dim(y, self.out_features, self.group) if self.gather_output else y
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
@@ -192,7 +191,8 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.world_size = dist.get_world_size(self.group)
         self.in_features, self.out_features = in_features, out_features
         self.input_is_parallel = True
-        self.input_size_per_partition = split_evenly(in_features, self.world_size, "in_features")
+        start, stop = partition(in_features, dist.get_rank(self.group), self.world_size)
+        self.input_size_per_partition = stop - start
         self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
         self.register_parameter("bias", None)
 
@@ -212,9 +212,9 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        self.num_embeddings_per_partition = split_evenly(num_embeddings, self.world_size, "num_embeddings")
-        self.vocab_start_index = dist.get_rank(self.group) * self.num_embeddings_per_partition
-        self.vocab_end_index = self.vocab_start_index + self.num_embeddings_per_partition
+        self.rank = dist.get_rank(self.group)
+        self.vocab_start_index, self.vocab_end_index = partition(num_embeddings, self.rank, self.world_size)
+        self.num_embeddings_per_partition = self.vocab_end_index - self.vocab_start_index
         self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [...] -> [..., embedding_dim]
@@ -234,11 +234,14 @@ def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return x
 
 
-def gather_last_dim(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's `x`, side by side along the last dimension."""
+def gather_last_dim(x: torch.Tensor, size: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's part of a last dimension of `size`, cut by `partition`, side by side: [..., size] on each rank."""
     world_size = dist.get_world_size(group)
     if world_size == 1:
         return x
+    widths = [stop - start for start, stop in (partition(size, rank, world_size) for rank in range(world_size))]
+    # Collectives want equal pieces: where they differ, by one, the narrower ones are padded on the way.
+    x = F.pad(x, (0, max(widths) - x.shape[-1])) if x.shape[-1] < max(widths) else x.contiguous()
     pieces = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(pieces, x.contiguous(), group=group)
-    return torch.cat(pieces, dim=-1)
+    dist.all_gather(pieces, x, group=group)
+    return torch.cat([piece[..., :width] for piece, width in zip(pieces, widths)], dim=-1)

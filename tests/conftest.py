@@ -99,3 +99,34 @@ def run_python(code: str, *args: object, timeout: float = 120) -> subprocess.Com
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def split_checkpoint(source: Path, target: Path, n_shards: int, embedding: str = "columns") -> Path:
+    """Writes a one-shard directory again as n shards, as Meta's are cut, each matrix the slow obvious way.
+
+    `embedding` says along which side tok_embeddings is cut: "columns" as in Llama 2, "rows" as in Llama 3.
+    """
+    target.mkdir(parents=True)
+    params = json.loads((source / "params.json").read_text())
+    n_heads, n_kv_heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
+    head_dim = params["dim"] // n_heads
+    state = torch.load(source / "consolidated.00.pth", weights_only=True)
+    for i in range(n_shards):
+        shard = {}
+        for name, tensor in state.items():
+            part = name.split(".")[-2]
+            if part in ("wk", "wv") and n_shards > n_kv_heads:
+                head = i // (n_shards // n_kv_heads)
+                piece = tensor[head * head_dim : (head + 1) * head_dim]
+            elif part in ("wq", "wk", "wv", "w1", "w3", "output") or (part == "tok_embeddings" and embedding == "rows"):
+                piece = tensor.tensor_split(n_shards, dim=0)[i]
+            elif part in ("wo", "w2", "tok_embeddings"):
+                piece = tensor.tensor_split(n_shards, dim=1)[i]
+            else:
+                piece = tensor
+            shard[name] = piece.clone()
+        shard["rope.freqs"] = torch.zeros(head_dim // 2)
+        torch.save(shard, target / f"consolidated.{i:02d}.pth")
+    for name in ("params.json", "tokenizer.model"):
+        (target / name).write_bytes((source / name).read_bytes())
+    return target

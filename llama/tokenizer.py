@@ -1,0 +1,410 @@
+"""Text to token ids and back, and a dialog to the ids of its prompt.
+
+Knows the two tokenizer files Llama models come with (a tiktoken rank file for Llama 3, a SentencePiece model for
+Llama 2) and the two chat formats. Knows nothing of tensors, models or sampling.
+"""
+
+import base64
+import operator
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, TypedDict, get_args
+
+import tiktoken
+
+Role = Literal["system", "user", "assistant", "ipython", "tool"]  # `tool` is another name of `ipython`
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+
+
+Dialog = list[Message]
+
+# How Llama 3 cuts text into the stretches inside which byte pairs are merged: as fixed a part of it as the ranks.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Ids after the last rank, in this order (Llama 3.1's names; in 3.0 the four that 3.1 added were reserved ones).
+# An eom_id ends a message of the assistant but not its turn: it waits for a tool's result.
+LLAMA3_SPECIAL_TOKENS = [
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+    *(f"<|reserved_special_token_{n}|>" for n in range(2, 247)),
+]
+
+# tiktoken panics on strings of some 400,000 characters, and may take quadratic time in a long stretch that the pattern
+# does not cut: it never gets more than this at once.
+MAX_PIECE_CHARS = 25_000
+
+
+class Tokenizer:
+    """Text to token ids and back, for Llama 3 (tiktoken) and Llama 2 (SentencePiece) files behind one face.
+
+    Args:
+        model_path: a `tokenizer.model`. Which kind it is, is read from its contents, not from its name.
+
+    Attributes:
+        kind: `"llama3"` or `"llama2"`.
+        n_words: size of the vocabulary, special tokens included (128,256 and 32,000 for Meta's files).
+        bos_id, eos_id: ids that begin and end a text.
+        pad_id: Llama 3: `<|finetune_right_pad_id|>`; Llama 2: what the file says, -1 for none in Meta's.
+        eot_id: Llama 3: the id that ends a turn of a chat; Llama 2: None.
+        stop_tokens: the ids at which an answer ends: end of text, of turn and of message; Llama 2: `eos_id` alone.
+        special_tokens: name to id of each token that text never becomes by itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is neither kind, or is damaged; says what was found.
+        ImportError: it is a SentencePiece model and the sentencepiece package is not installed.
+
+    Formats: github.com/openai/tiktoken; SentencePiece, arXiv:1808.06226.
+    """
+
+    def __init__(self, model_path: str | os.PathLike):
+        self._model = _read_model(Path(model_path))
+        self.kind: Literal["llama3", "llama2"] = self._model.kind
+        self.special_tokens: dict[str, int] = self._model.special_tokens
+        self.n_words: int = len(self._model.token_bytes)
+        self.bos_id, self.eos_id, self.pad_id = self._model.bos_id, self._model.eos_id, self._model.pad_id
+        self.eot_id: int | None = self.special_tokens.get("<|eot_id|>")
+        ends = (self.eos_id, self.eot_id, self.special_tokens.get("<|eom_id|>"))
+        self.stop_tokens: set[int] = {end for end in ends if end is not None}
+
+    def encode(
+        self,
+        s: str,
+        bos: bool = False,
+        eos: bool = False,
+        *,
+        allowed_special: Literal["all"] | Collection[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]:
+        """Token ids of a text of any length.
+
+        The names of special tokens in the text are plain characters, unless they are allowed to be more. Ids are those
+        that tiktoken and sentencepiece give by themselves, but for one case: in a Llama 3 text with over 25,000
+        characters without any change that the format cuts at (one letter 30,000 times), such a stretch is cut there.
+
+        Args:
+            s: the text. It must be encodable as UTF-8.
+            bos: put `bos_id` first.
+            eos: put `eos_id` last.
+            allowed_special: names of special tokens which become their id where they stand in the text, or `"all"`.
+                What stands between two of them is encoded as a text of its own.
+            disallowed_special: strings that are an error in the text; `"all"` is each special token not allowed.
+
+        Raises:
+            TypeError: `s` is not a str.
+            ValueError: `s` holds a disallowed string, or a lone surrogate (half of a character, left by a broken
+                decoding of the text); an allowed name is not one of `special_tokens`.
+        """
+        if not isinstance(s, str):
+            raise TypeError(f"encode takes a str, not {type(s).__name__}")
+        try:
+            s.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = f"its character {error.start} is the lone surrogate {s[error.start]!a}"
+            raise ValueError(f"the text cannot be encoded: {found}; read it with errors='replace'") from None
+        allowed = _names("allowed_special", allowed_special, self.special_tokens)
+        if unknown := sorted(allowed - self.special_tokens.keys()):
+            raise ValueError(f"allowed_special names {unknown}, which this tokenizer's special_tokens do not have")
+        disallowed = _names("disallowed_special", disallowed_special, self.special_tokens.keys() - allowed)
+        if disallowed and (found := _any_of(disallowed).search(s)):
+            raise ValueError(f"the text has {found[0]!r} at character {found.start()}, which is in disallowed_special")
+        ids = [self.bos_id] if bos else []
+        # Special tokens are taken out before any other cut, so that no cut can fall inside one.
+        for part in _any_of(allowed).split(s) if allowed else [s]:
+            ids += [self.special_tokens[part]] if part in allowed else self._model.encode(part)
+        if eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int] | int) -> str:
+        """The text of `ids` (a list, one id, or a one-dimensional tensor).
+
+        It is `decode_bytes(ids)` read as UTF-8, with U+FFFD where it is none. Llama 3's special tokens appear by their
+        names, Llama 2's do not appear, as in tiktoken and sentencepiece. Raises as `decode_bytes` does.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int] | int) -> bytes:
+        """The bytes of `ids`: `token_bytes` of each, joined.
+
+        A Llama 2 text is encoded with a space put before it, so there the space of a first word is left out, as by
+        sentencepiece. The bytes of the first ids are always a prefix of those of all, so a stream can be cut from them.
+
+        Raises:
+            TypeError: an id is not an integer.
+            ValueError: an id is outside [0, n_words).
+        """
+        if hasattr(ids, "tolist"):  # a tensor or an array
+            ids = ids.tolist()
+        ids = [self._checked(i) for i in ([ids] if isinstance(ids, int) else ids)]
+        table = self._model.token_bytes
+        data = b"".join(table[i] for i in ids)
+        first = next((i for i in ids if table[i]), None)
+        return data[1:] if first in self._model.word_starts else data
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one id adds to a text, its leading space included. Raises as `decode_bytes` does."""
+        return self._model.token_bytes[self._checked(token_id)]
+
+    def _checked(self, token_id: int) -> int:
+        try:
+            index = operator.index(token_id)
+        except TypeError:
+            raise TypeError(f"a token id is an integer, not {type(token_id).__name__}") from None
+        if not 0 <= index < self.n_words:
+            raise ValueError(f"token id {index} is out of range: this tokenizer has n_words = {self.n_words}")
+        return index
+
+
+def _names(argument: str, names: str | Collection[str] | None, all_names: Collection[str]) -> set[str]:
+    if isinstance(names, str) and names != "all":  # would be taken as a collection of its letters
+        raise ValueError(f'{argument} is "all" or a collection of strings, not the string {names!r}')
+    return set(all_names) if names == "all" else set(names or ())
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern:
+    return re.compile("(" + "|".join(map(re.escape, strings)) + ")")
+
+
+def _read_model(path: Path) -> "_RankFile | _SentencePieceFile":
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory, expected a tokenizer file (such as {path / 'tokenizer.model'})")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no tokenizer file {path}")
+    with path.open("rb") as file:
+        head = file.read(4096)  # enough to tell: a checkpoint given by mistake is not read whole
+        if re.match(rb"\S+ \d+\s*?(\n|$)", head):
+            return _RankFile(head + file.read(), path)
+        if re.match(rb"\n[\x04-\x7f]\n", head):  # field 1 (the first piece), whose field 1 is its text
+            return _SentencePieceFile(head + file.read(), path)
+    start = head.lstrip().lower()
+    if not head:
+        found = "is empty"
+    elif start.startswith(b"version https://git-lfs"):
+        found = "is a git-lfs pointer, not the file it points to (`git lfs pull` fetches that)"
+    elif start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        found = "is a web page (an error page saved by a download?)"
+    elif start.startswith(b"{"):
+        found = "is JSON (Hugging Face's tokenizer.json? The tokenizer.model of the same model is wanted)"
+    else:
+        found = f"begins with {head[:24]!r}"
+    raise ValueError(f"{path} {found}; expected a tiktoken rank file (Llama 3) or a SentencePiece model (Llama 2)")
+
+
+class _RankFile:
+    """Llama 3: a line `base64(token) rank` for each token of a byte-pair encoding, for tiktoken.
+
+    Read here, and not by tiktoken's `load_tiktoken_bpe`: that one caches by path and may return another file's bytes.
+    """
+
+    kind = "llama3"
+    word_starts = frozenset()
+
+    def __init__(self, data: bytes, path: Path):
+        ranks: dict[bytes, int] = {}
+        for number, line in enumerate(data.rstrip().splitlines(), start=1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:  # of b64decode, of int, or not two words
+                raise ValueError(f"{path}, line {number}: expected 'base64 rank', found {line[:60]!r}") from None
+        by_rank = sorted(ranks.items(), key=operator.itemgetter(1))
+        for expected, (token, rank) in enumerate(by_rank):
+            if rank != expected:
+                found = f"found {rank} (of {token!r}) where {expected} was expected"
+                raise ValueError(f"{path}: the ranks must be 0 to n - 1, each once and each of another token; {found}")
+        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise ValueError(
+                f"{path}: {len(missing)} of the 256 single bytes have no rank (the first is 0x{missing[0]:02x}), "
+                "so not every text could be encoded; is the file cut off?"
+            )
+        self.special_tokens = {name: len(ranks) + k for k, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
+        self.token_bytes = [token for token, _ in by_rank] + [name.encode() for name in LLAMA3_SPECIAL_TOKENS]
+        ids = (self.special_tokens[f"<|{name}|>"] for name in ("begin_of_text", "end_of_text", "finetune_right_pad_id"))
+        self.bos_id, self.eos_id, self.pad_id = ids
+        # tiktoken is not told of the special tokens: what it is given is text.
+        self._bpe = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in _pieces(text):
+            ids += self._bpe.encode_ordinary(piece)
+        return ids
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a text into pieces of at most `MAX_PIECE_CHARS`, where `LLAMA3_PATTERN` would cut it too if it can."""
+    start = 0
+    while len(text) - start > MAX_PIECE_CHARS:
+        end = start + MAX_PIECE_CHARS
+        cuts = (i for i in range(end, start, -1) if _char_kind(text[i]) in _CUT_BEFORE[_char_kind(text[i - 1])])
+        cut = next(cuts, end)
+        if _char_kind(text[cut]) == "N":  # a number is cut in threes from its first digit on
+            digits = 0
+            while digits < cut - start and _char_kind(text[cut - 1 - digits]) == "N":
+                digits += 1
+            cut -= digits % 3
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+@lru_cache(maxsize=4096)
+def _char_kind(char: str) -> str:
+    """Letter, Number, Other visible, space (`_`), newline; or `?`: control and unassigned ones, best left alone."""
+    if char in "\r\n":
+        return "\n"
+    return {"L": "L", "N": "N", "P": "O", "S": "O", "M": "O", "Z": "_"}.get(unicodedata.category(char)[0], "?")
+
+
+# After a character of this kind, `LLAMA3_PATTERN` cuts before one of those kinds, whatever stands around the two: no
+# alternative of it goes on from the one to the other. Its only look-ahead is in a run of spaces, after which we never
+# cut; it never looks back. So both sides are cut further as they would be together.
+_CUT_BEFORE = {"L": "NO_\n", "N": "LO_\n", "O": "N_", "\n": "LNO", "_": "", "?": ""}
+
+
+class _SentencePieceFile:
+    """Llama 2: a SentencePiece model, a protobuf of pieces with their scores."""
+
+    kind = "llama2"
+
+    def __init__(self, data: bytes, path: Path):
+        try:
+            import sentencepiece  # an optional extra: Llama 3 does without
+        except ImportError:
+            raise ImportError(
+                f"{path} is a SentencePiece model (Llama 2), and the sentencepiece package is not installed: "
+                "pip install sentencepiece (or this package's extra `llama2`: pip install '.[llama2]' in its directory)"
+            ) from None
+        try:
+            self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError:
+            found = f"{path} begins as a SentencePiece model, but its {len(data)} bytes cannot be read as a whole one"
+            raise ValueError(f"{found}; is the file cut off?") from None
+        self.bos_id, self.eos_id, self.pad_id = sp.bos_id(), sp.eos_id(), sp.pad_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"{path}: a SentencePiece model without <s> or </s>; expected Llama 2's, which has both")
+        ids = range(sp.vocab_size())
+        self.special_tokens = {sp.id_to_piece(i): i for i in ids if sp.is_control(i) or sp.is_unknown(i)}
+        self.token_bytes = [self._bytes_of(i) for i in ids]
+        starts = frozenset(i for i in ids if sp.id_to_piece(i).startswith("▁"))
+        # What encoding puts before a text, decoding takes off; a few models are made to put nothing.
+        self.word_starts = starts if starts.intersection(sp.encode("a")[:1]) else frozenset()
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        piece = self._sp.id_to_piece(token_id)
+        if self._sp.is_control(token_id):
+            return b""
+        if self._sp.is_byte(token_id):  # such as "<0x0A>"
+            return bytes([int(piece[1:-1], 16)])
+        if self._sp.is_unknown(token_id):
+            return self._sp.decode([token_id]).encode()
+        return piece.replace("▁", " ").encode()
+
+    def encode(self, text: str) -> list[int]:
+        return self._sp.encode(text)
+
+
+class ChatFormat:
+    """A dialog to the ids of its prompt, in the format that the tokenizer's models were tuned on.
+
+    Llama 3: each message is `<|start_header_id|>ROLE<|end_header_id|>`, two newlines, the content and `<|eot_id|>`.
+    Llama 2: `[INST] <<SYS>>`, where the tags are text. A tag that a user writes is then the same characters as one of
+    the format's: the model cannot tell them apart, and nothing here refuses them. Control tokens (`<s>`, `</s>`,
+    `<|eot_id|>`, ...) never come out of a message, in either format. Contents are stripped of white space around them.
+
+    Formats: the model cards of Llama 3.1 and Llama 2, llama.com/docs/model-cards-and-prompt-formats.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def encode_header(self, message: Message) -> list[int]:
+        """Ids of what stands before a message's content. The role `tool` is written `ipython`, its name in the format.
+
+        Raises:
+            ValueError: as `check` for the message; or the format is Llama 2's, which has no headers.
+        """
+        self._check_message(message)
+        return self._header(message["role"])
+
+    def encode_message(self, message: Message) -> list[int]:
+        """Ids of one whole message: header, content, end of turn. Raises as `encode_header` does."""
+        header = self.encode_header(message)
+        return header + self.tokenizer.encode(message["content"].strip()) + [self.tokenizer.eot_id]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """Ids of a dialog, up to where the assistant's answer begins. Raises ValueError as `check` does."""
+        self.check(dialog)
+        if self.tokenizer.kind == "llama2":
+            return self._llama2_prompt(dialog)
+        ids = [self.tokenizer.bos_id]
+        for message in dialog:
+            ids += self.encode_message(message)
+        return ids + self._header("assistant")
+
+    def check(self, dialog: Dialog) -> None:
+        """Says whether a dialog can be a prompt, before anything is run.
+
+        Raises:
+            ValueError: it is not a non-empty list of messages; a message has no `role` or no `content`, an unknown role
+                or a content that is not a str; the last one is not the user's (or a tool's result). Llama 2: after a
+                system message, if there is one, user and assistant do not alternate.
+        """
+        if not (isinstance(dialog, list | tuple) and dialog):
+            found = "an empty list" if dialog == [] else type(dialog).__name__
+            raise ValueError(f"a dialog is a list of one or more messages, the last of them the user's; found {found}")
+        for number, message in enumerate(dialog):
+            self._check_message(message, f"message {number} of the dialog")
+        roles = [message["role"] for message in dialog]
+        if roles[-1] not in ("user", "ipython", "tool"):
+            raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {roles[-1]!r}")
+        if self.tokenizer.kind == "llama2":
+            turns = roles[1:] if roles[0] == "system" else roles
+            if any(role != ("user", "assistant")[k % 2] for k, role in enumerate(turns)):
+                expected = "a Llama 2 dialog has user and assistant in turn, after at most one system message"
+                raise ValueError(f"{expected}; found {', '.join(roles)}")
+
+    @staticmethod
+    def _check_message(message: Message, where: str = "the message") -> None:
+        known = get_args(Role)
+        if not isinstance(message, Mapping):
+            problem = f"is a {type(message).__name__}, expected a dict with 'role' and 'content'"
+        elif missing := [key for key in ("role", "content") if key not in message]:
+            problem = f"has no {missing[0]!r}; found the keys {sorted(map(str, message))}"
+        elif message["role"] not in known:
+            problem = f"has the unknown role {message['role']!r}; known are {', '.join(known)}"
+        elif not isinstance(message["content"], str):
+            problem = f"has a content of type {type(message['content']).__name__}, expected a str"
+        else:
+            return
+        raise ValueError(f"{where} {problem}")
+
+    def _header(self, role: str) -> list[int]:
+        if self.tokenizer.kind == "llama2":
+            raise ValueError("the Llama 2 chat format has no header or message by itself: use encode_dialog_prompt")
+        special = self.tokenizer.special_tokens
+        name = self.tokenizer.encode("ipython" if role == "tool" else role)
+        return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *self.tokenizer.encode("\n\n")]
+
+    def _llama2_prompt(self, dialog: Dialog) -> list[int]:
+        contents = [message["content"] for message in dialog]
+        if dialog[0]["role"] == "system":
+            contents[:2] = [f"<<SYS>>\n{contents[0]}\n<</SYS>>\n\n{contents[1]}"]
+        *earlier, last = (content.strip() for content in contents)
+        ids = []
+        for user, assistant in zip(earlier[::2], earlier[1::2], strict=True):
+            ids += self.tokenizer.encode(f"[INST] {user} [/INST] {assistant} ", bos=True, eos=True)
+        return ids + self.tokenizer.encode(f"[INST] {last} [/INST]", bos=True)
