@@ -12,7 +12,7 @@ setup(
     packages=["llama"],
     package_data={"llama": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch", "fairscale", "tiktoken", "fire"],
+    install_requires=["torch", "fairscale", "tiktoken", "fire", "tqdm"],
     extras_require={
         "llama2": ["sentencepiece"],
         "hf": ["safetensors"],

@@ -4,6 +4,9 @@ Knows nothing of text, sampling or when a sequence ends. A slot is not cleared w
 overwrites position after position, and never looks past what it has written.
 """
 
+import math
+import mmap
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +30,8 @@ class KVCache:
     ):
         # Zeros and not empty memory: attention multiplies what it masks out by a weight of 0, and 0 x NaN is NaN.
         shape = (n_layers, max_batch_size, n_kv_heads, max_seq_len, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
 
     @property
     def max_batch_size(self) -> int:
@@ -42,6 +45,14 @@ class KVCache:
         """Copies the first `length` positions of one row to another."""
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Zeros; on the CPU, fresh pages of the system, which take memory only once something is written to them."""
+    if torch.device(device).type != "cpu" or sys.platform == "win32":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass

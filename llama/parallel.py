@@ -4,11 +4,15 @@ Knows nothing of Llama: it splits matrices over ranks and adds the pieces up aga
 are fairscale's; the forward pass is our own while no gradient is wanted, because fairscale's reduce cannot be compiled.
 """
 
+import atexit
 import contextlib
+import functools
 import io
 import os
+import socket
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
@@ -17,8 +21,14 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
+from llama.lifeline import FAILED, LOST_PEER, Hub, Lifeline
+
 # The model-parallel size of the groups that `initialize` made; None while there are none, or they are the caller's.
 _own_model_parallel_size: int | None = None
+
+# What tells this process that another of its run has failed; None in a run of one process.
+_lifeline: Lifeline | None = None
+_meeting = 0  # how many times `fail_together` was entered: the same on each rank
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -92,7 +102,10 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_destroy_groups)
     world_size = dist.get_world_size()
+    if world_size > 1 and _lifeline is None:
+        _connect_lifeline()
     current = None
     if fairscale_groups.model_parallel_is_initialized():
         current = fairscale_groups.get_model_parallel_world_size()
@@ -114,9 +127,43 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
             )
         # Layers remember the group they were built with, so models already built keep working.
         fairscale_groups.destroy_model_parallel()
+        _replica_group.cache_clear()
     with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups in three lines
         fairscale_groups.initialize_model_parallel(model_parallel_size)
     _own_model_parallel_size = model_parallel_size
+
+
+def replica() -> int:
+    """Which of the whole models that the processes hold this one is part of, from 0."""
+    return dist.get_rank() // fairscale_groups.get_model_parallel_world_size()
+
+
+def n_replicas() -> int:
+    return dist.get_world_size() // fairscale_groups.get_model_parallel_world_size()
+
+
+def gather_from_replicas(part: list) -> list[list]:
+    """Every replica's part, on every rank. One that has finished waits for the others without spinning."""
+    if n_replicas() == 1:
+        return [part]
+    parts: list[list] = [[] for _ in range(n_replicas())]
+    dist.all_gather_object(parts, part, group=_replica_group())
+    return parts
+
+
+@functools.cache
+def _replica_group() -> dist.ProcessGroup:
+    """The ranks that hold the same part of each replica's model; of gloo, which sleeps, and waits however long."""
+    size, world_size = fairscale_groups.get_model_parallel_world_size(), dist.get_world_size()
+    groups = [list(range(i, world_size, size)) for i in range(size)]
+    made = [dist.new_group(ranks, backend="gloo", timeout=timedelta(days=365)) for ranks in groups]
+    return made[dist.get_rank() % size]
+
+
+def _destroy_groups() -> None:
+    """At exit: ends the groups' threads, which abort the process now and then if they outlive the interpreter."""
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()
 
 
 def silence_other_ranks() -> None:
@@ -132,21 +179,78 @@ def silence_other_ranks() -> None:
 def fail_together() -> Iterator[None]:
     """When one rank raises inside, every rank does, so that none is left waiting for it in a collective.
 
-    The rank's own exception stays what it is; the others raise a RuntimeError with its message.
+    The ranks meet at the end, so the work inside must not be collective; afterwards they are in step, and the run can
+    go on. The rank's own exception stays what it is; the others raise a RuntimeError with its message. Long work
+    inside calls `raise_if_a_rank_failed` now and then, so as not to finish for nothing.
     """
+    global _meeting
+    _meeting += 1
     error = None
     try:
         yield
     except Exception as raised:
         error = raised
-    messages: list[str | None] = [None] * dist.get_world_size()
-    if len(messages) > 1:
-        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if dist.get_world_size() > 1:
+        message = None if error is None or isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
+        if message is not None and _lifeline is not None:
+            _lifeline.warn(_meeting, f"rank {dist.get_rank()} failed: {message}")
+        messages: list[str | None] = [None] * dist.get_world_size()
+        with fail_at_once():
+            dist.all_gather_object(messages, message)
+        for rank, message in enumerate(messages):
+            if message is not None and (error is None or isinstance(error, RankFailed)):
+                raise RankFailed(f"rank {rank} failed: {message}")
     if error is not None:
         raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise RuntimeError(f"rank {rank} failed: {message}")
+
+
+@contextlib.contextmanager
+def fail_at_once() -> Iterator[None]:
+    """When one rank raises inside, the others end within seconds, with its message, wherever they are.
+
+    For collective work, such as a forward pass: ranks that wait for the failed one cannot be brought back into step. A
+    rank whose collective breaks raises a RuntimeError with the message of the rank that failed; one that stays stuck in
+    its collective prints the message and is ended. If every rank raises (they share a mistake), nothing more happens.
+    """
+    if _lifeline is not None and _lifeline.lost is not None:
+        raise RankFailed(f"{_lifeline.lost}; start the run again")
+    try:
+        yield
+    except Exception as error:
+        if _lifeline is None:
+            raise
+        lost_peer = isinstance(error, (dist.DistError, RuntimeError)) and any(
+            word in str(error) for word in ("gloo/transport", "NCCL", "onnection")
+        )
+        cause = _lifeline.report(f"{type(error).__name__}: {error}", LOST_PEER if lost_peer else FAILED)
+        if cause is None:
+            raise
+        raise RankFailed(cause) from error
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed; the message is that rank's."""
+
+
+def raise_if_a_rank_failed() -> None:
+    """Raises RankFailed once another rank has raised in the `fail_together` that this one is in."""
+    if _lifeline is not None and (message := _lifeline.lost or _lifeline.warnings.get(_meeting)) is not None:
+        raise RankFailed(message)
+
+
+def _connect_lifeline() -> None:
+    """Ties the processes of a run together (llama.lifeline); without a route to rank 0's port it does without."""
+    global _lifeline
+    rank, n_ranks = dist.get_rank(), dist.get_world_size()
+    hub = Hub(n_ranks) if rank == 0 else None
+    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    address = [(host, hub.port, hub.password) if hub else None]
+    dist.broadcast_object_list(address, src=0)
+    try:
+        _lifeline = Lifeline(rank, n_ranks, address[0], hub)
+    except OSError as error:
+        where = f"{address[0][0]}:{address[0][1]}"
+        print(f"rank {rank} cannot reach rank 0 at {where} ({error}): failures of others show late", file=sys.stderr)
 
 
 def partition(size: int, rank: int, n_ranks: int) -> tuple[int, int]:

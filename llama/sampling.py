@@ -5,20 +5,20 @@ Knows nothing of models, caches or text. A row's result depends on that row alon
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-# The nucleus of a language model's distribution is nearly always within its first few hundred tokens. Selecting
+# What top_p leaves of a language model's distribution is nearly always among its first few hundred tokens. Selecting
 # this many costs a tenth of sorting a vocabulary of 128,256; only a row that needs more is sorted whole.
 N_CANDIDATES = 1024
 
 
 class RandomStream:
-    """The random numbers of one sampled answer, each a function of what identifies the answer and of a position.
+    """The random numbers of one sampled answer, each a function of what identifies the answer, a position and a token.
 
-    A counter-based generator: number i is a hash of (key, i), so it does not matter which other answers were drawn
-    before, in which batch, or on how many processes, and each model-parallel rank draws the same without being told.
+    Counter-based: nothing is drawn in sequence, so it does not matter which other answers were drawn before, in which
+    batch, or on how many processes, and each model-parallel rank draws the same without being told.
 
     Args:
         seed: the caller's.
@@ -31,10 +31,28 @@ class RandomStream:
         identity = ",".join(map(str, [seed, occurrence, sample, *prompt]))
         self._key = hashlib.blake2b(identity.encode(), digest_size=32).digest()
 
-    def uniform(self, position: int) -> float:
-        """A number in [0, 1), of 48 random bits: few enough that its product with a float64 sum stays below the sum."""
-        digest = hashlib.blake2b(struct.pack("<q", position), key=self._key, digest_size=6).digest()
-        return int.from_bytes(digest, "little") / 2**48
+    def seed(self, position: int) -> int:
+        """The seed, a signed 64-bit number, of the random numbers that choose the token at a position."""
+        digest = hashlib.blake2b(struct.pack("<q", position), key=self._key, digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+
+def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """A random number in (0, 1) for each seed and token: SplitMix64 (Steele et al. 2014, OOPSLA), by its index.
+
+    Args:
+        seeds: int64 [B, 1].
+        ids: int64 [B or 1, n].
+
+    Returns:
+        float64 [B, n], the same on every device.
+    """
+    # int64 arithmetic wraps as uint64 does; its right shift carries the sign down, which the masks cut off.
+    z = seeds + (ids + 1) * -0x61C8864680B583EB  # the golden ratio times 2**64
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    z = z ^ (z >> 31 & (1 << 33) - 1)
+    return ((z >> 11 & (1 << 53) - 1).double() + 0.5) / 2**53
 
 
 def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -57,79 +75,112 @@ def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | Non
     if not 0 < p <= 1:
         raise ValueError(f"top_p = {p}: expected a number in (0, 1]")
     rows = probs.reshape(-1, probs.shape[-1])
-    weights, ids = nucleus(rows, torch.full((len(rows),), float(p), dtype=torch.float64, device=probs.device))
+    weights, ids = filtered(rows, *torch.tensor([[0.0], [p], [0.0]], dtype=torch.float64, device=probs.device))
     drawn = torch.multinomial(weights, num_samples=1, generator=generator)
     return ids.gather(-1, drawn).reshape(*probs.shape[:-1], 1)
 
 
-def nucleus(probs: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most likely tokens of each row up to a mass of `p`, most likely first, ties by id.
+def filtered(
+    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What top_k, then top_p of what is left, then min_p leave of each row, most likely first, ties by id.
 
     Args:
         probs: [B, vocab_size].
-        p: [B] float64, in (0, 1]; a row with 1 keeps everything.
+        top_k: [B or 1], 0 for all; tokens tied with the k-th are kept, as in Transformers.
+        top_p: [B or 1], 1 for all.
+        min_p: [B or 1], 0 for all.
 
     Returns:
-        weights [B, n] float64, 0 for what is outside the nucleus, not renormalised; ids [B, n] int64.
+        weights [B, n] float64, 0 for what is filtered out, not renormalised; ids [B, n] int64.
     """
-    vocab_size = probs.shape[-1]
+    batch_size, vocab_size = probs.shape
     n = min(N_CANDIDATES, vocab_size)
     values, ids = probs.topk(n, dim=-1)
-    if n < vocab_size:
-        # Exact only if the nucleus ends among candidates that beat the last one: of the tokens that tie with the
-        # last, topk has left some out. The sum is float64, as below, so that both ways agree on where the end is.
-        beats_last = values > values[:, -1:]
-        if not bool(((values.double() * beats_last).sum(-1) >= p).all()):
-            values, ids = probs, torch.arange(vocab_size, device=probs.device).expand_as(probs)
+    weights, ids = _filter_sorted(*_sort(values, ids), top_k, top_p, min_p)
+    # Exact if every token kept beats the last candidate: of those that tie with that one, topk has left some out.
+    unsure = ((weights > 0) & (weights <= values[:, -1:])).any(dim=-1) | (top_k > n)
+    rows = unsure.nonzero().squeeze(-1)
+    if n == vocab_size or len(rows) == 0:
+        return weights, ids
+    everything = torch.arange(vocab_size, device=probs.device).expand(len(rows), -1)
+    settings = (setting.expand(batch_size)[rows] for setting in (top_k, top_p, min_p))
+    all_weights, all_ids = _filter_sorted(*_sort(probs[rows], everything), *settings)
+    padding = (0, vocab_size - n)
+    weights = torch.nn.functional.pad(weights, padding).index_copy(0, rows, all_weights)
+    return weights, torch.nn.functional.pad(ids, padding).index_copy(0, rows, all_ids)
+
+
+def _sort(values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row by value, largest first, then by id."""
     by_id = ids.argsort(dim=-1)
-    ids, values = ids.gather(-1, by_id), values.gather(-1, by_id)
-    values, order = values.sort(dim=-1, descending=True, stable=True)
-    ids, weights = ids.gather(-1, order), values.double()
-    mass_before = weights.cumsum(-1) - weights
-    outside = (mass_before >= p[:, None]) & (p[:, None] < 1)
+    values, order = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, by_id).gather(-1, order)
+
+
+def _filter_sorted(
+    values: torch.Tensor, ids: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`filtered` of rows that are sorted already."""
+    weights = values.double()
+    k = torch.where(top_k > 0, top_k, values.shape[-1]).long().clamp(max=values.shape[-1])
+    kth = weights.gather(-1, k[:, None].expand(len(values), 1) - 1)
+    weights = weights.masked_fill(weights < kth, 0)
+    sums = weights.cumsum(dim=-1)
+    # Of all the probability, which is 1, or of what top_k has left.
+    total = torch.where((top_k > 0)[:, None], sums[:, -1:], 1.0)
+    outside = (sums - weights >= top_p[:, None] * total) & (top_p[:, None] < 1)
+    outside |= weights < min_p[:, None] * weights[:, :1]
     return weights.masked_fill(outside, 0), ids
 
 
-def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Index i with probability weights[i] / sum(weights): the first at which the running sum exceeds uniform x sum.
+def race(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Index i with probability weights[i] / sum(weights), by one random number for each.
+
+    Each i arrives after an exponential time of rate weights[i], and the first wins (the Gumbel-max trick). Rounding
+    matters only when two arrive together: in the running sum of the usual inversion, an error of one weight moves all
+    that come after, and answers would change with the shape of the batch.
 
     Args:
-        weights: float64 [B, n], each row with a positive sum.
-        uniform: float64 [B], in [0, 1).
+        weights: [B, n] of at least 0, some of each row above.
+        uniform: float64 [B, n], in (0, 1).
 
     Returns:
         int64 [B].
     """
-    sums = weights.cumsum(-1)
-    return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).squeeze(-1)
+    return (-uniform.log() / weights).argmin(dim=-1)
 
 
 def next_tokens(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
 ) -> torch.Tensor:
-    """One token a row: the most likely where temperature is 0, else drawn from the nucleus.
+    """One token a row: the most likely where temperature is 0, else drawn from what the filters leave.
 
     Args:
         logits: float32 [B, vocab_size].
-        temperature, top_p, uniform: float64 [B]; `uniform` are the rows' random numbers.
+        seeds: int64 [B], of the rows' random numbers.
+        temperature, top_k, top_p, min_p: float64 [B]; 0, 1 and 0 turn a filter off.
 
     Returns:
         ids, int64 [B].
     """
     tokens = logits.argmax(dim=-1)
-    sampled = (temperature > 0).nonzero().squeeze(-1)
-    if len(sampled) == 0:
-        return tokens
-    probs = torch.softmax(logits[sampled] / temperature[sampled, None].float(), dim=-1)
-    top_p, uniform = top_p[sampled], uniform[sampled]
-    whole = top_p >= 1  # no nucleus to find: the vocabulary in its own order will do
-    drawn = torch.empty_like(sampled)
-    if bool(whole.any()):
-        drawn[whole] = inverse_cdf(probs[whole].double(), uniform[whole])
-    if not bool(whole.all()):
-        weights, ids = nucleus(probs[~whole], top_p[~whole])
-        drawn[~whole] = ids.gather(-1, inverse_cdf(weights, uniform[~whole])[:, None]).squeeze(-1)
-    tokens[sampled] = drawn
+    unfiltered = (top_k == 0) & (top_p >= 1) & (min_p == 0)
+    for is_group in ((temperature > 0) & unfiltered, (temperature > 0) & ~unfiltered):
+        rows = is_group.nonzero().squeeze(-1)
+        if len(rows) == 0:
+            continue
+        weights = torch.softmax(logits[rows] / temperature[rows, None].float(), dim=-1)
+        ids = torch.arange(logits.shape[-1], device=logits.device)[None]
+        if not unfiltered[rows[0]]:
+            weights, ids = filtered(weights, top_k[rows], top_p[rows], min_p[rows])
+        winners = race(weights, uniforms(seeds[rows, None], ids))
+        tokens[rows] = ids.expand(len(rows), -1).gather(-1, winners[:, None]).squeeze(-1)
     return tokens
 
 
@@ -137,3 +188,53 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """log softmax(logits) at `tokens`: minus the cross-entropy. [..., vocab_size], [...] -> float32 [...]."""
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(dim=-1)
+
+
+def process_logits(
+    logits: torch.Tensor,
+    ids: list[int],
+    logit_bias: Mapping[int, float] | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The logits of one row after what depends on the ids so far, in the order of Transformers' `generate`.
+
+    Args:
+        logits: float32 [vocab_size]; not changed.
+        ids: prompt and answer so far.
+        logit_bias, repetition_penalty, no_repeat_ngram_size, logits_processor: as in `DecodingOptions`.
+
+    Raises:
+        ValueError: the processor returned something of another shape, or nothing is left to choose from.
+    """
+    if logit_bias:
+        tokens = torch.tensor(list(logit_bias), device=logits.device)
+        bias = torch.tensor(list(logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        logits = logits.index_add(0, tokens, bias)
+    if repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        scores = logits[seen]
+        scores = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+        logits = logits.index_copy(0, seen, scores)
+    if no_repeat_ngram_size > 0:
+        banned = _completions_of_ngrams(ids, no_repeat_ngram_size)
+        logits = logits.index_fill(0, torch.tensor(banned, dtype=torch.long, device=logits.device), -torch.inf)
+    if logits_processor is not None:
+        name = getattr(logits_processor, "__name__", type(logits_processor).__name__)
+        processed = logits_processor(torch.tensor([ids], device=logits.device), logits[None].clone())
+        shape = list(getattr(processed, "shape", [])) or type(processed).__name__
+        if shape != [1, len(logits)]:
+            raise ValueError(f"logits_processor {name} returned {shape}: expected logits of shape {[1, len(logits)]}")
+        logits = processed[0].to(logits)
+        if bool((logits == -torch.inf).all()):
+            raise ValueError(f"logits_processor {name} left no token to choose: every logit is -inf")
+    return logits
+
+
+def _completions_of_ngrams(ids: list[int], n: int) -> list[int]:
+    """The tokens that would make the last n - 1 ids an n-gram that has occurred."""
+    if len(ids) < n:
+        return []
+    start = ids[len(ids) - n + 1 :]
+    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == start]

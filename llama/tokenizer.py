@@ -16,6 +16,8 @@ from typing import Literal, TypedDict, get_args
 
 import tiktoken
 
+from llama.tokenizer_json import read_tokenizer_json
+
 Role = Literal["system", "user", "assistant", "ipython", "tool"]  # `tool` is another name of `ipython`
 
 
@@ -50,16 +52,18 @@ class Tokenizer:
     """Text to token ids and back, for Llama 3 (tiktoken) and Llama 2 (SentencePiece) files behind one face.
 
     Args:
-        model_path: a `tokenizer.model`. Which kind it is, is read from its contents, not from its name.
+        model_path: a `tokenizer.model`, or Llama 3's `tokenizer.json` of Hugging Face. Which kind it is, is read from
+            its contents, not from its name.
 
     Attributes:
         kind: `"llama3"` or `"llama2"`.
         n_words: size of the vocabulary, special tokens included (128,256 and 32,000 for Meta's files).
         bos_id, eos_id: ids that begin and end a text.
-        pad_id: Llama 3: `<|finetune_right_pad_id|>`; Llama 2: what the file says, -1 for none in Meta's.
+        pad_id: Llama 3: `<|finetune_right_pad_id|>`, -1 for none; Llama 2: what the file says, -1 in Meta's.
         eot_id: Llama 3: the id that ends a turn of a chat; Llama 2: None.
         stop_tokens: the ids at which an answer ends: end of text, of turn and of message; Llama 2: `eos_id` alone.
         special_tokens: name to id of each token that text never becomes by itself.
+        ranks: Llama 3: the bytes of the other tokens to their ids; Llama 2: None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,6 +77,7 @@ class Tokenizer:
         self._model = _read_model(Path(model_path))
         self.kind: Literal["llama3", "llama2"] = self._model.kind
         self.special_tokens: dict[str, int] = self._model.special_tokens
+        self.ranks: dict[bytes, int] | None = getattr(self._model, "ranks", None)
         self.n_words: int = len(self._model.token_bytes)
         self.bos_id, self.eos_id, self.pad_id = self._model.bos_id, self._model.eos_id, self._model.pad_id
         self.eot_id: int | None = self.special_tokens.get("<|eot_id|>")
@@ -186,7 +191,10 @@ def _read_model(path: Path) -> "_RankFile | _SentencePieceFile":
     with path.open("rb") as file:
         head = file.read(4096)  # enough to tell: a checkpoint given by mistake is not read whole
         if re.match(rb"\S+ \d+\s*?(\n|$)", head):
-            return _RankFile(head + file.read(), path)
+            ranks = _parse_ranks(head + file.read(), path)
+            return _RankFile(ranks, {name: len(ranks) + k for k, name in enumerate(LLAMA3_SPECIAL_TOKENS)}, path)
+        if head.lstrip().startswith(b"{"):
+            return _RankFile(*read_tokenizer_json(head + file.read(), path, LLAMA3_PATTERN), path)
         if re.match(rb"\n[\x04-\x7f]\n", head):  # field 1 (the first piece), whose field 1 is its text
             return _SentencePieceFile(head + file.read(), path)
     start = head.lstrip().lower()
@@ -196,30 +204,33 @@ def _read_model(path: Path) -> "_RankFile | _SentencePieceFile":
         found = "is a git-lfs pointer, not the file it points to (`git lfs pull` fetches that)"
     elif start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         found = "is a web page (an error page saved by a download?)"
-    elif start.startswith(b"{"):
-        found = "is JSON (Hugging Face's tokenizer.json? The tokenizer.model of the same model is wanted)"
     else:
         found = f"begins with {head[:24]!r}"
     raise ValueError(f"{path} {found}; expected a tiktoken rank file (Llama 3) or a SentencePiece model (Llama 2)")
 
 
-class _RankFile:
-    """Llama 3: a line `base64(token) rank` for each token of a byte-pair encoding, for tiktoken.
+def _parse_ranks(data: bytes, path: Path) -> dict[bytes, int]:
+    """The ranks of a file with a line `base64(token) rank` for each token of a byte-pair encoding.
 
     Read here, and not by tiktoken's `load_tiktoken_bpe`: that one caches by path and may return another file's bytes.
     """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.rstrip().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:  # of b64decode, of int, or not two words
+            raise ValueError(f"{path}, line {number}: expected 'base64 rank', found {line[:60]!r}") from None
+    return ranks
+
+
+class _RankFile:
+    """Llama 3: the tokens of a byte-pair encoding with their ranks, and special tokens after them, for tiktoken."""
 
     kind = "llama3"
     word_starts = frozenset()
 
-    def __init__(self, data: bytes, path: Path):
-        ranks: dict[bytes, int] = {}
-        for number, line in enumerate(data.rstrip().splitlines(), start=1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:  # of b64decode, of int, or not two words
-                raise ValueError(f"{path}, line {number}: expected 'base64 rank', found {line[:60]!r}") from None
+    def __init__(self, ranks: dict[bytes, int], special_tokens: dict[str, int], path: Path):
         by_rank = sorted(ranks.items(), key=operator.itemgetter(1))
         for expected, (token, rank) in enumerate(by_rank):
             if rank != expected:
@@ -230,10 +241,10 @@ class _RankFile:
                 f"{path}: {len(missing)} of the 256 single bytes have no rank (the first is 0x{missing[0]:02x}), "
                 "so not every text could be encoded; is the file cut off?"
             )
-        self.special_tokens = {name: len(ranks) + k for k, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
-        self.token_bytes = [token for token, _ in by_rank] + [name.encode() for name in LLAMA3_SPECIAL_TOKENS]
-        ids = (self.special_tokens[f"<|{name}|>"] for name in ("begin_of_text", "end_of_text", "finetune_right_pad_id"))
-        self.bos_id, self.eos_id, self.pad_id = ids
+        self.ranks, self.special_tokens = ranks, special_tokens
+        self.token_bytes = [token for token, _ in by_rank] + [name.encode() for name in special_tokens]
+        self.bos_id, self.eos_id = special_tokens["<|begin_of_text|>"], special_tokens["<|end_of_text|>"]
+        self.pad_id = special_tokens.get("<|finetune_right_pad_id|>", -1)  # a name that came with Llama 3.1
         # tiktoken is not told of the special tokens: what it is given is text.
         self._bpe = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
@@ -396,6 +407,8 @@ class ChatFormat:
         if self.tokenizer.kind == "llama2":
             raise ValueError("the Llama 2 chat format has no header or message by itself: use encode_dialog_prompt")
         special = self.tokenizer.special_tokens
+        if missing := {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} - special.keys():
+            raise ValueError(f"the tokenizer has no {', '.join(sorted(missing))}: its model is not one for dialogs")
         name = self.tokenizer.encode("ipython" if role == "tool" else role)
         return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *self.tokenizer.encode("\n\n")]
 

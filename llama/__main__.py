@@ -1,0 +1,5 @@
+"""`python -m llama COMMAND`."""
+
+from llama.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""The text of an answer while its tokens arrive: whole characters only, and nothing of a stop string."""
+
+import codecs
+
+from llama.tokenizer import Tokenizer
+
+
+class AnswerText:
+    """Turns the tokens of one answer into text.
+
+    Args:
+        tokenizer: the model's.
+        stops: the answer ends where the first of these strings begins, also across the borders of tokens.
+        before: ids that precede the answer and belong to the text, such as an echoed prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], before: list[int] | None = None):
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._tokens = list(before or [])  # while they have no text yet
+        self._text = ""
+        self._stopped = False
+        self._ends: list[int] = []  # the length of the text after each token of the answer
+        if before:
+            self._text = self._decoder.decode(tokenizer.decode_bytes(before))
+        self._start = len(self._text)
+
+    def push(self, token: int) -> bool:
+        """Takes the next token; True once a stop string is complete."""
+        if self._text:
+            new = self._tokenizer.token_bytes(token)
+        else:  # the first token of a Llama 2 text is without its space
+            self._tokens.append(token)
+            new = self._tokenizer.decode_bytes(self._tokens)[len(self._tokenizer.decode_bytes(self._tokens[:-1])) :]
+        return self._extend(self._decoder.decode(new))
+
+    def _extend(self, new: str) -> bool:
+        longest = max(map(len, self._stops), default=0)
+        search_from = max(self._start, len(self._text) - longest + 1)
+        self._text += new
+        self._ends.append(len(self._text) + bool(self._decoder.getstate()[0]))  # with the character it has begun
+        found = [at for stop in self._stops if (at := self._text.find(stop, search_from)) >= 0]
+        if found:
+            self._text, self._stops, self._stopped = self._text[: min(found)], [], True
+        return self._stopped
+
+    @property
+    def decided(self) -> str:
+        """The text that nothing to come can change: without what may be the beginning of a stop string."""
+        held = 0
+        for stop in self._stops:
+            for n in range(min(len(stop) - 1, len(self._text) - self._start), held, -1):
+                if self._text.endswith(stop[:n]):
+                    held = n
+                    break
+        return self._text[: len(self._text) - held]
+
+    def finish(self) -> str:
+        """The whole text, after the last token; a character that was never completed is U+FFFD."""
+        if not self._stopped:
+            self._text += self._decoder.decode(b"", final=True)
+        return self._text
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens lie wholly in the text: those of a stop string do not."""
+        return sum(end <= len(self._text) for end in self._ends)

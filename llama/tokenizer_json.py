@@ -1,0 +1,149 @@
+"""Hugging Face's `tokenizer.json` and back, for the byte-pair encodings of Llama 3.
+
+Knows how that file writes ranks and special tokens, and nothing of encoding a text. It is only read where it says the
+same as a rank file would: with any other file the ids would silently be others than in training.
+
+Format: github.com/huggingface/tokenizers; its byte-level alphabet is that of GPT-2 (Radford et al. 2019).
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte: itself where it is visible, else the next one from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+# For str.translate, between the file's characters and those with the bytes' numbers. All others become one that is no
+# byte, lest they be taken for themselves.
+_CHARS = dict(enumerate(_byte_alphabet()))
+_BYTES = dict.fromkeys(range(0x100), 0xFFFF) | {ord(char): byte for byte, char in _CHARS.items()}
+
+
+def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Ranks of the tokens' bytes, and ids of the special tokens by name.
+
+    Every added token counts as special, also one that the file would find in plain text.
+
+    Args:
+        data: the contents of the file.
+        path: where they are from, for messages.
+        pattern: the expression by which a text must be cut before pairs are merged.
+
+    Raises:
+        ValueError: not a byte-level BPE, cut by another pattern, or one whose merges or ids no rank file could give.
+    """
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} begins as JSON, but is not whole ({error}); is the file cut off?") from None
+    try:
+        model, added = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
+        vocab, merges, kind = model["vocab"], model["merges"], model["type"]
+        is_sentencepiece = bool(model.get("byte_fallback")) or kind == "Unigram"
+        pieces = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    except (KeyError, TypeError, AttributeError) as error:
+        expected = "expected Hugging Face's tokenizer.json, with a BPE model and added_tokens"
+        raise ValueError(f"{path} is JSON, but {type(error).__name__} ({error}): {expected}") from None
+    if is_sentencepiece:
+        raise ValueError(
+            f"{path} is the JSON form of a SentencePiece model (Llama 2), which is not read: "
+            "put the tokenizer.model of the same model next to it, or pass its path as tokenizer_path"
+        )
+    if kind != "BPE" or (found := _cut_pattern(content)) != pattern:
+        found = f"a {kind} model" if kind != "BPE" else f"the pattern {found!r}"
+        raise ValueError(f"{path} has {found}: expected Llama 3's byte-level BPE, cut by {pattern!r}")
+    # Vocab and merges are compared as they are written, a character for each byte.
+    vocab = {token: rank for token, rank in vocab.items() if added.get(token) != rank}
+    try:
+        merged = [vocab[left + right] for left, right in pieces]
+        ids, added_ids = sorted(vocab.values()), sorted(added.values())
+        ranks = {token.translate(_BYTES).encode("latin-1"): rank for token, rank in vocab.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its vocab and merges are not those of a byte-level BPE: {error!r}") from None
+    if ids != list(range(len(ids))):
+        raise ValueError(f"{path}: the {len(ids)} ids of its vocab are not 0 to {len(ids) - 1}, each once")
+    # A rank file has no merges: of all pairs whose result is a token, tiktoken merges the one with the lowest rank.
+    if any(first > second for first, second in pairwise(merged)):
+        raise ValueError(f"{path}: its merges are not in the order of the ids: no rank file gives the same tokens")
+    expected = sum(1 for token in vocab for _ in _splits(token, vocab))
+    found = len({(left, right) for left, right in pieces if left in vocab and right in vocab})
+    if not found == len(pieces) == expected:
+        raise ValueError(
+            f"{path}: {found} of its {len(pieces)} merges are pairs of tokens; {expected} pairs of tokens make one: "
+            "expected each of these, once; no rank file gives the same tokens"
+        )
+    if added_ids != list(range(len(ids), len(ids) + len(added_ids))):
+        found = f"{added_ids[:3]}… ({len(added_ids)} ids)"
+        raise ValueError(f"{path}: its added_tokens have {found}: expected {len(ids)} and on, after the vocab's")
+    if missing := [name for name in ("<|begin_of_text|>", "<|end_of_text|>") if name not in added]:
+        raise ValueError(f"{path} has no {missing[0]} among its added_tokens: expected Llama 3's")
+    return ranks, dict(sorted(added.items(), key=lambda item: item[1]))
+
+
+def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos: str, pattern: str) -> str:
+    """The text of a tokenizer.json that encodes as tiktoken does with these ranks, and puts `bos` before a text."""
+    vocab = {token.decode("latin-1").translate(_CHARS): rank for token, rank in ranks.items()}
+    merges = [
+        pair
+        for token in sorted(vocab, key=vocab.__getitem__)
+        for pair in sorted(_splits(token, vocab), key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    ]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    first, second = ([{"Sequence": {"id": name, "type_id": i}}] for i, name in enumerate("AB"))
+    begin = [[{"SpecialToken": {"id": bos, "type_id": i}}] for i in range(2)]
+    template = {
+        "type": "TemplateProcessing",
+        "single": begin[0] + first,
+        "pair": begin[0] + first + begin[1] + second,
+        "special_tokens": {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}},
+    }
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name} | flags for name, i in special_tokens.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": {"type": "Sequence", "processors": [byte_level, template]},
+        "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a stretch that is a token is that token, as in tiktoken
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+def _cut_pattern(content: dict) -> str | None:
+    """The expression that a text is cut by, if nothing else is done to it; None if there is more, or less."""
+    steps = content.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    if content.get("normalizer") is not None or [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
+        return None
+    split, byte_level = steps
+    plain = split.get("behavior") == "Isolated" and not split.get("invert")
+    plain = plain and not byte_level.get("add_prefix_space") and byte_level.get("use_regex") is False
+    return split.get("pattern", {}).get("Regex") if plain else None
+
+
+def _splits(token: str, vocab: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """The pairs of tokens that a token can be merged of."""
+    for i in range(1, len(token)):
+        if token[:i] in vocab and token[i:] in vocab:
+            yield token[:i], token[i:]
