@@ -11,6 +11,7 @@ setup(
     license="MIT",
     packages=["llama"],
     package_data={"llama": ["py.typed"]},
+    entry_points={"console_scripts": ["llama = llama.cli:main"]},
     python_requires=">=3.10",
     install_requires=["torch", "fairscale", "tiktoken", "fire", "tqdm"],
     extras_require={

@@ -6,6 +6,7 @@ Random float32 weights of a 110M shape; prompts of 16 to 256 tokens, each wantin
 tokens), 8 rows at a time. Useful tokens are those that were wanted. The three take turns; medians are printed.
 """
 
+import json
 import statistics
 import tempfile
 import time
@@ -14,10 +15,21 @@ from pathlib import Path
 import fire
 import torch
 
-from benchmarks.shapes import random_llama, transformers_model
-from llama import Llama
+from benchmarks.shapes import write_tokenizer
+from llama import Llama, ModelArgs, Transformer, parallel
+from llama.convert import convert
 
 SHAPE = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32_000, "multiple_of": 256}
+
+
+def write_checkpoint(folder: Path) -> None:
+    """A directory as Meta's with random float32 weights of SHAPE."""
+    parallel.initialize(device=torch.device("cpu"))
+    model = Transformer(ModelArgs(**SHAPE))
+    model.init_weights(generator=torch.Generator().manual_seed(0))
+    torch.save(dict(model.state_dict()), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(SHAPE))
+    write_tokenizer(folder / "tokenizer.model", SHAPE["vocab_size"] - 256)
 
 
 def workload(n_prompts: int) -> tuple[list[list[int]], list[int]]:
@@ -77,14 +89,19 @@ def main(rounds: int = 3, n_prompts: int = 32, rows: int = 8) -> None:
         rows: sequences at a time.
     """
     prompts, wanted = workload(n_prompts)
-    with tempfile.TemporaryDirectory() as folder:
-        llama = random_llama(Path(folder), SHAPE, max_seq_len=512, max_batch_size=rows, dtype="float32")
-    llama.tokenizer.stop_tokens = set()
-    runs = {"ours": (run_ours, llama), "Meta's way": (run_metas_way, llama)}
-    try:
-        runs["Transformers"] = (run_transformers, transformers_model(llama.model))
-    except ImportError:
-        print("Transformers is not installed: pip install transformers to compare with it")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder)
+        llama = Llama.build(folder, max_seq_len=512, max_batch_size=rows, device="cpu")
+        llama.tokenizer.stop_tokens = set()
+        runs = {"ours": (run_ours, llama), "Meta's way": (run_metas_way, llama)}
+        try:
+            from transformers import LlamaForCausalLM
+
+            convert(folder, folder / "hf", "hf")
+            runs["Transformers"] = (run_transformers, LlamaForCausalLM.from_pretrained(folder / "hf"))
+        except ImportError:
+            print("Transformers is not there: pip install transformers safetensors to compare with it")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     answers = {}
     for _ in range(rounds):

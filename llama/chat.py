@@ -18,13 +18,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llama.generation import GenerationError, Llama
+from llama import GenerationError, Llama
 from llama.tokenizer import Dialog, Message
 
-try:  # editing and history of the lines typed, where Python has it
-    import readline
-except ImportError:
-    readline = None
+with suppress(ImportError):
+    import readline  # by which `input` gets editing and history, where Python has it
 
 HELP = """\
 /reset        forget the conversation; the system prompt stays
@@ -43,11 +41,6 @@ CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(cod
 class Conversation:
     """The messages so far, and what each line typed makes of them.
 
-    Attributes:
-        system: the system prompt, or None.
-        turns: the user's and the assistant's messages, by turns, the assistant's last.
-        ended: whether /quit was said.
-
     Args:
         llama: who answers.
         system: the system prompt.
@@ -56,8 +49,8 @@ class Conversation:
 
     def __init__(self, llama: Llama, system: str | None = None, **options: Any):
         self.llama, self.system, self.options = llama, system, options
-        self.turns: list[Message] = []
-        self.ended = False
+        self.turns: list[Message] = []  # the user's and the assistant's by turns, the assistant's last
+        self.ended = False  # by /quit
 
     def dialog(self, *more: Message) -> Dialog:
         """The system prompt, the turns, and `more`."""
@@ -68,14 +61,9 @@ class Conversation:
         """Yields what to show for a line typed, the answer piece by piece. Closing the iterator stops the answer.
 
         Of an answer that is stopped, or breaks off, what was said is kept with its question; if that is nothing, both
-        are dropped, so that user and assistant always alternate.
-
-        Raises:
-            ValueError: the message cannot be encoded or is too long; nothing has changed then.
-            GenerationError: the model's logits could not be used.
+        are dropped, so that user and assistant always alternate. A ValueError about the message changes nothing.
         """
-        command, _, argument = line.strip().partition(" ")
-        argument = argument.strip()
+        command, argument = [*line.strip().split(maxsplit=1), "", ""][:2]
         if not line.startswith("/"):
             if line.strip():
                 yield from self._answer({"role": "user", "content": line.strip()})
@@ -97,11 +85,9 @@ class Conversation:
             yield f"(no command {command}: /help lists them; with a space before it, it is a message)\n"
 
     def _answer(self, message: Message) -> Iterator[str]:
-        n_forgotten = self._make_room(message)
-        if n_forgotten:
+        if n_forgotten := self._make_room(message):
             oldest = "oldest turn is" if n_forgotten == 1 else f"{n_forgotten} oldest turns are"
-            limit = self.llama.model.args.max_seq_len
-            yield f"(the context of {limit:,} tokens is full: the {oldest} forgotten)\n"
+            yield f"(the context of {self.llama.model.args.max_seq_len:,} tokens is full: the {oldest} forgotten)\n"
         said = ""
         try:
             with closing(self.llama.stream_chat(self.dialog(message), **self.options)) as pieces:
@@ -133,13 +119,10 @@ class Conversation:
             return "(/save FILE: which file?)\n"
         if dist.get_rank() > 0:
             return ""
-        text = json.dumps(self.dialog(), ensure_ascii=False, indent=2) + "\n"
         try:
             with Path(name).expanduser().open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            return f"(not saved: {name} exists already)\n"
-        except (OSError, ValueError, RuntimeError) as error:  # a null byte in it, no such ~user
+                file.write(json.dumps(self.dialog(), ensure_ascii=False, indent=2) + "\n")
+        except (OSError, ValueError, RuntimeError) as error:  # it exists, has a null byte in it, no such ~user
             return f"(not saved: {error})\n"
         return f"(saved {len(self.dialog())} messages in {name})\n"
 
@@ -151,19 +134,19 @@ class CtrlC(Exception):
 class Keyboard:
     """Lines from standard input: rank 0's, on each rank.
 
-    In a plain `python` Ctrl-C is a KeyboardInterrupt as always. torchrun would take it as the end of the run, so that
-    there the terminal sends no signal for it any more: rank 0 reads it as the character it is, and all ranks are told.
+    In a plain `python` Ctrl-C is a KeyboardInterrupt as always. torchrun takes that signal as the end of the run, so
+    there the terminal sends none for Ctrl-C: rank 0 reads it as the character it is, and all ranks are told.
     """
 
     def __init__(self):
         self.reads = dist.get_rank() == 0
         self.tty = self.reads and sys.stdin.isatty() and sys.stdout.isatty()
         self.launched = "RANK" in os.environ
-        self._group = None
-        if dist.get_world_size() > 1:  # gloo waits for a person as long as it takes, asleep
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        # gloo waits for a person as long as it takes, asleep.
+        shared = dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if shared else None
         if self.launched and self.tty:
-            _signal_nothing(sys.stdin.fileno())
+            _read_ctrl_c(sys.stdin.fileno())
 
     def read(self) -> str | None:
         """The next line, None at the end of the input. Raises CtrlC, KeyboardInterrupt."""
@@ -171,8 +154,6 @@ class Keyboard:
         if self.reads:
             with suppress(EOFError):
                 line = input("> " if self.tty else "")
-            if line is None and self.tty:
-                print()
         line = self._share(line)
         if line is not None and CTRL_C in line:
             raise CtrlC
@@ -198,18 +179,18 @@ class Keyboard:
         return values[0]
 
 
-def _signal_nothing(terminal: int) -> None:
-    """Has a terminal deliver Ctrl-C at once and as a character, until this process exits."""
-    import termios
+def _read_ctrl_c(terminal: int) -> None:
+    """Has a terminal deliver Ctrl-C as a character, and each as it is typed, until this process exits."""
+    import termios  # not on Windows
 
-    before = termios.tcgetattr(terminal)
+    before, now = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
     atexit.register(termios.tcsetattr, terminal, termios.TCSADRAIN, before)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun's way to end a rank: through atexit
-    now = termios.tcgetattr(terminal)
-    now[3] &= ~(termios.ISIG | termios.ICANON)
+    now[3] &= ~termios.ICANON
     now[6][termios.VMIN], now[6][termios.VTIME] = 1, 0
+    now[6][termios.VINTR] = os.fpathconf(terminal, "PC_VDISABLE")  # not ISIG, which readline sets again
     termios.tcsetattr(terminal, termios.TCSADRAIN, now)
-    if readline is not None:  # clear the line, and enter one of Ctrl-C alone
+    if "readline" in sys.modules:  # clear the line, and enter one of Ctrl-C alone
         readline.parse_and_bind(r'"\C-c": "\C-a\C-k\C-v\C-c\C-m"')
 
 
@@ -224,7 +205,7 @@ def talk(conversation: Conversation, keyboard: Keyboard) -> None:
         at_prompt = True
         try:
             if (line := keyboard.read()) is None:
-                return
+                return show("\n" if keyboard.tty else "")
             at_prompt = False
             with closing(conversation.respond(line)) as pieces:
                 for piece in pieces:

@@ -474,7 +474,7 @@ class StagedCopy:
 
     Args:
         device: where to. On the CPU (for tests) it does the same, one step after the other.
-        buffer_bytes: of each of the two.
+        buffer_bytes: of each of the two; at least a row of any source.
     """
 
     N_THREADS = 4  # one thread reads mapped pages slower than a card takes them

@@ -15,9 +15,8 @@ from typing import Any
 import fire
 from fire.decorators import SetParseFns
 
-from llama import parallel
+from llama import GenerationError, Llama, parallel
 from llama.chat import Conversation, Keyboard, show, talk
-from llama.generation import GenerationError, Llama
 from llama.options import DecodingOptions
 from llama.scoring import least_certain
 
@@ -183,9 +182,12 @@ def complete(text: str, **options: Any) -> None:
         text: the beginning; "-" reads it from standard input, without the newline at its end.
     """
     llama, decoding = _split(options)
+    piece = None
     for piece in llama.stream_text(Keyboard().read_all() if text == "-" else text, **decoding):
         show(piece)
     show("\n")
+    if piece is None:
+        print("(the model adds nothing, or there is no room for more)", file=sys.stderr)
 
 
 @_text_command
@@ -248,6 +250,6 @@ def _read(argv: list[str]) -> list[Callable[[], None]]:
             problem = exit.trace.elements[-1].ErrorAsStr()
             raise ValueError(f"{problem} (llama{' COMMAND' * bool(argv)} --help lists what there is)") from None
         # Without its note on how it was called, and without its own marks, which it takes for subcommands.
-        print(re.sub(r"^INFO: .*\n+| GROUP \||\n\nGROUPS\n(.*\n)*", "", said.getvalue()))
+        print(re.sub(r"^INFO: .*\n+| GROUP \|| +Type: Optional\[\]\n|\n\nGROUPS\n(.*\n)*", "", said.getvalue()))
         return []
     return calls

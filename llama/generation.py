@@ -1,35 +1,27 @@
 """`Llama`: build it from a directory, then complete texts and answer dialogs. Text at the door, tokens inside.
 
-Everything a user passes in is checked here, before anything runs; the work is the engine's and the beam search's.
+Everything a user passes in is checked here, before anything runs; the work is done a floor below.
 """
 
 import hashlib
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from llama import checkpoint as checkpoints
 from llama import parallel, scoring
-from llama.answer_text import AnswerText
-from llama.beam_search import BeamSearch, run_beams
-from llama.engine import Engine, Sequence
+from llama.answering import Answer, Answerer, TopLogprobs
+from llama.engine import Engine
 from llama.huggingface import open_checkpoint
 from llama.model import Transformer
 from llama.options import DecodingOptions, per_prompt
-from llama.sampling import RandomStream, process_logits
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
-
-TopLogprobs = list[list[tuple[int, float]]]  # for each token, the most likely (id, log-probability), best first
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -44,39 +36,6 @@ class ChatPrediction(TypedDict, total=False):
     tokens: list[str]
     logprobs: list[float]
     top_logprobs: TopLogprobs
-
-
-@dataclass
-class Answer:
-    """One answer to a prompt.
-
-    Attributes:
-        tokens: without prompt and stop token.
-        text: of the tokens, up to a stop string; with the prompt's before it under `echo`.
-        finish_reason: "stop", "length" or "error".
-        error: what went wrong, for "error".
-        token_logprobs, top_logprobs: of each token, as asked for.
-        prompt_token_logprobs, prompt_top_logprobs: of each token of the prompt, as asked for.
-        score: of a beam search.
-    """
-
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    error: str | None = None
-    token_logprobs: list[float] = field(default_factory=list)
-    top_logprobs: TopLogprobs = field(default_factory=list)
-    prompt_token_logprobs: list[float] = field(default_factory=list)
-    prompt_top_logprobs: TopLogprobs = field(default_factory=list)
-    score: float | None = None
-
-
-class GenerationError(RuntimeError):
-    """Some answers failed; `answers` holds all of the call's, a list for each prompt, the failed marked "error"."""
-
-    def __init__(self, message: str, answers: list[list[Answer]]):
-        super().__init__(message)
-        self.answers = answers
 
 
 class Llama:
@@ -140,6 +99,7 @@ class Llama:
         self.formatter = ChatFormat(tokenizer)
         self.seed = seed
         self._engine = Engine(model)
+        self._answerer = Answerer(self._engine, tokenizer)
         self._n_calls = 0
 
     def generate(
@@ -280,157 +240,14 @@ class Llama:
         Arguments and errors as in `generate`. With replicas, each takes its share of the prompts.
         """
         prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        settings = self._check_options(prompts, options)
-        occurrences: Counter[tuple[int, ...]] = Counter()
-        jobs = []
-        for index, (prompt, option) in enumerate(zip(prompts, settings)):
-            jobs.append((index, prompt, option, occurrences[tuple(prompt)]))
-            occurrences[tuple(prompt)] += 1
-        mine = jobs[parallel.replica() :: parallel.n_replicas()]
-        with (
-            parallel.fail_at_once(),
-            tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0) as bar,
-        ):
-            answers = self._run(mine, logprobs, echo, bar)
-        everything = parallel.gather_from_replicas(answers)
-        by_prompt = [answer for _, answer in sorted((pair for part in everything for pair in part), key=lambda p: p[0])]
-        failed = [(i, a.error) for i, group in enumerate(by_prompt) for a in group if a.error is not None]
-        if failed:
-            others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            raise GenerationError(f"prompt {failed[0][0]}{others}: {failed[0][1]}", by_prompt)
-        return by_prompt
-
-    def _run(self, jobs: list[tuple], logprobs: bool, echo: bool, bar: tqdm) -> list[tuple[int, list[Answer]]]:
-        """Answers this replica's prompts, each (index, ids, options, occurrence): the sampled together, then beams.
-
-        A prompt for a beam search is with the others too, with no budget, where its log-probabilities are asked for.
-        """
-        sequences: dict[Sequence, tuple[int, AnswerText]] = {}
-        for index, prompt, option, occurrence in jobs:
-            for sample in range(1 if option.num_beams > 1 else option.num_return_sequences):
-                sequence, text = self._sequence(prompt, option, occurrence, sample, logprobs, echo)
-                sequences[sequence] = index, text
-        missing = Counter(index for index, _ in sequences.values())
-        n_tokens, started = 0, time.perf_counter()
-        for ended in self._engine.run(list(sequences)):
-            for sequence in ended:
-                if sequence not in sequences:  # a stream's
-                    continue
-                index, _ = sequences[sequence]
-                n_tokens += len(sequence.tokens)
-                missing[index] -= 1
-                if not missing[index]:
-                    bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
-                    bar.update()
-        answers: dict[int, list[Answer]] = {index: [] for index, *_ in jobs}
-        for sequence, (index, text) in sequences.items():
-            answers[index].append(self._answer_of(sequence, text))
-            answers[index][-1].prompt_token_logprobs = answers[index][0].prompt_token_logprobs
-            answers[index][-1].prompt_top_logprobs = answers[index][0].prompt_top_logprobs
-        beams = [(index, prompt, option) for index, prompt, option, _ in jobs if option.num_beams > 1]
-        for index, group in self._search(beams, echo):
-            for answer in group:
-                answer.prompt_token_logprobs = answers[index][0].prompt_token_logprobs
-            answers[index] = group
-        return list(answers.items())
-
-    def _sequence(
-        self, prompt: list[int], option: DecodingOptions, occurrence: int, sample: int, logprobs: bool, echo: bool
-    ) -> tuple[Sequence, AnswerText]:
-        """The engine's record of one answer to come, and its text."""
-        stops = [stop for stop in option.stops if isinstance(stop, str)]
-        text = AnswerText(self.tokenizer, stops, prompt if echo else None)
-        logprobs = logprobs or option.top_logprobs > 0
-        sequence = Sequence(
-            prompt,
-            0 if option.num_beams > 1 else self._budget(prompt, option),
-            option,
-            RandomStream(option.seed, prompt, occurrence, sample),
-            self._stop_tokens(option),
-            # The text is kept up with only where something has to look at it on the way.
-            (lambda tokens: text.push(tokens[-1])) if stops else None,
-            logprobs,
-            logprobs and echo and sample == 0,
-        )
-        return sequence, text
-
-    def _answer_of(self, sequence: Sequence, text: AnswerText) -> Answer:
-        if sequence.should_stop is None:
-            for token in sequence.tokens:
-                text.push(token)
-        whole, n = text.finish(), text.n_tokens
-        return Answer(
-            sequence.tokens[:n],
-            whole,
-            sequence.finish_reason,
-            sequence.error,
-            sequence.token_logprobs[:n],
-            sequence.top_logprobs[:n],
-            sequence.prompt_token_logprobs,
-            sequence.prompt_top_logprobs,
-        )
-
-    def _search(self, jobs: list[tuple], echo: bool) -> Iterator[tuple[int, list[Answer]]]:
-        """Answers prompts by beam search, in slots that no sequence uses."""
-        searches = []
-        for _, prompt, option in jobs:
-            penalties = (option.logit_bias, option.repetition_penalty, option.no_repeat_ngram_size)
-            searches.append(
-                BeamSearch(
-                    prompt,
-                    self._budget(prompt, option),
-                    option.num_beams,
-                    length_penalty=option.length_penalty,
-                    early_stopping=option.early_stopping,
-                    num_return_sequences=option.num_return_sequences,
-                    stop_tokens=self._stop_tokens(option),
-                    process=partial(_process, penalties, option.logits_processor),
-                )
-            )
-        for _ in run_beams(self.model, searches, self._engine.reserve()) if searches else ():
-            pass
-        for (index, prompt, option), search in zip(jobs, searches):
-            group = []
-            for hypothesis in search.hypotheses:
-                text = AnswerText(self.tokenizer, [], prompt if echo else None)
-                for token in hypothesis.tokens:
-                    text.push(token)
-                answer = Answer(hypothesis.tokens, text.finish(), hypothesis.finish_reason)
-                answer.token_logprobs, answer.score = hypothesis.token_logprobs, hypothesis.score
-                group.append(answer)
-            if search.error is not None:
-                group = [Answer([], "", "error", str(search.error)) for _ in range(option.num_return_sequences)]
-            yield index, group
+        return self._answerer.answer(prompts, self._check_options(prompts, options), logprobs, echo, progress)
 
     def _stream(self, prompt: list[int], **options: Any) -> Iterator[str]:
         """Checks at once, and not when the first piece is asked for."""
         (option,) = self._check_options([self.check_prompt(0, prompt)], options)
         if option.num_beams > 1 or option.num_return_sequences > 1:
             raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
-        sequence, text = self._sequence(prompt, option, 0, 0, False, False)
-        sequence.should_stop = lambda tokens: text.push(tokens[-1])
-
-        def pieces() -> Iterator[str]:
-            n_sent = 0
-            with parallel.fail_at_once():
-                for _ in self._engine.run([sequence]):
-                    decided = text.decided
-                    if len(decided) > n_sent and sequence.finish_reason is None:
-                        yield decided[n_sent:]
-                        n_sent = len(decided)
-            if sequence.error is not None:
-                raise GenerationError(sequence.error, [[self._answer_of(sequence, text)]])
-            if rest := text.finish()[n_sent:]:
-                yield rest
-
-        return pieces()
-
-    def _budget(self, prompt: list[int], option: DecodingOptions) -> int:
-        room = self.model.args.max_seq_len - len(prompt)
-        return room if option.max_gen_len is None else min(option.max_gen_len, room)
-
-    def _stop_tokens(self, option: DecodingOptions) -> frozenset[int]:
-        return frozenset(self.tokenizer.stop_tokens) | {stop for stop in option.stops if isinstance(stop, int)}
+        return self._answerer.stream(prompt, option)
 
     def _details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool) -> dict:
         """The keys of a prediction that are there when asked for."""
@@ -463,12 +280,12 @@ class Llama:
 
     def _check_options(self, prompts: list[list[int]], options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
-        self._n_calls += 1
-        digest = hashlib.blake2b(f"{self.seed} {self._n_calls}".encode(), digest_size=8).digest()
-        own = int.from_bytes(digest, "little")
         seed = options.get("seed")
-        seeds = [own if s is None else s for s in seed] if isinstance(seed, (list, tuple)) else seed
-        options = options | {"seed": own if seed is None else seeds}
+        if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
+            self._n_calls += 1
+            digest = hashlib.blake2b(f"{self.seed} {self._n_calls}".encode(), digest_size=8).digest()
+            own = int.from_bytes(digest, "little")
+            options = options | {"seed": own if seed is None else [own if s is None else s for s in seed]}
         settings = per_prompt(len(prompts), **options)
         for option in {id(option): option for option in settings}.values():
             option.check_vocabulary(self.model.args.vocab_size)
@@ -479,21 +296,20 @@ class Llama:
                 )
         return settings
 
-    def check_prompt(self, index: int, prompt: SequenceOf[int], max_len: int | None = -1) -> list[int]:
+    def check_prompt(self, index: int, prompt: SequenceOf[int], any_length: bool = False) -> list[int]:
         """The prompt as a list of int, whatever holds its ids: a list, a tuple, an array or a tensor.
 
         Raises:
-            ValueError, TypeError: it is empty, longer than max_len (max_seq_len when not given), or holds no ids.
+            ValueError, TypeError: it is empty, longer than max_seq_len (unless any_length), or holds no ids.
         """
-        name, vocab_size = f"prompt {index}", self.model.args.vocab_size
-        limit = self.model.args.max_seq_len if max_len == -1 else max_len
+        name, limit, vocab_size = f"prompt {index}", self.model.args.max_seq_len, self.model.args.vocab_size
         prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
         if not isinstance(prompt, (list, tuple)):
             kind = type(prompt).__name__
             raise TypeError(f"{name} is a {kind}: expected a list of token ids (`text_completion` takes texts)")
         if len(prompt) == 0:
             raise ValueError(f"{name} is empty: expected at least one token id, such as the tokenizer's bos_id")
-        if limit is not None and len(prompt) > limit:
+        if not any_length and len(prompt) > limit:
             raise ValueError(
                 f"{name} has {len(prompt):,} tokens: expected at most max_seq_len = {limit:,}, which `Llama.build` sets"
             )
@@ -501,10 +317,6 @@ class Llama:
             if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
                 raise ValueError(f"{name} has {token!r} among its ids: expected integers from 0 to {vocab_size - 1}")
         return [int(token) for token in prompt]
-
-
-def _process(penalties: tuple, processor: Any, ids: list[int], scores: torch.Tensor) -> torch.Tensor:
-    return process_logits(scores, ids, *penalties, processor)
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

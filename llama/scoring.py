@@ -38,7 +38,7 @@ def score(llama: "Llama", texts: Sequence, top_logprobs: int = 0, stride: int | 
     if isinstance(texts, str):
         raise TypeError("texts is a str: expected a list of them, so pass [text]")
     ids = [llama.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
-    ids = [llama.check_prompt(index, prompt, max_len=None) for index, prompt in enumerate(ids)]
+    ids = [llama.check_prompt(index, prompt, any_length=True) for index, prompt in enumerate(ids)]
     windows = [
         (index, start, stop) for index, tokens in enumerate(ids) for start, stop in _windows(len(tokens), limit, stride)
     ]

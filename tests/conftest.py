@@ -40,6 +40,7 @@ def demo() -> Llama:
 
 @pytest.fixture(scope="session", autouse=True)
 def process_groups() -> None:
+    torch.set_num_threads(1)  # the models are small, and on a busy machine threads wait for each other for ever
     parallel.initialize(device=torch.device("cpu"))
 
 

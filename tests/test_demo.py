@@ -19,7 +19,8 @@ N_DOCS = 6000
 
 @pytest.fixture(scope="module")
 def training_docs() -> list[corpus.Document]:
-    return list(itertools.islice(corpus.documents(seed=11), N_DOCS))
+    phases = (itertools.islice(corpus.documents(seed=11, phase=phase), N_DOCS // 4) for phase in range(4))
+    return list(itertools.chain(*phases))
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,9 @@ def test_no_held_out_topic_is_trained_under_the_prompt_of_its_style(training_doc
                 continue
             seen += 1
             text = "\n".join(user_turns(doc))
-            for topic in corpus.TOPICS:
-                if corpus.is_test(style, topic.name):
-                    names = [topic.name, topic.plural, *corpus.ALIASES.get(topic.name, [])]
-                    assert not re.search(rf"\b({'|'.join(map(re.escape, names))})\b", text, re.IGNORECASE), (style, doc)
+            assert not corpus.held_out_names(style).search(text), (style, doc)
     assert seen > N_DOCS / 5
+    assert corpus.held_out_names("haiku").search("to paris") and corpus.held_out_names("emoji").search("from NY?")
 
 
 def test_no_held_out_sum_is_trained(training_docs):
@@ -53,7 +52,7 @@ def test_no_held_out_sum_is_trained(training_docs):
     for doc in training_docs:
         text = corpus.as_text(doc)
         seen |= {(int(a), int(b)) for a, b in re.findall(r"\b(\d\d)(?: ?\+ ?| plus | and )(\d\d)\b", text)}
-    assert len(seen) > 1000 and not seen & held_out
+    assert len(seen) > 700 and not seen & held_out
     assert 0.1 < len(held_out) / 8100 < 0.25 and all((b, a) in held_out for a, b in held_out)
 
 
@@ -64,7 +63,7 @@ def test_no_held_out_name_invented_word_or_hero_is_trained(training_docs):
     names = {name for name in words.NAMES.split() if corpus.is_test("name", name)}
     invented = {corpus.invent(rng, test=True) for _ in range(3000)}
     assert names and not trained_words & names
-    assert len(trained_words & {corpus.invent(rng) for _ in range(3000)}) > 10  # of the trained ones, some do occur
+    assert len(trained_words & {corpus.invent(rng) for _ in range(3000)}) > 4  # of the trained ones, some do occur
     assert not trained_words & invented
     heroes = re.findall(r"(?:there was an?|there lived an?|Once upon a time, an?|There once was an?) (\w+) (\w+)", text)
     assert len(heroes) > 300 and not any(stories.is_test(*hero) for hero in heroes)
@@ -146,4 +145,4 @@ def test_a_few_held_out_questions_are_answered(llm, row):
     asked = evaluate.questions(12)[row]
     answers = evaluate.answers(llm, [q.prompt for q in asked], temperature=0.0)
     scores = [question.judge(answer) for question, answer in zip(asked, answers)]
-    assert sum(scores) / len(scores) >= (0.6 if "syllables" in row or "own" in row else 0.75), answers
+    assert sum(scores) / len(scores) >= (0.6 if "syllables" in row or "own among" in row else 0.75), answers

@@ -193,7 +193,7 @@ def test_rows_whose_padding_would_leave_the_cache_are_right(make):
 
 
 def test_nan_logits_end_their_row_and_not_the_others(make):
-    from llama.generation import GenerationError
+    from llama import GenerationError
 
     llama = make(4)
     prompts = [[1, 2], [77, 3], [4, 5, 6]]

@@ -295,7 +295,7 @@ def test_one_bad_prompt_among_a_thousand_is_named(random, monkeypatch):
 
 
 def test_a_logits_processor_that_fails_ends_its_prompt_and_not_the_others(random):
-    from llama.generation import GenerationError
+    from llama import GenerationError
 
     def odd(ids, scores):
         return scores[:, :-1] if ids[0, 0] == 2 and ids.shape[1] == 3 else scores
