@@ -14,11 +14,11 @@ from typing import Any, TypedDict
 import torch
 import torch.distributed as dist
 
-from llama import checkpoint as checkpoints
 from llama import parallel, scoring
 from llama.answering import Answer, Answerer, TopLogprobs
 from llama.engine import Engine
 from llama.huggingface import open_checkpoint
+from llama.loading import load_weights
 from llama.model import Transformer
 from llama.options import DecodingOptions, per_prompt
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
@@ -87,7 +87,7 @@ class Llama:
             with torch.device("meta"):
                 model = Transformer(checkpoint.args)
             dtype = dtype or parallel.pick_dtype(checkpoint.dtype, device)
-            loaded = checkpoints.load_weights(model, checkpoint, dtype, device)
+            loaded = load_weights(model, checkpoint, dtype, device)
             model.allocate_cache()
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))

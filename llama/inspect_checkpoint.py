@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint import CHUNK_BYTES, MetaCheckpoint, drop_pages, find_shards, model_args, open_shard, read_params
-from llama.checkpoint import pieces as pieces_of_tensor
+from llama.checkpoint import MetaCheckpoint, find_shards, model_args, open_shard, read_params
 from llama.huggingface import HuggingFaceCheckpoint, find_tokenizer, open_checkpoint
+from llama.loading import CHUNK_BYTES, drop_pages
+from llama.loading import pieces as pieces_of_tensor
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import random_model, run_python, split_checkpoint, torchrun
 
-from llama import Llama, checkpoint
-from llama.checkpoint import MetaCheckpoint, StagedCopy, load_weights
+from llama import Llama, loading
+from llama.checkpoint import MetaCheckpoint
+from llama.loading import StagedCopy, load_weights
 from llama.model import ModelArgs, Transformer
 
 # Every directory of a folder on the processes of this run: how far the logprobs of the golden tokens are off, which
@@ -100,7 +101,7 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from llama import checkpoint, parallel
+from llama import checkpoint, loading, parallel
 from llama.model import ModelArgs, Transformer
 
 def private():
@@ -125,7 +126,7 @@ for folder in map(Path, folders):
     watcher.start()
     with torch.device("meta"):
         model = Transformer(args)
-    loaded = checkpoint.load_weights(model, checkpoint.MetaCheckpoint(folder, args), dtype, torch.device("cpu"))
+    loaded = loading.load_weights(model, checkpoint.MetaCheckpoint(folder, args), dtype, torch.device("cpu"))
     done.set()
     watcher.join()
     grown = max(peak, private()) - before
@@ -174,7 +175,7 @@ def test_copying_in_small_pieces_gives_the_same_numbers(write_checkpoint, tmp_pa
     source = write_checkpoint()
     folder = split_checkpoint(source, tmp_path / "split", n_shards) if n_shards > 1 else source
     args = ModelArgs(**json.loads((source / "params.json").read_text()))
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 4096)
     opened = MetaCheckpoint(folder, args)
     with torch.device("meta"):
         model = Transformer(args)
@@ -188,13 +189,13 @@ def test_a_slice_copied_in_small_pieces_is_that_slice(write_checkpoint, tmp_path
     source = write_checkpoint()
     folder = split_checkpoint(source, tmp_path / "split", 4)
     whole = torch.load(source / "consolidated.00.pth", weights_only=True)
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 2048)
     opened = MetaCheckpoint(folder, ModelArgs(**json.loads((source / "params.json").read_text())))
     copier = StagedCopy(torch.device("cpu"), buffer_bytes=1000) if staged else None
     for name, full in opened.shapes.items():
         for dim in range(len(full)):
             for start, stop in ((0, full[dim]), (full[dim] // 4, full[dim] // 2), (full[dim] // 2, full[dim])):
-                found = checkpoint._copy(opened, name, dim, start, stop, torch.float64, torch.device("cpu"), copier)
+                found = loading._copy(opened, name, dim, start, stop, torch.float64, torch.device("cpu"), copier)
                 assert torch.equal(found, whole[name].narrow(dim, start, stop - start).double()), name
 
 
@@ -225,7 +226,7 @@ def test_pages_that_were_read_leave_memory_and_can_be_read_again(medium):
     n_read = sum(tensor.nbytes for tensor in tensors)
     assert resident_file_pages() - before > 0.9 * n_read
     for tensor in tensors:
-        checkpoint.drop_pages(tensor)
+        loading.drop_pages(tensor)
     assert resident_file_pages() - before < 0.1 * n_read
     assert [float(tensor.sum()) for tensor in tensors] == sums
 
