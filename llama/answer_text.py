@@ -26,16 +26,22 @@ class AnswerText:
             self._text = self._decoder.decode(tokenizer.decode_bytes(before))
         self._start = len(self._text)
 
-    def push(self, token: int) -> bool:
-        """Takes the next token; True once a stop string is complete."""
+    def follow(self, tokens: list[int]) -> bool:
+        """Takes those of an answer's tokens that are new; True once a stop string is complete."""
+        for token in tokens[len(self._ends) :]:
+            self.push(token)
+        return self._stopped
+
+    def push(self, token: int) -> None:
+        """Takes the next token."""
         if self._text:
             new = self._tokenizer.token_bytes(token)
         else:  # the first token of a Llama 2 text is without its space
             self._tokens.append(token)
             new = self._tokenizer.decode_bytes(self._tokens)[len(self._tokenizer.decode_bytes(self._tokens[:-1])) :]
-        return self._extend(self._decoder.decode(new))
+        self._extend(self._decoder.decode(new))
 
-    def _extend(self, new: str) -> bool:
+    def _extend(self, new: str) -> None:
         longest = max(map(len, self._stops), default=0)
         search_from = max(self._start, len(self._text) - longest + 1)
         self._text += new
@@ -43,7 +49,6 @@ class AnswerText:
         found = [at for stop in self._stops if (at := self._text.find(stop, search_from)) >= 0]
         if found:
             self._text, self._stops, self._stopped = self._text[: min(found)], [], True
-        return self._stopped
 
     @property
     def decided(self) -> str:

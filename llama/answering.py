@@ -66,6 +66,7 @@ class Answerer:
         self.engine = engine
         self.model = engine.model
         self.tokenizer = tokenizer
+        self._cause: BaseException | None = None  # the exception of the caller's own code that an answer failed of
 
     def answer(
         self,
@@ -85,7 +86,15 @@ class Answerer:
         for index, (prompt, option) in enumerate(zip(prompts, settings)):
             jobs.append((index, prompt, option, occurrences[tuple(prompt)]))
             occurrences[tuple(prompt)] += 1
+        n_free = len(self.engine.slots) - self.engine.n_used
+        for index, option in enumerate(settings):
+            if option.num_beams > max(1, n_free):
+                raise ValueError(
+                    f"prompt {index}: num_beams = {option.num_beams}, but {n_free} of max_batch_size = "
+                    f"{len(self.engine.slots)} slots are free: expected no more beams; close the streams that are open"
+                )
         mine = jobs[parallel.replica() :: parallel.n_replicas()]
+        self._cause = None
         with (
             parallel.fail_at_once(),
             tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0) as bar,
@@ -96,13 +105,13 @@ class Answerer:
         failed = [(index, a.error) for index, group in enumerate(by_prompt) for a in group if a.error is not None]
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            raise GenerationError(f"prompt {failed[0][0]}{others}: {failed[0][1]}", by_prompt)
+            raise GenerationError(f"prompt {failed[0][0]}{others}: {failed[0][1]}", by_prompt) from self._cause
         return by_prompt
 
     def stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
         """Yields the text of one answer while it is decided."""
         sequence, text = self._sequence(prompt, option, 0, 0, False, False)
-        sequence.should_stop = lambda tokens: text.push(tokens[-1])
+        sequence.should_stop = text.follow
         n_sent = 0
         with parallel.fail_at_once():
             for _ in self.engine.run([sequence]):
@@ -126,6 +135,8 @@ class Answerer:
                 sequence, text = self._sequence(prompt, option, occurrence, sample, logprobs, echo)
                 sequences[sequence] = index, text
         missing = Counter(index for index, _ in sequences.values())
+        beams = [(index, prompt, option) for index, prompt, option, _ in jobs if option.num_beams > 1]
+        searched = {index for index, *_ in beams}
         n_tokens, started = 0, time.perf_counter()
         for ended in self.engine.run(list(sequences)):
             for sequence in ended:
@@ -133,8 +144,9 @@ class Answerer:
                     continue
                 index, _ = sequences[sequence]
                 n_tokens += len(sequence.tokens)
+                self._cause = self._cause or sequence.cause
                 missing[index] -= 1
-                if not missing[index]:
+                if not missing[index] and index not in searched:
                     bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
                     bar.update()
         answers: dict[int, list[Answer]] = {index: [] for index, *_ in jobs}
@@ -142,8 +154,7 @@ class Answerer:
             answers[index].append(self._answer_of(sequence, text))
             answers[index][-1].prompt_token_logprobs = answers[index][0].prompt_token_logprobs
             answers[index][-1].prompt_top_logprobs = answers[index][0].prompt_top_logprobs
-        beams = [(index, prompt, option) for index, prompt, option, _ in jobs if option.num_beams > 1]
-        for index, group in self._search(beams, echo):
+        for index, group in self._search(beams, echo, bar):
             for answer in group:
                 answer.prompt_token_logprobs = answers[index][0].prompt_token_logprobs
             answers[index] = group
@@ -163,16 +174,14 @@ class Answerer:
             RandomStream(option.seed, prompt, occurrence, sample),
             self._stop_tokens(option),
             # The text is kept up with only where something has to look at it on the way.
-            (lambda tokens: text.push(tokens[-1])) if stops else None,
+            text.follow if stops else None,
             logprobs,
             logprobs and echo and sample == 0,
         )
         return sequence, text
 
     def _answer_of(self, sequence: Sequence, text: AnswerText) -> Answer:
-        if sequence.should_stop is None:
-            for token in sequence.tokens:
-                text.push(token)
+        text.follow(sequence.tokens)
         whole, n = text.finish(), text.n_tokens
         return Answer(
             sequence.tokens[:n],
@@ -185,7 +194,7 @@ class Answerer:
             sequence.prompt_top_logprobs,
         )
 
-    def _search(self, jobs: list[tuple], echo: bool) -> Iterator[tuple[int, list[Answer]]]:
+    def _search(self, jobs: list[tuple], echo: bool, bar: tqdm) -> Iterator[tuple[int, list[Answer]]]:
         """Answers prompts by beam search, in slots that no sequence uses."""
         searches = []
         for _, prompt, option in jobs:
@@ -199,17 +208,16 @@ class Answerer:
                     early_stopping=option.early_stopping,
                     num_return_sequences=option.num_return_sequences,
                     stop_tokens=self._stop_tokens(option),
-                    process=partial(_process, penalties, option.logits_processor),
+                    process=partial(_process, penalties, option.logits_processor) if option.has_penalties else None,
                 )
             )
         for _ in run_beams(self.model, searches, self.engine.reserve()) if searches else ():
-            pass
+            bar.update()
         for (index, prompt, option), search in zip(jobs, searches):
             group = []
             for hypothesis in search.hypotheses:
                 text = AnswerText(self.tokenizer, [], prompt if echo else None)
-                for token in hypothesis.tokens:
-                    text.push(token)
+                text.follow(hypothesis.tokens)
                 answer = Answer(hypothesis.tokens, text.finish(), hypothesis.finish_reason)
                 answer.token_logprobs, answer.score = hypothesis.token_logprobs, hypothesis.score
                 group.append(answer)

@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama.engine import PREFILL_TOKENS
 from llama.kv_cache import KVCache
 from llama.model import Transformer
-
-PREFILL_CHUNK = 4096  # positions of a prompt that run at once: a bound on the memory of the activations
 
 
 @dataclass
@@ -195,8 +194,8 @@ def run_beams(model: Transformer, searches: Iterable[BeamSearch], first_slot: in
 def _prefill(model: Transformer, prompt: list[int], row: int) -> torch.Tensor:
     """Logits after the prompt, [1, vocab_size]."""
     tokens = torch.tensor([prompt], device=model.rotary.device)
-    for start in range(0, len(prompt), PREFILL_CHUNK):
-        hidden = model.hidden_states(tokens[:, start : start + PREFILL_CHUNK], start, slice(row, row + 1))
+    for start in range(0, len(prompt), PREFILL_TOKENS):
+        hidden = model.hidden_states(tokens[:, start : start + PREFILL_TOKENS], start, slice(row, row + 1))
     return model.logits(hidden[:, -1])
 
 

@@ -7,6 +7,10 @@ same random numbers, so ranks agree on every token without talking about it.
 others, and leave their slot to the next.
 """
 
+import contextlib
+import math
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,13 +20,13 @@ import torch
 from llama.model import Transformer
 from llama.options import DecodingOptions
 from llama.sampling import RandomStream, next_tokens, process_logits, token_logprobs
+from llama.slots import Slots, shareable
 
 # How many positions one prefill works on, padding included: enough to keep a device busy, and a bound on the memory of
 # the activations. While other sequences are decoding it is less, so that they do not stall; longer prompts are cut.
 PREFILL_TOKENS = 4096
 PREFILL_TOKENS_WHILE_DECODING = 512
-# A shared beginning shorter than this is not worth copying.
-MIN_SHARED_PREFIX = 16
+UNUSABLE_LOGITS = "the model's logits are NaN or infinite: look for damaged weights with `llama verify`"
 # Logits of a prompt's positions are made this many at a time: 256 x 128,256 float32 are 131 MB.
 LOGITS_CHUNK = 256
 
@@ -44,7 +48,7 @@ class Sequence:
         token_logprobs, prompt_token_logprobs: as asked for, in nats.
         top_logprobs, prompt_top_logprobs: `options.top_logprobs` (id, log-probability) for each of them, best first.
         finish_reason: "stop", "length" or "error" once it has ended.
-        error: what went wrong, for "error".
+        error, cause: what went wrong, for "error", and the exception of the caller's own code behind it.
     """
 
     prompt: list[int]
@@ -62,6 +66,7 @@ class Sequence:
     prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    cause: BaseException | None = None
 
     def append(self, token: int) -> bool:
         """Takes the next token; False if it ended the answer instead of joining it."""
@@ -75,8 +80,9 @@ class Sequence:
             self.finish_reason = "length"
         return True
 
-    def fail(self, error: str) -> None:
-        self.finish_reason, self.error = "error", error
+    def fail(self, error: Exception | str) -> None:
+        self.finish_reason, self.error = "error", str(error)
+        self.cause = error.__cause__ if isinstance(error, Exception) else None
 
 
 @dataclass
@@ -102,7 +108,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how much of its prompt is done
-        self.slot_tokens: list[list[int]] = [[] for _ in range(model.cache.max_batch_size)]  # whose keys each holds
+        self.slots = Slots(model.cache)
         self.counters = Counters()
         self.reuse_prefixes = True
 
@@ -111,28 +117,44 @@ class Engine:
 
         Leaving the iterator early takes its sequences out again.
         """
-        for sequence in sequences:
-            if sequence.max_new_tokens == 0 and not sequence.prompt_logprobs:
-                sequence.finish_reason = "length"
-        unfinished = [s for s in sequences if s.finish_reason is None]
-        self.waiting.extend(unfinished)
+        unfinished = list(sequences)
         try:
-            while unfinished:
-                yield self.step()
+            ended = [s for s in sequences if s.max_new_tokens == 0 and not s.prompt_logprobs]
+            for sequence in ended:
+                sequence.finish_reason = "length"
+            self.waiting.extend(s for s in sequences if s.finish_reason is None)
+            while True:
+                yield ended
                 unfinished = [s for s in unfinished if s.finish_reason is None]
+                if not unfinished:
+                    return
+                ended = self.step()
         finally:
             self._remove(set(unfinished))
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One prefill, if a prompt waits and a slot is free, and one new token for each running sequence."""
-        if self.partial is None and self.waiting and len(self.running) < self.model.cache.max_batch_size:
-            self._admit()
-        elif self.partial is not None:
-            self._continue_partial()
-        if self.running and not any(s.finish_reason for s in self.running):
-            self._decode()
-        return self._release([s for s in self.running if s.finish_reason])
+        """One prefill, if a prompt waits and a slot is free, and one new token for each running sequence.
+
+        An interrupt (Ctrl-C) is raised at the end of the step. A second one, or another exception such as running out
+        of memory, gives up all the sequences in progress, whose keys may be half written.
+        """
+        try:
+            with _interrupt_afterwards():
+                if self.partial is not None:
+                    self._continue_partial()
+                elif self.waiting and len(self.running) < len(self.slots):
+                    self._admit()
+                ended = self._release([s for s in self.running if s.finish_reason])
+                if self.running:
+                    self._decode()
+                    ended += self._release([s for s in self.running if s.finish_reason])
+        except _Interrupted:
+            raise KeyboardInterrupt from None
+        except BaseException as error:
+            self._give_up(f"the step failed: {type(error).__name__}: {error}")
+            raise
+        return ended
 
     # Prefill
 
@@ -143,17 +165,20 @@ class Engine:
         group: list[Sequence] = []
         starts: list[int] = []
         width = 0
-        while self.waiting and first_slot + len(group) < self.model.cache.max_batch_size:
+        while self.waiting and first_slot + len(group) < len(self.slots):
             sequence = self.waiting[0]
-            source, shared = self._find_prefix(sequence)
-            # One that begins like a prompt of this group waits until that one's keys are there.
-            if any(self._shareable(sequence, s.prompt) > shared for s in group):
-                break
+            source, shared = 0, 0
+            if self.reuse_prefixes and not sequence.prompt_logprobs:  # which are of every position
+                source, shared = self.slots.find(sequence.prompt)
+                # One that begins like a prompt of this group waits until that one's keys are there.
+                if any(shareable(sequence.prompt, s.prompt) > shared for s in group):
+                    break
             wider = max(width, len(sequence.prompt) - shared)
             if group and wider * (len(group) + 1) > budget:
                 break
             slot = first_slot + len(group)
-            self._take_slot(slot, source, shared, sequence)
+            self.slots.take(slot, source, shared)
+            self.counters.reused += shared
             self.waiting.popleft()
             group.append(sequence)
             starts.append(shared)
@@ -165,30 +190,6 @@ class Engine:
         self._prefill(group, starts, first_slot, [len(s.prompt) for s in group])
         self.running += group
 
-    def _find_prefix(self, sequence: Sequence) -> tuple[int, int]:
-        """The slot that shares the longest beginning with a prompt, and how much of it can be taken over."""
-        lengths = [self._shareable(sequence, tokens) for tokens in self.slot_tokens]
-        slot = max(range(len(lengths)), key=lengths.__getitem__)
-        return slot, lengths[slot]
-
-    def _shareable(self, sequence: Sequence, tokens: list[int]) -> int:
-        """How many of the keys of `tokens` serve for a prompt.
-
-        The last token of a prompt is always run, for the logits after it; all are, where the prompt is to be scored.
-        """
-        if sequence.prompt_logprobs or not self.reuse_prefixes:
-            return 0
-        length = _common_prefix(sequence.prompt[:-1], tokens)
-        return length if length >= min(MIN_SHARED_PREFIX, len(sequence.prompt) - 1) else 0
-
-    def _take_slot(self, slot: int, source: int, shared: int, sequence: Sequence) -> None:
-        """Gives a slot to a sequence, with the keys of the first `shared` tokens of its prompt from the source's."""
-        if shared and source != slot:
-            self.slot_tokens[slot] = []
-            self.model.cache.copy_slot(source, slot, shared)
-        self.slot_tokens[slot] = sequence.prompt[:shared]
-        self.counters.reused += shared
-
     def _continue_partial(self) -> None:
         """Prefills the next piece of a long prompt; after the last, the sequence is running."""
         sequence, slot, done = self.partial
@@ -198,7 +199,7 @@ class Engine:
         self.partial = (sequence, slot, stop)
         if stop == len(sequence.prompt):
             self.partial = None
-            self._move(slot, len(self.running))
+            self.slots.swap(slot, len(self.running))
             self.running.append(sequence)
 
     def _prefill(self, group: list[Sequence], starts: list[int], first_slot: int, stops: list[int]) -> None:
@@ -217,13 +218,13 @@ class Engine:
         hidden = self._forward(tokens, starts, first_slot)
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
             slot = first_slot + row
-            self.counters.prefilled += stop - len(self.slot_tokens[slot])
-            self.slot_tokens[slot] = sequence.prompt[:stop]
+            self.counters.prefilled += stop - len(self.slots.tokens[slot])
+            self.slots.record(slot, start, sequence.prompt[start:stop])
             if sequence.prompt_logprobs:
                 self._score_prompt(sequence, hidden[row], start, stop)
         whole = [row for row, (s, stop) in enumerate(zip(group, stops)) if stop == len(s.prompt)]
         for row in whole:
-            if group[row].max_new_tokens == 0:
+            if group[row].max_new_tokens == 0 and group[row].finish_reason is None:
                 group[row].finish_reason = "length"
         whole = [row for row in whole if group[row].finish_reason is None]
         if whole:
@@ -236,6 +237,9 @@ class Engine:
         for i in range(0, len(following), LOGITS_CHUNK):
             targets = following[i : i + LOGITS_CHUNK]
             logits = self.model.logits(hidden[i : i + len(targets)])
+            if not bool(logits.amax(dim=-1).isfinite().all()):
+                sequence.fail(UNUSABLE_LOGITS)
+                return
             sequence.prompt_token_logprobs += token_logprobs(logits, targets).tolist()
             if sequence.options.top_logprobs:
                 sequence.prompt_top_logprobs += _top_logprobs(logits, sequence.options.top_logprobs)
@@ -247,37 +251,41 @@ class Engine:
         tokens = torch.tensor([[s.tokens[-1]] for s in self.running], device=self.device)
         positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.running]
         hidden = self._forward(tokens, positions, 0)
-        for slot, sequence in enumerate(self.running):
-            self.slot_tokens[slot].append(sequence.tokens[-1])
+        for slot, (sequence, position) in enumerate(zip(self.running, positions)):
+            self.slots.record(slot, position, sequence.tokens[-1:])
         self.counters.decoded += len(self.running)
         self._choose(self.running, hidden[:, -1])
 
     def _forward(self, tokens: torch.Tensor, starts: list[int], first_slot: int) -> torch.Tensor:
-        same = min(starts) == max(starts)
-        start_pos = starts[0] if same else torch.tensor(starts, device=self.device)
-        return self.model.hidden_states(tokens, start_pos, slice(first_slot, first_slot + len(starts)))
+        return self.model.hidden_states(tokens, starts, slice(first_slot, first_slot + len(starts)))
 
     def _choose(self, sequences: list[Sequence], hidden: torch.Tensor) -> None:
         """Chooses each sequence's next token from its last hidden state, [B, dim]."""
         logits = self.model.logits(hidden)
         if logits.device.type == "mps":  # which has no float64
             logits = logits.cpu()
-        broken = logits.isnan().any(dim=-1).tolist()
-        chosen_from = logits.nan_to_num() if any(broken) else logits
+        peaks = logits.amax(dim=-1).tolist()
+        chosen_from = logits
         for row, sequence in enumerate(sequences):
             try:
-                if broken[row]:
-                    raise ValueError("the model's logits are NaN: look for damaged weights with `llama verify`")
+                if not math.isfinite(peaks[row]):
+                    raise ValueError(UNUSABLE_LOGITS)
                 processed = _process(logits[row], sequence)
+                if processed is not None and not math.isfinite(peak := processed.amax().item()):
+                    left = "no token to choose" if peak == -math.inf else f"a logit of {peak}"
+                    raise ValueError(f"{_names_of_penalties(sequence.options)} left {left}")
             except ValueError as error:
-                sequence.fail(str(error))
-                continue
+                sequence.fail(error)
+                processed = torch.zeros_like(logits[row])  # for a token that is not kept
             if processed is not None:
                 chosen_from = logits.clone() if chosen_from is logits else chosen_from
                 chosen_from[row] = processed
         # The position of the token to come, counted from the start of the prompt.
         seeds = torch.tensor([s.random.seed(len(s.prompt) + len(s.tokens)) for s in sequences], device=logits.device)
-        settings = [(o.temperature, o.top_k or 0, o.top_p, o.min_p or 0) for o in (s.options for s in sequences)]
+        n = logits.shape[-1]
+        settings = [
+            (o.temperature, min(o.top_k or 0, n), o.top_p, o.min_p or 0) for o in (s.options for s in sequences)
+        ]
         columns = torch.tensor(settings, dtype=torch.float64).T.to(logits.device)
         chosen = next_tokens(chosen_from, seeds, *columns)
         logprobs = token_logprobs(logits, chosen).tolist() if any(s.logprobs for s in sequences) else None
@@ -291,10 +299,14 @@ class Engine:
 
     def reserve(self) -> int:
         """The first of the slots that no sequence uses; what they held is given up to the caller."""
-        first = len(self.running) if self.partial is None else self.partial[1] + 1
-        for slot in range(first, len(self.slot_tokens)):
-            self.slot_tokens[slot] = []
+        first = self.n_used
+        self.slots.forget(first)
         return first
+
+    @property
+    def n_used(self) -> int:
+        """How many slots are in use, by sequences of this and other calls."""
+        return len(self.running) if self.partial is None else self.partial[1] + 1
 
     def _release(self, ended: list[Sequence]) -> list[Sequence]:
         """Takes sequences out of their slots; the last running ones move down into them."""
@@ -303,14 +315,8 @@ class Engine:
             last = self.running.pop()
             if last is not sequence:
                 self.running[slot] = last
-                self._move(len(self.running), slot)
+            self.slots.swap(len(self.running), slot)
         return ended
-
-    def _move(self, source: int, target: int) -> None:
-        if source != target:
-            self.slot_tokens[target] = []  # should an interrupt come between
-            self.model.cache.copy_slot(source, target, len(self.slot_tokens[source]))
-            self.slot_tokens[target] = list(self.slot_tokens[source])
 
     def _remove(self, sequences: set[Sequence]) -> None:
         """Forgets sequences that nobody waits for any more."""
@@ -319,25 +325,58 @@ class Engine:
             self.partial = None
         self._release([s for s in self.running if s in sequences])
 
+    def _give_up(self, reason: str) -> None:
+        """Ends the sequences in progress with an error, and forgets what the slots hold."""
+        for sequence in [*self.running, *([self.partial[0]] if self.partial else [])]:
+            if sequence.finish_reason is None:
+                sequence.fail(reason)
+        self.running, self.partial = [], None
+        self.slots.forget()
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, once the step has ended."""
+
+
+@contextlib.contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Holds the first Ctrl-C back until the work inside is done; the second one is raised at once."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    interrupted = False
+
+    def hold_back(*_: object) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+
+    signal.signal(signal.SIGINT, hold_back)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise _Interrupted
+
 
 def _process(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor | None:
     """A row's logits after its penalties, None where it has none."""
     o = sequence.options
-    if not o.logit_bias and o.repetition_penalty == 1 and o.no_repeat_ngram_size == 0 and o.logits_processor is None:
+    if not o.has_penalties:
         return None
     ids = sequence.prompt + sequence.tokens
     return process_logits(logits, ids, o.logit_bias, o.repetition_penalty, o.no_repeat_ngram_size, o.logits_processor)
+
+
+def _names_of_penalties(options: DecodingOptions) -> str:
+    names = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "logits_processor")
+    return " and ".join(n for n in names if getattr(options, n) != DecodingOptions.__dataclass_fields__[n].default)
 
 
 def _top_logprobs(logits: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
     """The k most likely (id, log-probability) of each row [T, vocab_size], best first."""
     values, ids = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
     return [list(zip(row_ids, row)) for row_ids, row in zip(ids.tolist(), values.tolist())]
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    """How many ids two lists begin with in common."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])

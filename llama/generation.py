@@ -6,7 +6,7 @@ Everything a user passes in is checked here, before anything runs; the work is d
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, TypedDict
@@ -55,8 +55,8 @@ class Llama:
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
-        Process groups are made if there are none yet, and on ranks other than 0 stdout is silenced; nothing else that
-        is global is touched.
+        Process groups are made if there are none yet; on CUDA the process's current device is set, as NCCL wants it;
+        on ranks other than 0 stdout is silenced. Nothing else that is global is touched.
 
         Args:
             ckpt_dir: a directory with params.json and consolidated.NN.pth, or Hugging Face's with config.json and
@@ -144,12 +144,15 @@ class Llama:
             GenerationError: the model or a logits_processor gave logits that cannot be used, for some of the prompts.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
+        if not isinstance(prompt_tokens, Iterable):
+            raise TypeError(f"prompt_tokens is {prompt_tokens!r}: expected a list of prompts, each a list of token ids")
         prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompt_tokens)]
         by_prompt = self.answer(prompts, logprobs, echo, progress, **options)
         answers = [(prompt, answer) for prompt, group in zip(prompts, by_prompt) for answer in group]
         tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
         values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
-        if not options.get("top_logprobs"):
+        top = options.get("top_logprobs")
+        if not (any(top) if isinstance(top, (list, tuple)) else top):
             return tokens, values
         return tokens, values, [a.prompt_top_logprobs + a.top_logprobs for _, a in answers]
 
@@ -175,7 +178,7 @@ class Llama:
         by_prompt = self.answer(prompt_tokens, logprobs, echo, progress, **options)
         predictions: list[CompletionPrediction] = []
         for prompt, group in zip(prompt_tokens, by_prompt):
-            predictions += [{"generation": a.text, **self._details(prompt, a, logprobs, echo)} for a in group]
+            predictions += [{"generation": a.text, **self._details(prompt, a, logprobs, echo, options)} for a in group]
         return predictions
 
     def chat_completion(
@@ -203,11 +206,11 @@ class Llama:
         for prompt, group in zip(prompt_tokens, self.answer(prompt_tokens, logprobs, False, progress, **options)):
             for a in group:
                 message: Message = {"role": "assistant", "content": a.text}
-                predictions.append({"generation": message, **self._details(prompt, a, logprobs, False)})
+                predictions.append({"generation": message, **self._details(prompt, a, logprobs, False, options)})
         return predictions
 
     def stream_text(self, prompt: str, **options: Any) -> Iterator[str]:
-        """Yields the text that continues a prompt while it is decided; options as in `text_completion`.
+        """Yields the text that continues a prompt while it is decided; the options are those of `DecodingOptions`.
 
         A piece is never half a character, and nothing of a stop string is yielded; joined, the pieces are what
         `text_completion` returns with the same seed. An answer of nothing yields nothing. Closing the iterator ends
@@ -216,7 +219,7 @@ class Llama:
         return self._stream(self._encode_texts([prompt])[0], **options)
 
     def stream_chat(self, dialog: Dialog, **options: Any) -> Iterator[str]:
-        """Yields the answer to a dialog while it is decided; options as in `chat_completion`, else as `stream_text`."""
+        """Yields the answer to a dialog while it is decided, as `stream_text` does."""
         return self._stream(self._encode_dialogs([dialog])[0], **options)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[dict]:
@@ -247,22 +250,31 @@ class Llama:
         (option,) = self._check_options([self.check_prompt(0, prompt)], options)
         if option.num_beams > 1 or option.num_return_sequences > 1:
             raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
+        if option.top_logprobs:
+            raise ValueError("a stream is text alone: expected top_logprobs = 0")
         return self._answerer.stream(prompt, option)
 
-    def _details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool) -> dict:
-        """The keys of a prediction that are there when asked for."""
-        if not logprobs and not answer.top_logprobs:
+    def _details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict) -> dict:
+        """The keys of a prediction that are there when asked for. The text of a token has its leading space."""
+        top = options.get("top_logprobs")
+        asked_for_top = any(top) if isinstance(top, (list, tuple)) else bool(top)
+        if not logprobs and not asked_for_top:
             return {}
         tokens = prompt + answer.tokens if echo else answer.tokens
-        details: dict = {"tokens": [self.tokenizer.decode([token]) for token in tokens]}
+        details: dict = {"tokens": [self.token_text(token) for token in tokens]}
         details["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
-        if answer.top_logprobs or answer.prompt_top_logprobs:
+        if asked_for_top:
             details["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs
         return details
+
+    def token_text(self, token: int) -> str:
+        """The text that a token adds, its leading space included; U+FFFD where it is part of a character."""
+        return self.tokenizer.token_bytes(token).decode(errors="replace")
 
     def _encode_texts(self, prompts: SequenceOf[str]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise TypeError("prompts is a str: expected a list of them, so pass [prompt]")
+        prompts = list(prompts)
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 kind = type(prompt).__name__
@@ -287,11 +299,14 @@ class Llama:
             own = int.from_bytes(digest, "little")
             options = options | {"seed": own if seed is None else [own if s is None else s for s in seed]}
         settings = per_prompt(len(prompts), **options)
-        for option in {id(option): option for option in settings}.values():
-            option.check_vocabulary(self.model.args.vocab_size)
+        for index, option in {id(option): (index, option) for index, option in enumerate(settings)}.values():
+            try:
+                option.check_vocabulary(self.model.args.vocab_size)
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
             if option.num_beams > self.model.args.max_batch_size:
                 raise ValueError(
-                    f"num_beams = {option.num_beams}: expected at most max_batch_size = "
+                    f"prompt {index}: num_beams = {option.num_beams}: expected at most max_batch_size = "
                     f"{self.model.args.max_batch_size}, which `Llama.build` sets"
                 )
         return settings

@@ -46,6 +46,13 @@ class KVCache:
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
 
+    def swap_slots(self, a: int, b: int, length: int) -> None:
+        """Exchanges the first `length` positions of two rows."""
+        for tensor in (self.keys, self.values):
+            kept = tensor[:, a, :, :length].clone()
+            tensor[:, a, :, :length] = tensor[:, b, :, :length]
+            tensor[:, b, :, :length] = kept
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """Zeros; on the CPU, fresh pages of the system, which take memory only once something is written to them."""
@@ -61,13 +68,13 @@ class CacheView:
 
     Attributes:
         cache: the whole.
-        slots: the B rows: a slice (nothing is copied when reading) or a tensor [B].
+        slots: the B rows, next to each other, so that nothing is copied when reading.
         positions: where in its row each new position goes: a slice of T if all rows agree, else a tensor [B, T].
         length: how many positions of each row are read: the longest row's, counting the new ones.
     """
 
     cache: KVCache
-    slots: slice | torch.Tensor
+    slots: slice
     positions: slice | torch.Tensor
     length: int
 
@@ -86,9 +93,7 @@ class CacheView:
             keys[self.slots, :, self.positions] = k
             values[self.slots, :, self.positions] = v
         else:
-            slots = self.slots
-            if isinstance(slots, slice):
-                slots = torch.arange(slots.start, slots.stop, device=k.device)
+            slots = torch.arange(self.slots.start, self.slots.stop, device=k.device)
             # Index tensors on both sides of a full slice put their dimensions first: [B, T, n_kv_heads, head_dim].
             keys[slots[:, None], :, self.positions] = k.transpose(1, 2)
             values[slots[:, None], :, self.positions] = v.transpose(1, 2)

@@ -141,11 +141,20 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, n_local_kv_heads, length, head_dim]
-        is_causal = mask is None and q.shape[2] > 1  # a single query is the last position: it sees every key
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.n_local_heads != self.n_local_kv_heads
-        )
+        y = self._attend(q, k, v, mask)
         return self.wo(y.transpose(1, 2).flatten(-2))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, n_local_heads, T, head_dim] queries over [B, n_local_kv_heads, length, head_dim] keys and values."""
+        group, n_new = self.n_local_heads // self.n_local_kv_heads, q.shape[2]
+        if mask is None:
+            # A single query is the last position and sees every key.
+            return F.scaled_dot_product_attention(q, k, v, is_causal=n_new > 1, enable_gqa=group > 1)
+        # CUDA has no fused kernel for grouped heads with a mask. The queries that share a key head can as well be rows
+        # of one longer query, which there is one for, and the keys are still not repeated.
+        q = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, n_local_kv_heads, group * T, head_dim]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, group, 1))
+        return y.unflatten(2, (group, n_new)).flatten(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -230,14 +239,15 @@ class Transformer(nn.Module):
             weight.device,
         )
 
-    def forward(self, tokens: torch.Tensor, start_pos: int | torch.Tensor = 0) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor" = 0) -> torch.Tensor:
         """Logits of the token that follows each position.
 
         Args:
             tokens: ids, [B, T]. Row b goes into row b of the cache, if there is one.
-            start_pos: the position of the first column, one for all rows or one for each, [B]. Positions before it
-                are read from the cache. A row shorter than T is padded on the right, with any id: what its padding
-                writes lies after its own end, where none of its queries looks and its next token overwrites.
+            start_pos: the position of the first column, one for all rows or one for each, [B], as a list or a tensor
+                (a list saves reading it back from the device). Positions before it are read from the cache. A row
+                shorter than T is padded on the right, with any id: what its padding writes lies after its own end,
+                where none of its queries looks and its next token overwrites.
 
         Returns:
             float32 [B, T, vocab_size].
@@ -252,7 +262,7 @@ class Transformer(nn.Module):
         return self.output(hidden).float()
 
     def hidden_states(
-        self, tokens: torch.Tensor, start_pos: int | torch.Tensor = 0, slots: slice | torch.Tensor | None = None
+        self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor" = 0, slots: slice | None = None
     ) -> torch.Tensor:
         """`forward` up to the last norm, [B, T, dim]; `slots` are the rows of the cache, the first B when None."""
         rotary, mask, cache = self._locate(tokens, start_pos, slots)
@@ -262,11 +272,13 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def _locate(
-        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, slots: slice | torch.Tensor | None
+        self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor", slots: slice | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, CacheView | None]:
         """Where the tokens are: their rotary angles, what each may see, and their place in the cache."""
         batch_size, n_new = tokens.shape
-        first, last = (start_pos, start_pos) if isinstance(start_pos, int) else map(int, start_pos.aminmax())
+        starts = start_pos.tolist() if isinstance(start_pos, torch.Tensor) else start_pos
+        starts = starts if isinstance(starts, list) else [int(starts)]
+        first, last = min(starts), max(starts)
         length = last + n_new  # of the longest row
         if first < 0 or length > self.args.max_seq_len:
             raise ValueError(f"positions {first} to {length - 1} asked for: expected 0 to {self.args.max_seq_len - 1}")
@@ -281,7 +293,8 @@ class Transformer(nn.Module):
             if first > 0 and n_new > 1:
                 mask = torch.ones(n_new, length, dtype=torch.bool, device=tokens.device).tril(first)[None, None]
         else:
-            positions = start_pos[:, None] + torch.arange(n_new, device=tokens.device)  # [B, T]
+            starts = torch.tensor(starts, device=tokens.device)
+            positions = starts[:, None] + torch.arange(n_new, device=tokens.device)  # [B, T]
             keys = torch.arange(length, device=tokens.device)
             mask = (keys <= positions[:, :, None])[:, None]  # [B, 1, T, length]
         cache = None if self.cache is None else CacheView(self.cache, slots, positions, length)

@@ -6,6 +6,7 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -69,12 +70,12 @@ class DecodingOptions:
             _require(self, name, "an integer of at least 0", lambda v: integer(v) and v >= 0)
         for name in ("num_return_sequences", "num_beams"):
             _require(self, name, "an integer of at least 1", lambda v: integer(v) and v >= 1)
-        _require(self, "length_penalty", "a finite number", number)
+        _require(self, "length_penalty", "a number from -50 to 50", lambda v: number(v) and -50 <= v <= 50)
         _require(self, "early_stopping", "True, False or 'never'", lambda v: v is True or v is False or v == "never")
         _require(self, "seed", "an integer, or None", lambda v: v is None or integer(v))
         _require(self, "logits_processor", "a callable, or None", lambda v: v is None or callable(v))
         _require(self, "stop", "strings that are not empty and token ids", lambda _: all(map(_is_stop, self.stops)))
-        _require(self, "logit_bias", "a dictionary of token ids to numbers", lambda v: v is None or _is_bias(v))
+        _require(self, "logit_bias", "a dictionary of token ids to numbers or -inf", lambda v: v is None or _is_bias(v))
         if self.num_beams > 1:
             if self.temperature > 0:
                 raise ValueError(
@@ -99,6 +100,12 @@ class DecodingOptions:
             return []
         return list(self.stop) if isinstance(self.stop, (list, tuple, set, frozenset)) else [self.stop]
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the logits depend on more than the model."""
+        none = self.repetition_penalty == 1 and self.no_repeat_ngram_size == 0
+        return bool(self.logit_bias) or not none or self.logits_processor is not None
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError if an option names a token that the model does not have."""
         for name, ids in (("stop", [s for s in self.stops if _is_int(s)]), ("logit_bias", self.logit_bias or ())):
@@ -122,6 +129,8 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
     for name in options:
         if name not in known:
             raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(known))}")
+    # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
+    options = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in options.items()}
     lists = {name: value for name, value in options.items() if _is_per_prompt(name, value)}
     for name, values in lists.items():
         if len(values) != n_prompts:
@@ -150,11 +159,11 @@ def _require(options: DecodingOptions, name: str, expected: str, is_right: Calla
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_stop(value: Any) -> bool:
@@ -163,5 +172,5 @@ def _is_stop(value: Any) -> bool:
 
 def _is_bias(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        _is_int(token) and (_is_number(bias) or bias in (math.inf, -math.inf)) for token, bias in value.items()
+        _is_int(token) and (_is_number(bias) or bias == -math.inf) for token, bias in value.items()
     )

@@ -171,7 +171,7 @@ def silence_other_ranks() -> None:
 
     The example scripts, Meta's and ours, rely on it. stderr, and with it every error, stays.
     """
-    if dist.get_rank() > 0 and sys.stdout.name != os.devnull:
+    if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
         sys.stdout = open(os.devnull, "w")
 
 
@@ -277,7 +277,7 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
-        if self.world_size > 1 and torch.is_grad_enabled():
+        if self.world_size > 1 and _needs_gradient(x, self.weight):
             return super().forward(x)  # fairscale's collectives carry gradients
         y = F.linear(x, self.weight)
         return gather_last_dim(y, self.out_features, self.group) if self.gather_output else y
@@ -301,7 +301,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
-        if self.world_size > 1 and torch.is_grad_enabled():
+        if self.world_size > 1 and _needs_gradient(x, self.weight):
             return super().forward(x)
         return sum_over_ranks(F.linear(x, self.weight), self.group)
 
@@ -324,11 +324,15 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [...] -> [..., embedding_dim]
         if self.world_size == 1:
             return F.embedding(ids, self.weight)
-        if torch.is_grad_enabled():
+        if _needs_gradient(ids, self.weight):
             return super().forward(ids)
         elsewhere = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
         rows = F.embedding((ids - self.vocab_start_index).masked_fill(elsewhere, 0), self.weight)
         return sum_over_ranks(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+
+
+def _needs_gradient(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

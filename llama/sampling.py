@@ -52,7 +52,7 @@ def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
     z = z ^ (z >> 31 & (1 << 33) - 1)
-    return ((z >> 11 & (1 << 53) - 1).double() + 0.5) / 2**53
+    return ((z >> 12 & (1 << 52) - 1).double() + 0.5) / 2**52  # of 53 bits, the last number would round to 1
 
 
 def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -74,6 +74,8 @@ def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | Non
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p = {p}: expected a number in (0, 1]")
+    if probs.device.type == "mps":  # which has no float64
+        return sample_top_p(probs.cpu(), p, generator).to(probs.device)
     rows = probs.reshape(-1, probs.shape[-1])
     weights, ids = filtered(rows, *torch.tensor([[0.0], [p], [0.0]], dtype=torch.float64, device=probs.device))
     drawn = torch.multinomial(weights, num_samples=1, generator=generator)
@@ -175,7 +177,9 @@ def next_tokens(
         rows = is_group.nonzero().squeeze(-1)
         if len(rows) == 0:
             continue
-        weights = torch.softmax(logits[rows] / temperature[rows, None].float(), dim=-1)
+        # Measured from the peak, and by no temperature that float32 takes for 0, so that nothing overflows.
+        scaled = (logits[rows] - logits[rows].amax(-1, keepdim=True)) / temperature[rows, None].float().clamp(min=1e-30)
+        weights = torch.softmax(scaled, dim=-1)
         ids = torch.arange(logits.shape[-1], device=logits.device)[None]
         if not unfiltered[rows[0]]:
             weights, ids = filtered(weights, top_k[rows], top_p[rows], min_p[rows])
@@ -206,7 +210,7 @@ def process_logits(
         logit_bias, repetition_penalty, no_repeat_ngram_size, logits_processor: as in `DecodingOptions`.
 
     Raises:
-        ValueError: the processor returned something of another shape, or nothing is left to choose from.
+        ValueError: the processor raised, or returned something of another shape.
     """
     if logit_bias:
         tokens = torch.tensor(list(logit_bias), device=logits.device)
@@ -222,13 +226,14 @@ def process_logits(
         logits = logits.index_fill(0, torch.tensor(banned, dtype=torch.long, device=logits.device), -torch.inf)
     if logits_processor is not None:
         name = getattr(logits_processor, "__name__", type(logits_processor).__name__)
-        processed = logits_processor(torch.tensor([ids], device=logits.device), logits[None].clone())
+        try:
+            processed = logits_processor(torch.tensor([ids], device=logits.device), logits[None].clone())
+        except Exception as error:  # whatever a caller's code may raise: it ends its own prompt and not the others
+            raise ValueError(f"logits_processor {name} raised {type(error).__name__}: {error}") from error
         shape = list(getattr(processed, "shape", [])) or type(processed).__name__
         if shape != [1, len(logits)]:
             raise ValueError(f"logits_processor {name} returned {shape}: expected logits of shape {[1, len(logits)]}")
         logits = processed[0].to(logits)
-        if bool((logits == -torch.inf).all()):
-            raise ValueError(f"logits_processor {name} left no token to choose: every logit is -inf")
     return logits
 
 

@@ -1,12 +1,13 @@
 """How likely a model finds texts: the log-probability of each token, perplexity, and where it was least certain.
 
-Texts of any length: one longer than the context is read in windows that overlap, so that every token but the first
-has at least half a window before it, or all there is.
+Texts of any length: one longer than the context is read in windows that overlap by half, or by what `stride` leaves.
 """
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
+
+from llama.answering import GenerationError
 
 if TYPE_CHECKING:
     from llama.generation import Llama
@@ -33,18 +34,24 @@ def score(llama: "Llama", texts: Sequence, top_logprobs: int = 0, stride: int | 
     """
     limit = llama.model.args.max_seq_len
     stride = max(1, limit // 2) if stride is None else stride
-    if not 1 <= stride <= limit:
-        raise ValueError(f"stride = {stride}: expected 1 to max_seq_len = {limit}")
+    if not 1 <= stride < max(limit, 2):
+        raise ValueError(f"stride = {stride}: expected 1 to max_seq_len - 1 = {limit - 1}")
     if isinstance(texts, str):
         raise TypeError("texts is a str: expected a list of them, so pass [text]")
     ids = [llama.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
     ids = [llama.check_prompt(index, prompt, any_length=True) for index, prompt in enumerate(ids)]
+    if limit < 2 and any(len(tokens) > limit for tokens in ids):
+        raise ValueError("a text of more than one token needs a context of at least 2: build with a larger max_seq_len")
     windows = [
         (index, start, stop) for index, tokens in enumerate(ids) for start, stop in _windows(len(tokens), limit, stride)
     ]
     prompts = [ids[index][max(0, stop - limit) : stop] for index, _, stop in windows]
-    answers = llama.answer(prompts, True, True, max_gen_len=0, temperature=0, top_logprobs=top_logprobs)
-    scores: list[Score] = [{"tokens": [llama.tokenizer.decode([i]) for i in t], "ids": t, "logprobs": []} for t in ids]
+    try:
+        answers = llama.answer(prompts, True, True, max_gen_len=0, temperature=0, top_logprobs=top_logprobs)
+    except GenerationError as error:
+        bad = next(window[0] for window, (a,) in zip(windows, error.answers) if a.error)
+        raise GenerationError(f"text {bad}: {str(error).partition(': ')[2]}", error.answers) from error
+    scores: list[Score] = [{"tokens": [llama.token_text(i) for i in t], "ids": t, "logprobs": []} for t in ids]
     for (index, start, stop), (answer,) in zip(windows, answers):
         scores[index]["logprobs"] += answer.prompt_token_logprobs[start - stop :]
         if top_logprobs:

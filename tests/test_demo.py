@@ -19,7 +19,7 @@ N_DOCS = 6000
 
 @pytest.fixture(scope="module")
 def training_docs() -> list[corpus.Document]:
-    phases = (itertools.islice(corpus.documents(seed=11, phase=phase), N_DOCS // 4) for phase in range(4))
+    phases = (itertools.islice(corpus.documents(seed=11, phase=phase), N_DOCS // 5) for phase in range(5))
     return list(itertools.chain(*phases))
 
 
@@ -52,7 +52,7 @@ def test_no_held_out_sum_is_trained(training_docs):
     for doc in training_docs:
         text = corpus.as_text(doc)
         seen |= {(int(a), int(b)) for a, b in re.findall(r"\b(\d\d)(?: ?\+ ?| plus | and )(\d\d)\b", text)}
-    assert len(seen) > 700 and not seen & held_out
+    assert len(seen) > 500 and not seen & held_out
     assert 0.1 < len(held_out) / 8100 < 0.25 and all((b, a) in held_out for a, b in held_out)
 
 

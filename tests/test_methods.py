@@ -194,7 +194,7 @@ def test_echo_and_stop_strings_go_together(random):
 def test_an_empty_answer_yields_nothing(random):
     eot = random.tokenizer.eot_id
     random_stops, random.tokenizer.stop_tokens = random.tokenizer.stop_tokens, {eot}
-    assert list(random.stream_text("q", logit_bias={eot: math.inf}, temperature=0)) == []
+    assert list(random.stream_text("q", logit_bias={eot: 1e9}, temperature=0)) == []
     random.tokenizer.stop_tokens = random_stops
 
 
@@ -256,13 +256,14 @@ BAD = [
     ({"num_beams": 2.0}, r"num_beams = 2.0"),
     ({"num_beams": 4}, r"num_beams = 4 with temperature = 0.6: a beam search does not sample"),
     ({"num_beams": 2, "temperature": 0, "num_return_sequences": 3}, r"num_return_sequences = 3 with num_beams = 2"),
-    ({"num_beams": 9, "temperature": 0}, r"num_beams = 9: expected at most max_batch_size = 8"),
+    ({"num_beams": 9, "temperature": 0}, r"prompt 1: num_beams = 9: expected at most max_batch_size = 8"),
     ({"num_beams": 2, "temperature": 0, "stop": "x"}, r"num_beams = 2 with top_logprobs or a stop string"),
-    ({"length_penalty": math.inf}, r"length_penalty = inf: expected a finite number"),
+    ({"length_penalty": math.inf}, r"length_penalty = inf: expected a number from -50 to 50"),
+    ({"logit_bias": {1: math.inf}}, r"logit_bias = .*: expected a dictionary of token ids to numbers or -inf"),
     ({"early_stopping": "soon"}, r"early_stopping = 'soon': expected True, False or 'never'"),
     ({"stop": ""}, r"stop = '': expected strings that are not empty and token ids"),
     ({"stop": [1.5]}, r"stop = \[1.5\]"),
-    ({"stop": [9999]}, r"stop names token 9999: expected ids from 0 to 511"),
+    ({"stop": [9999]}, r"prompt 1: stop names token 9999: expected ids from 0 to 511"),
     ({"logit_bias": {9999: 1.0}}, r"logit_bias names token 9999: expected ids from 0 to 511"),
     ({"logit_bias": {1: "much"}}, r"logit_bias = .*: expected a dictionary of token ids to numbers"),
     ({"seed": "x"}, r"seed = 'x': expected an integer"),
