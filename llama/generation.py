@@ -98,6 +98,8 @@ class Llama:
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
         self.seed = seed
+        if model.cache is None:
+            model.allocate_cache()
         self._engine = Engine(model)
         self._answerer = Answerer(self._engine, tokenizer)
         self._n_calls = 0

@@ -34,8 +34,8 @@ def score(llama: "Llama", texts: Sequence, top_logprobs: int = 0, stride: int | 
     """
     limit = llama.model.args.max_seq_len
     stride = max(1, limit // 2) if stride is None else stride
-    if not 1 <= stride < max(limit, 2):
-        raise ValueError(f"stride = {stride}: expected 1 to max_seq_len - 1 = {limit - 1}")
+    if not isinstance(stride, int) or not 1 <= stride < max(limit, 2):
+        raise ValueError(f"stride = {stride!r}: expected an integer from 1 to max_seq_len - 1 = {limit - 1}")
     if isinstance(texts, str):
         raise TypeError("texts is a str: expected a list of them, so pass [text]")
     ids = [llama.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]

@@ -1,13 +1,17 @@
 """Continuous batching against each prompt alone; prefix reuse, by the engine's own counters."""
 
+import io
 import itertools
 import json
+import signal
+import sys
 
 import pytest
 import torch
 from conftest import torchrun
+from tqdm import tqdm
 
-from llama import Llama
+from llama import GenerationError, Llama, answering
 from llama.engine import PREFILL_TOKENS, PREFILL_TOKENS_WHILE_DECODING
 
 N_NEW = 6
@@ -72,7 +76,7 @@ def test_every_prompt_of_200_gives_the_tokens_it_gives_alone(alone, make, settin
 
 def test_streamed_prompts_give_the_text_they_give_in_a_batch(make):
     llama = make()
-    texts = ["".join(chr(32 + i % 90) for i in prompt) for prompt in prompts_of_every_length(40)]
+    texts = ["".join(chr(32 + i % 90) for i in prompt) for prompt in prompts_of_every_length()]
     for setting in SETTINGS.values():
         together = [p["generation"] for p in llama.text_completion(texts, max_gen_len=N_NEW, seed=2, **setting)]
         streamed = ["".join(llama.stream_text(t, max_gen_len=N_NEW, seed=2, **setting)) for t in texts]
@@ -85,6 +89,8 @@ from llama import Llama
 folder, model_parallel_size, prompts, out = sys.argv[1], int(sys.argv[2]), json.load(open(sys.argv[3])), sys.argv[4]
 llama = Llama.build(folder, None, 512, 4, model_parallel_size, device="cpu")
 answers = [llama.generate(prompts, 6, num_return_sequences=3, seed=1, temperature=t, top_p=0.95)[0] for t in (0, 1.0)]
+texts = ["".join(chr(32 + i % 90) for i in prompt) for prompt in prompts[:12]]
+answers += ["".join(llama.stream_text(t, max_gen_len=6, seed=2, temperature=1.0)) for t in texts]
 import torch.distributed as dist
 json.dump(answers, open(f"{out}.{dist.get_rank()}", "w"))
 """
@@ -97,6 +103,8 @@ def test_two_processes_give_the_same_tokens_split_or_as_replicas(make, tmp_path,
     expected = [
         llama.generate(prompts, N_NEW, num_return_sequences=3, seed=1, temperature=t, top_p=0.95)[0] for t in (0, 1.0)
     ]
+    texts = ["".join(chr(32 + i % 90) for i in prompt) for prompt in prompts[:12]]
+    expected += [p["generation"] for p in llama.text_completion(texts, 1.0, max_gen_len=6, seed=2)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "script.py").write_text(SCRIPT)
     arguments = [llama.folder, model_parallel_size, tmp_path / "prompts.json", tmp_path / "out"]
@@ -193,8 +201,6 @@ def test_rows_whose_padding_would_leave_the_cache_are_right(make):
 
 
 def test_nan_logits_end_their_row_and_not_the_others(make):
-    from llama import GenerationError
-
     llama = make(4)
     prompts = [[1, 2], [77, 3], [4, 5, 6]]
     expected, _ = llama.generate(prompts, 8, temperature=0)
@@ -231,3 +237,126 @@ def test_closing_a_stream_frees_its_slot_and_streams_can_interleave(make):
     assert llama.text_completion(["ab"], temperature=0, max_gen_len=20)[0]["generation"] == whole
     assert pieces[0] + pieces[2] + "".join(one) == whole
     assert llama._engine.running == []
+
+
+def test_two_chats_that_take_turns_each_keep_their_history(make):
+    llama = make(4)
+    chats = [[100 + i] * 60 for i in range(2)]
+    for chat in chats:
+        llama.generate([chat], 1, temperature=0)
+    before = llama._engine.counters.prefilled
+    for _ in range(3):
+        for chat in chats:
+            chat += [7, 8, 9]
+            llama.generate([chat], 1, temperature=0)
+    assert llama._engine.counters.prefilled - before == 6 * 3
+
+
+def test_chats_of_a_batch_each_keep_their_history(make):
+    llama = make(4)
+    chats = [[100 + i] * (50 + 10 * i) for i in range(4)]
+    llama.generate(chats, [1, 9, 3, 5], temperature=0)
+    before = llama._engine.counters.prefilled
+    llama.generate([[*chat, 7, 8] for chat in chats], 1, temperature=0)
+    assert llama._engine.counters.prefilled - before == 4 * 2
+
+
+def test_a_stream_goes_on_while_prompts_come_and_end_at_once(make):
+    llama = make(2)
+    llama.tokenizer.stop_tokens = set()
+    stream = llama.stream_text("ab", temperature=0, max_gen_len=200)
+    next(stream)
+    (sequence,) = llama._engine.running
+    before = len(sequence.tokens)
+    llama.generate([[i, 5] for i in range(30)], 1, temperature=0)  # each ends with its prefill
+    assert len(sequence.tokens) - before >= 29
+    stream.close()
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_processor_that_raises_ends_its_prompt_and_leaves_streams_alone(make):
+    llama = make(4)
+    llama.tokenizer.stop_tokens = set()
+    expected = [p["generation"] for p in llama.text_completion(["stream of mine"], temperature=0, max_gen_len=30)]
+    fresh, _ = llama.generate([[1], [3]], 8, temperature=0)
+
+    def breaks(ids, scores):
+        if ids[0, 0] == 2 and ids.shape[1] == 4:
+            raise Broken("by accident")
+        return scores
+
+    stream = llama.stream_text("stream of mine", temperature=0, max_gen_len=30)
+    pieces = [next(stream), next(stream)]
+    with pytest.raises(GenerationError, match="prompt 1: logits_processor breaks raised Broken: by accident") as caught:
+        llama.generate([[1], [2], [3]], 8, temperature=0, logits_processor=breaks)
+    assert isinstance(caught.value.__cause__, Broken)
+    assert [group[0].tokens for group in caught.value.answers][::2] == fresh
+    assert "".join([*pieces, *stream]) == expected[0]
+
+
+@pytest.mark.parametrize("n_calls", range(60, 6000, 431))
+def test_an_interrupt_beside_an_open_stream_changes_nothing(make, n_calls):
+    llama = make(3)
+    llama.tokenizer.stop_tokens = set()
+    text = "a text of some length to begin with"
+    expected = llama.text_completion([text], temperature=0, max_gen_len=20)[0]["generation"]
+    stream = llama.stream_text(text, temperature=0, max_gen_len=20)
+    pieces = [next(stream)]
+    calls = itertools.count()
+
+    def trace(frame, event, argument):  # Ctrl-C at some call inside the package
+        if "llama" in frame.f_code.co_filename and next(calls) == n_calls:
+            signal.raise_signal(signal.SIGINT)
+
+    sys.setprofile(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llama.generate([[i] * 20 for i in range(9)], 20, temperature=0)
+    finally:
+        sys.setprofile(None)
+    assert "".join([*pieces, *stream]) == expected
+    assert llama._engine.running == [] and not llama._engine.waiting
+    for tokens in [list(held) for held in llama._engine.slots.tokens]:  # what the slots are said to hold is there
+        if len(tokens) > 16:
+            reused = llama.generate([[*tokens, 5]], 4, temperature=0)
+            fresh = make(1)
+            fresh.tokenizer.stop_tokens = set()
+            assert reused == fresh.generate([[*tokens, 5]], 4, temperature=0)
+
+
+def test_running_out_of_memory_ends_what_was_running_and_the_next_call_is_right(make):
+    llama = make(2)
+    expected = llama.generate([[1, 2, 3]], 5, temperature=0)
+    hidden_states = llama.model.hidden_states
+    llama.model.hidden_states = lambda *_: (_ for _ in ()).throw(MemoryError("none left"))
+    with pytest.raises(MemoryError, match="none left"):
+        llama.generate([[1, 2, 3], [4]], 5, temperature=0)
+    llama.model.hidden_states = hidden_states
+    assert llama.generate([[1, 2, 3]], 5, temperature=0) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_return_sequences": 3}])
+def test_progress_counts_every_prompt(make, monkeypatch, options):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, file=io.StringIO())
+            bars.append((self, self.disable))
+
+    monkeypatch.setattr(answering, "tqdm", Bar)
+    make(4).generate([[1], [2] * 30, [3]], [5, 7, 0], temperature=0, progress=True, **options)
+    assert [(bar.n, bar.total, disabled) for bar, disabled in bars] == [(3, 3, False)]
+
+
+def test_beams_need_slots_that_no_stream_holds(make, monkeypatch):
+    llama = make(2)
+    llama.tokenizer.stop_tokens = set()
+    stream = llama.stream_text("ab", temperature=0, max_gen_len=100)
+    next(stream)
+    monkeypatch.setattr(llama._engine, "step", lambda: pytest.fail("something was run"))
+    with pytest.raises(ValueError, match=r"prompt 1: num_beams = 2, but 1 of max_batch_size = 2 slots are free"):
+        llama.generate([[1], [2]], 5, temperature=0, num_beams=[1, 2])

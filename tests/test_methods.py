@@ -8,7 +8,7 @@ import torch
 from conftest import SMALL, random_model
 from test_model import transformers_model
 
-from llama import Llama, Tokenizer
+from llama import GenerationError, Llama, Tokenizer
 from llama.options import DecodingOptions, per_prompt
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with it")
@@ -82,6 +82,77 @@ def test_tokens_and_logprobs_equal_transformers(request, weights, method):
             logits = theirs(torch.tensor([prompt + expected])).logits[0, len(prompt) - 1 : -1]
             values = torch.log_softmax(logits, -1).gather(-1, torch.tensor(expected, dtype=torch.long)[:, None])[:, 0]
             assert logprobs[i * n + row] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
+def test_a_filter_that_leaves_one_token_is_greedy_at_any_temperature(random, filters):
+    prompts = [[1, 2], [3, 4, 5]]
+    greedy = random.generate(prompts, 12, temperature=0)
+    assert random.generate(prompts, 12, seed=0, **{"temperature": 50.0, "top_p": 1.0} | filters) == greedy
+    assert random.generate(prompts, 12, seed=0, temperature=50.0, top_p=1.0) != greedy
+
+
+def test_options_reach_the_distribution_that_is_sampled(random):
+    """A first token drawn 4,000 times, against the filters written out."""
+    from test_sampling import chi_square_is_plausible, written_out
+
+    cache, random.model.cache = random.model.cache, None
+    logits = random.model(torch.tensor([[1, 2, 3]]))[0, -1]
+    random.model.cache = cache
+    options = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1}
+    expected = written_out(logits, *options.values())
+    random_stops, random.tokenizer.stop_tokens = random.tokenizer.stop_tokens, set()
+    answers, _ = random.generate([[1, 2, 3]], 1, num_return_sequences=4000, seed=0, **options)
+    random.tokenizer.stop_tokens = random_stops
+    counts = torch.tensor([answer[0] for answer in answers]).bincount(minlength=512)
+    assert 2 < (expected > 0).sum() <= 20
+    assert chi_square_is_plausible(counts, expected * 4000)
+
+
+UNUSABLE = [
+    ({"logit_bias": dict.fromkeys(range(512), -math.inf)}, "logit_bias left no token to choose"),
+    ({"logits_processor": lambda ids, scores: scores * math.nan}, "logits_processor left a logit of nan"),
+    ({"logits_processor": lambda ids, scores: scores + math.inf}, "logits_processor left a logit of inf"),
+    ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size left no token to choose"),
+]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(("options", "message"), UNUSABLE)
+def test_logits_from_which_nothing_can_be_chosen_are_an_error(request, options, message, temperature):
+    llama = request.getfixturevalue("random")
+    long = Llama(random_model(0, **SMALL, max_seq_len=600, max_batch_size=2), llama.tokenizer)
+    long_prompt = list(range(512))
+    with pytest.raises(GenerationError, match=f"prompt 0: {message}"):
+        long.generate([long_prompt], 5, temperature=temperature, **options)
+
+
+def test_extreme_numbers_are_taken_for_what_they_mean(random):
+    greedy = random.generate([[1, 2, 3]], 6, temperature=0)
+    assert random.generate([[1, 2, 3]], 6, temperature=1e-40) == greedy
+    whole = random.generate([[1, 2, 3]], 6, temperature=1.0, seed=0)
+    assert random.generate([[1, 2, 3]], 6, temperature=1.0, seed=0, top_k=2**62) == whole
+
+
+def test_numbers_may_be_numpys_or_torchs(random):
+    import numpy as np
+
+    expected = random.generate([[1], [2]], 3, temperature=0.5, seed=4)
+    options = {"max_gen_len": np.int64(3), "temperature": torch.tensor([0.5, 0.5]), "seed": np.array([4, 4])}
+    assert random.generate(np.array([[1], [2]]), **options) == expected
+
+
+def test_prompts_may_come_from_an_iterator(random):
+    expected = random.text_completion(["a", "b"], 0, max_gen_len=3)
+    assert random.text_completion(map(str, "ab"), 0, max_gen_len=3) == expected
+
+
+def test_predictions_have_the_keys_that_were_asked_for_even_of_nothing(random):
+    for options in ({"max_gen_len": 0}, {"max_gen_len": 0, "echo": True}, {"max_gen_len": 3}):
+        prediction = random.text_completion(["ab"], 0, top_logprobs=2, **options)[0]
+        n = len(prediction["tokens"])
+        assert set(prediction) == {"generation", "tokens", "logprobs", "top_logprobs"}
+        assert len(prediction["logprobs"]) == len(prediction["top_logprobs"]) == n
 
 
 def test_answers_are_prompt_major(random):
@@ -223,6 +294,25 @@ def test_scores_equal_a_full_forward_and_texts_past_the_context_are_read_in_wind
     assert random.perplexity([long], stride=100)[0] == pytest.approx(math.exp(-mean), rel=1e-4)
 
 
+@pytest.mark.parametrize("stride", [0, 256, 1.5, -1])
+def test_a_stride_that_leaves_tokens_without_a_past_is_refused(random, stride):
+    with pytest.raises(ValueError, match=r"stride = .*: expected an integer from 1 to max_seq_len - 1 = 255"):
+        random.score([[1, 2]], stride=stride)
+
+
+def test_a_text_that_a_damaged_model_cannot_score_is_named(random):
+    logits = random.model.logits
+    random.model.logits = lambda hidden: logits(hidden) * (math.nan if len(hidden) == 99 else 1)
+    with pytest.raises(GenerationError, match="text 1: the model's logits are NaN or infinite"):
+        random.score([[1] * 700, [2] * 100])
+    del random.model.logits
+
+
+def test_the_text_of_llama_2_tokens_has_its_spaces(real):
+    (score,) = real.score(["Once upon a time"])
+    assert "".join(score["tokens"][1:]) == " Once upon a time"
+
+
 def test_scoring_never_makes_the_logits_of_a_whole_text(random):
     rows = []
     logits = random.model.logits
@@ -296,8 +386,6 @@ def test_one_bad_prompt_among_a_thousand_is_named(random, monkeypatch):
 
 
 def test_a_logits_processor_that_fails_ends_its_prompt_and_not_the_others(random):
-    from llama import GenerationError
-
     def odd(ids, scores):
         return scores[:, :-1] if ids[0, 0] == 2 and ids.shape[1] == 3 else scores
 
