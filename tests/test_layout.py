@@ -21,7 +21,7 @@ def test_a_file_imports_only_from_files_above_it_in_the_readme():
         for node in ast.walk(tree):
             if not isinstance(node, ast.ImportFrom) or node in guarded or not (node.module or "").startswith("llama"):
                 continue
-            package, _, module = node.module.partition(".")
+            _, _, module = node.module.partition(".")
             imported = [module] if module else [alias.name for alias in node.names if alias.name in files]
             for other in imported:
                 assert listed.index(other) < listed.index(name), f"{name}.py imports {other}.py"
