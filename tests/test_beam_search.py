@@ -288,7 +288,7 @@ def test_a_long_prompt_runs_in_pieces(model, monkeypatch):
     prompt = random_ids(40, seed=7)(50)
     whole = beam_search(model, prompt, 10, 3)
     lengths, hidden_states = [], model.hidden_states
-    monkeypatch.setattr("llama.beam_search.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("llama.beam_search.PREFILL_TOKENS", 16)
     monkeypatch.setattr(model, "hidden_states", lambda t, *a: lengths.append(t.shape) or hidden_states(t, *a))
     assert beam_search(model, prompt, 10, 3)[0].tokens == whole[0].tokens
     assert lengths[:4] == [(1, 16), (1, 16), (1, 16), (1, 2)]
