@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama.loading import pack
 from llama.model import Transformer
 from llama.options import DecodingOptions
 from llama.sampling import RandomStream, next_tokens, process_logits, token_logprobs
@@ -111,6 +112,7 @@ class Engine:
         self.slots = Slots(model.cache)
         self.counters = Counters()
         self.reuse_prefixes = True
+        self.packed = False
 
     def run(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
         """Completes sequences in place, beside those already here; after each step, yields which of all have ended.
@@ -248,6 +250,9 @@ class Engine:
 
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
+        if not self.packed:  # now and not while loading, for the sake of the first token
+            pack(self.model)
+            self.packed = True
         tokens = torch.tensor([[s.tokens[-1]] for s in self.running], device=self.device)
         positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.running]
         hidden = self._forward(tokens, positions, 0)

@@ -1,6 +1,7 @@
 """A checkpoint's tensors into a model: this rank's slices, each byte once, without a second copy in memory.
 
-Knows nothing of formats: a checkpoint is anything that reads slices of full tensors (`checkpoint.MetaCheckpoint`,
+On the CPU the matrices are used as they lie in the files at first, and are packed for decoding later (`pack`). Knows
+nothing of formats: a checkpoint is anything that reads slices of full tensors (`checkpoint.MetaCheckpoint`,
 `huggingface.HuggingFaceCheckpoint`).
 """
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from llama.checkpoint import MetaCheckpoint, partition_dim, slice_of_rank
 from llama.model import Transformer
-from llama.parallel import raise_if_a_rank_failed
+from llama.parallel import Packable, raise_if_a_rank_failed
 
 # How much a load copies at a time; on CUDA there are two pinned buffers of this size.
 CHUNK_BYTES = 64 << 20
@@ -130,6 +131,18 @@ def drop_pages(tensor: torch.Tensor) -> None:
     if stop > start:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+
+
+def pack(model: Transformer) -> None:
+    """Lays the matrices of a model on the CPU out for fast decoding, one by one; of no model is there a second copy.
+
+    It costs about as much as reading the weights twice, so that the first token is better decided before it.
+    """
+    for module in model.modules():
+        if isinstance(module, Packable):
+            as_it_lay = module.weight
+            if module.pack():
+                drop_pages(as_it_lay)
 
 
 def _copy(
