@@ -99,7 +99,7 @@ json.dump(answers, open(f"{out}.{dist.get_rank()}", "w"))
 @pytest.mark.parametrize("model_parallel_size", [1, 2])
 def test_two_processes_give_the_same_tokens_split_or_as_replicas(make, tmp_path, model_parallel_size):
     llama = make(4)
-    prompts = prompts_of_every_length(37)
+    prompts = prompts_of_every_length()
     expected = [
         llama.generate(prompts, N_NEW, num_return_sequences=3, seed=1, temperature=t, top_p=0.95)[0] for t in (0, 1.0)
     ]
