@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# By path: a folder named llama in the current directory would else hide the package.
+EDITABLE := --config-settings editable_mode=compat
 TORCH := $(shell grep ^torch== constraints.txt)
 
 .PHONY: demo test check clean
@@ -24,8 +26,8 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "Python 3.10 or newer is needed, and $(PYTHON) is not one. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "Could not make a virtual environment. On Debian: sudo apt install python3-venv"; exit 1; }
 
@@ -35,9 +37,9 @@ $(VENV)/.runtime: setup.py constraints.txt | $(VENV)/bin/python
 	@echo "Installing PyTorch and the package into $(VENV), once"
 	@[ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null || $(PIP) install -q --no-deps --no-index $(TORCH) 2>/dev/null || \
 	  $(PIP) install -q --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH) || true
-	@$(PIP) install -q -c constraints.txt -e .
+	@$(PIP) install -q -c constraints.txt $(EDITABLE) -e '.[llama2,hf]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	@$(PIP) install -q -c constraints.txt -e '.[test,dev]'
+	@$(PIP) install -q -c constraints.txt $(EDITABLE) -e '.[llama2,hf,test,dev]'
 	@touch $@

@@ -8,9 +8,8 @@ torchrun --nproc_per_node 1 example_chat_completion.py \
 
 from pathlib import Path
 
-import fire
-
 from llama import Dialog, Llama
+from llama.cli import run
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 
@@ -68,4 +67,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, name="example_chat_completion.py")

@@ -8,9 +8,8 @@ torchrun --nproc_per_node 1 example_text_completion.py \
 
 from pathlib import Path
 
-import fire
-
 from llama import Llama
+from llama.cli import run
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 
@@ -54,4 +53,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, name="example_text_completion.py")

@@ -151,7 +151,7 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds more than tensors, or is not a checkpoint; refused, nothing was run: {reason}"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(
             f"{path} ({size:,} bytes) is not a whole PyTorch checkpoint: {reason}. "
             "Expected a complete consolidated.NN.pth; download it again if its size is not the published one"

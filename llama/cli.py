@@ -79,6 +79,7 @@ def convert(src: str, dst: str, to: str, shards: int | None = None, dtype: str |
     from llama.convert import convert
 
     convert(src, dst, to, shards, dtype)
+    print(f"wrote {dst}")
 
 
 def load(
@@ -209,22 +210,35 @@ def score(text: str, **options: Any) -> None:
     show(f"{len(logprobs)} tokens, perplexity {perplexity:.4f}\nleast certain:\n{least_certain(result)}\n")
 
 
+MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)
 COMMANDS = {"chat": chat, "complete": complete, "score": score, "info": info, "verify": verify, "convert": convert}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command of argv (sys.argv's when None); a user's mistake is one line on stderr and exit code 2."""
+    """Runs the command of argv, sys.argv's when None, as `run` does."""
+    run(COMMANDS, argv)
+
+
+def run(component: Callable | dict[str, Callable], argv: list[str] | None = None, name: str = "llama") -> None:
+    """Calls a function, or one of several by its name, with the arguments of a command line, sys.argv's when None.
+
+    As fire.Fire, but the arguments are checked before anything runs, and a user's mistake is one line on stderr and
+    exit code 2.
+    """
     try:
-        for call in _read(sys.argv[1:] if argv is None else argv):
+        for call in _read(component, sys.argv[1:] if argv is None else argv, name):
             call()
-    except (OSError, ValueError, ImportError, GenerationError, parallel.RankFailed) as error:
-        print(f"llama: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever was reading has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+    except MISTAKES as error:
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _read(argv: list[str]) -> list[Callable[[], None]]:
+def _read(component: Callable | dict[str, Callable], argv: list[str], name: str) -> list[Callable[[], None]]:
     """The call that the arguments ask for; none where they ask for help, which is shown.
 
     By itself fire runs a command first and says afterwards which of its arguments there are not.
@@ -243,12 +257,16 @@ def _read(argv: list[str]) -> list[Callable[[], None]]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            commands = {name: later(command) for name, command in COMMANDS.items()}
-            fire.Fire(commands, [*argv, *flags, "--separator", "\0"], name="llama")
+            if isinstance(component, dict):
+                noted = {word: later(command) for word, command in component.items()}
+            else:
+                noted = later(component)
+            fire.Fire(noted, [*argv, *flags, "--separator", "\0"], name=name)
     except fire.core.FireExit as exit:
         if exit.code:
             problem = exit.trace.elements[-1].ErrorAsStr()
-            raise ValueError(f"{problem} (llama{' COMMAND' * bool(argv)} --help lists what there is)") from None
+            command = f"{name} {argv[0]}" if isinstance(component, dict) and argv and argv[0] in component else name
+            raise ValueError(f"{problem} ({command} --help lists what there is)") from None
         # Without its note on how it was called, and without its own marks, which it takes for subcommands.
         print(re.sub(r"^INFO: .*\n+| GROUP \|| +Type: Optional\[\]\n|\n\nGROUPS\n(.*\n)*", "", said.getvalue()))
         return []

@@ -73,6 +73,7 @@ class Llama:
             FileNotFoundError: a directory or file is missing.
             ValueError: a file is broken, disagrees with another, or a number is out of range.
                 On several processes each raises when one does.
+            MemoryError: the device has no room for the weights and the cache.
         """
         started = time.perf_counter()
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
@@ -84,11 +85,19 @@ class Llama:
         parallel.silence_other_ranks()
         with parallel.fail_together():
             tokenizer, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
-            with torch.device("meta"):
-                model = Transformer(checkpoint.args)
-            dtype = dtype or parallel.pick_dtype(checkpoint.dtype, device)
-            loaded = load_weights(model, checkpoint, dtype, device)
-            model.allocate_cache()
+            try:
+                with torch.device("meta"):
+                    model = Transformer(checkpoint.args)
+                dtype = dtype or parallel.pick_dtype(checkpoint.dtype, device)
+                loaded = load_weights(model, checkpoint, dtype, device)
+                model.allocate_cache()
+            except RuntimeError as error:  # PyTorch has no class of its own for a CPU out of memory
+                if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise MemoryError(
+                    f"not enough memory on {device} for this checkpoint with max_seq_len = {max_seq_len} and "
+                    f"max_batch_size = {max_batch_size}: `python -m llama info` says what it takes; lower them"
+                ) from error
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
         return Llama(model, tokenizer, seed)
