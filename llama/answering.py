@@ -138,7 +138,8 @@ class Answerer:
         beams = [(index, prompt, option) for index, prompt, option, _ in jobs if option.num_beams > 1]
         searched = {index for index, *_ in beams}
         n_tokens, started = 0, time.perf_counter()
-        for ended in self.engine.run(list(sequences)):
+        # The largest budgets first, else in order: a long answer begun last would run on alone.
+        for ended in self.engine.run(sorted(sequences, key=lambda s: -s.max_new_tokens)):
             for sequence in ended:
                 if sequence not in sequences:  # a stream's
                     continue
