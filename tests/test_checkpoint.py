@@ -122,7 +122,7 @@ for folder in map(Path, folders):
         while not done.wait(0.001):
             peak = max(peak, private())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     with torch.device("meta"):
         model = Transformer(args)
