@@ -220,6 +220,4 @@ def _move_beams(cache: KVCache, running: list[BeamSearch], owners: dict[int, Bea
             stop = max(stop, len(search.prompt) + len(beam.tokens) - 1)
         owners[row], beam.row = search, row
     if start < stop:
-        source, target = torch.tensor([sources, targets], device=cache.keys.device)
-        for layer in (*cache.keys, *cache.values):  # one at a time: the right side is a copy, as rows may swap
-            layer[target, :, start:stop] = layer[source, :, start:stop]
+        cache.move(sources, targets, start, stop)

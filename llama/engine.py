@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama.decode_step import DecodeStep
 from llama.loading import pack
 from llama.model import Transformer
 from llama.options import DecodingOptions
@@ -27,6 +28,8 @@ from llama.slots import Slots, shareable
 # the activations. While other sequences are decoding it is less, so that they do not stall; longer prompts are cut.
 PREFILL_TOKENS = 4096
 PREFILL_TOKENS_WHILE_DECODING = 512
+# From so many on, the first prefill gains more from packed matrices than it takes to pack them (llama.products.Packed).
+PACK_FIRST_TOKENS = 384
 UNUSABLE_LOGITS = "the model's logits are NaN or infinite: look for damaged weights with `llama verify`"
 # Logits of a prompt's positions are made this many at a time: 256 x 128,256 float32 are 131 MB.
 LOGITS_CHUNK = 256
@@ -111,8 +114,15 @@ class Engine:
         self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how much of its prompt is done
         self.slots = Slots(model.cache)
         self.counters = Counters()
+        self.decode_step = DecodeStep(model)
         self.reuse_prefixes = True
         self.packed = False
+
+    def compile(self) -> str:
+        """Compiles the decoding step, with the matrices as they will be then; says how long it took."""
+        self._pack()
+        self.decode_step = DecodeStep(self.model, compile=True)
+        return self.decode_step.warm_up()
 
     def run(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
         """Completes sequences in place, beside those already here; after each step, yields which of all have ended.
@@ -217,6 +227,8 @@ class Engine:
         starts = [min(start, self.model.args.max_seq_len - width) for start in starts]
         rows = [s.prompt[start:stop] for s, start, stop in zip(group, starts, stops)]
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
+        if tokens.numel() >= PACK_FIRST_TOKENS:
+            self._pack()
         hidden = self._forward(tokens, starts, first_slot)
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
             slot = first_slot + row
@@ -231,7 +243,7 @@ class Engine:
         whole = [row for row in whole if group[row].finish_reason is None]
         if whole:
             last = [stops[row] - starts[row] - 1 for row in whole]
-            self._choose([group[row] for row in whole], hidden[whole, last])
+            self._choose([group[row] for row in whole], self.model.logits(hidden[whole, last]))
 
     def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor, start: int, stop: int) -> None:
         """Log-probabilities of the tokens that follow positions start to stop, from their hidden states [T, dim]."""
@@ -250,23 +262,25 @@ class Engine:
 
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
-        if not self.packed:  # now and not while loading, for the sake of the first token
-            pack(self.model)
-            self.packed = True
-        tokens = torch.tensor([[s.tokens[-1]] for s in self.running], device=self.device)
+        self._pack()
         positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.running]
-        hidden = self._forward(tokens, positions, 0)
+        logits = self.decode_step([s.tokens[-1] for s in self.running], positions, self.slots.spare_position)
         for slot, (sequence, position) in enumerate(zip(self.running, positions)):
             self.slots.record(slot, position, sequence.tokens[-1:])
         self.counters.decoded += len(self.running)
-        self._choose(self.running, hidden[:, -1])
+        self._choose(self.running, logits)
+
+    def _pack(self) -> None:
+        """Lays the matrices out for fast products, once: not while loading, for the sake of the first token."""
+        if not self.packed:
+            pack(self.model)
+            self.packed = True
 
     def _forward(self, tokens: torch.Tensor, starts: list[int], first_slot: int) -> torch.Tensor:
         return self.model.hidden_states(tokens, starts, slice(first_slot, first_slot + len(starts)))
 
-    def _choose(self, sequences: list[Sequence], hidden: torch.Tensor) -> None:
-        """Chooses each sequence's next token from its last hidden state, [B, dim]."""
-        logits = self.model.logits(hidden)
+    def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """Chooses each sequence's next token from its logits, [B, vocab_size]."""
         if logits.device.type == "mps":  # which has no float64
             logits = logits.cpu()
         peaks = logits.amax(dim=-1).tolist()

@@ -21,6 +21,7 @@ from llama.huggingface import open_checkpoint
 from llama.loading import load_weights
 from llama.model import Transformer
 from llama.options import DecodingOptions, per_prompt
+from llama.products import KINDS
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 
@@ -52,6 +53,8 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        compile: bool = False,
+        quantize: str | None = None,
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
@@ -68,6 +71,10 @@ class Llama:
             seed: what the random numbers of calls without a seed of their own come from.
             device: "cuda", "mps", "cpu"; the first of these that is there when None.
             dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
+            compile: whether to compile the decoding step with `torch.compile`: a minute the first time on a machine.
+            quantize: "int8" or "int4" rounds the matrices while they are loaded, to a half or a quarter of bfloat16's
+                bytes (`llama.products.quantize`); the embedding and the norms stay. The computation is in bfloat16
+                unless `dtype` says otherwise, which has the fast kernels.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
@@ -79,8 +86,10 @@ class Llama:
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
+        if quantize not in (None, *KINDS):
+            raise ValueError(f"quantize = {quantize!r}: expected {' or '.join(map(repr, KINDS))}, or None")
         device = parallel.pick_device(device)
-        dtype = _as_dtype(dtype)
+        dtype = _as_dtype(dtype) or (parallel.pick_dtype(torch.bfloat16, device) if quantize else None)
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
         with parallel.fail_together():
@@ -89,7 +98,7 @@ class Llama:
                 with torch.device("meta"):
                     model = Transformer(checkpoint.args)
                 dtype = dtype or parallel.pick_dtype(checkpoint.dtype, device)
-                loaded = load_weights(model, checkpoint, dtype, device)
+                loaded = load_weights(model, checkpoint, dtype, device, quantize)
                 model.allocate_cache()
             except RuntimeError as error:  # PyTorch has no class of its own for a CPU out of memory
                 if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
@@ -100,9 +109,9 @@ class Llama:
                 ) from error
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
-        return Llama(model, tokenizer, seed)
+        return Llama(model, tokenizer, seed, compile=compile)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, *, compile: bool = False):
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
@@ -110,6 +119,11 @@ class Llama:
         if model.cache is None:
             model.allocate_cache()
         self._engine = Engine(model)
+        if compile:
+            with parallel.fail_at_once():
+                took = self._engine.compile()
+            if dist.get_rank() == 0:
+                print(took)
         self._answerer = Answerer(self._engine, tokenizer)
         self._n_calls = 0
 

@@ -13,7 +13,7 @@ import torch
 
 
 class KVCache:
-    """Keys and values of every layer, [n_layers, max_batch_size, n_kv_heads, max_seq_len, head_dim] each.
+    """Keys and values, for each layer a tensor [max_batch_size, n_kv_heads, max_seq_len, head_dim] of both.
 
     The positions of one head lie next to each other, so that attention at one row reads each head as one stream.
     """
@@ -29,29 +29,30 @@ class KVCache:
         device: torch.device | str,
     ):
         # Zeros and not empty memory: attention multiplies what it masks out by a weight of 0, and 0 x NaN is NaN.
-        shape = (n_layers, max_batch_size, n_kv_heads, max_seq_len, head_dim)
-        self.keys = _zeros(shape, dtype, device)
-        self.values = _zeros(shape, dtype, device)
+        shape = (max_batch_size, n_kv_heads, max_seq_len, head_dim)
+        # Tensors of their own, for a compiler takes parts of one tensor for the whole of it.
+        self.keys = [_zeros(shape, dtype, device) for _ in range(n_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(n_layers)]
 
     @property
     def max_batch_size(self) -> int:
-        return self.keys.shape[1]
+        return self.keys[0].shape[0]
 
     @property
     def max_seq_len(self) -> int:
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` positions of one row to another."""
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def swap_slots(self, a: int, b: int, length: int) -> None:
-        """Exchanges the first `length` positions of two rows."""
-        for tensor in (self.keys, self.values):
-            kept = tensor[:, a, :, :length].clone()
-            tensor[:, a, :, :length] = tensor[:, b, :, :length]
-            tensor[:, b, :, :length] = kept
+    def move(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        """Gives each target row the positions [start, stop) of its source row, as they were before any has moved."""
+        for tensor in (*self.keys, *self.values):
+            if len(sources) == 1:
+                tensor[targets[0], :, start:stop] = tensor[sources[0], :, start:stop]
+            else:
+                tensor[targets, :, start:stop] = tensor[sources, :, start:stop]  # the right side is a copy
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from llama.checkpoint import MetaCheckpoint, partition_dim, slice_of_rank
 from llama.model import Transformer
-from llama.parallel import Packable, raise_if_a_rank_failed
+from llama.parallel import Linear, raise_if_a_rank_failed
+from llama.products import lay_out
 
 # How much a load copies at a time; on CUDA there are two pinned buffers of this size.
 CHUNK_BYTES = 64 << 20
@@ -43,11 +45,18 @@ class Loaded:
         return text
 
 
-def load_weights(model: Transformer, checkpoint: MetaCheckpoint, dtype: torch.dtype, device: torch.device) -> Loaded:
+def load_weights(
+    model: Transformer,
+    checkpoint: MetaCheckpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+) -> Loaded:
     """Gives a model built on the meta device its tensors, this rank's slices of the checkpoint's.
 
     On the CPU, a slice that is one piece of a file and has the right dtype stays mapped and takes no memory of its own.
-    Everything else is copied once, tensor by tensor.
+    Everything else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", matrices are rounded as soon as
+    those that belong together are there, and only few are there as they were at any time.
 
     Raises:
         RankFailed: another rank has failed meanwhile (inside `parallel.fail_together`).
@@ -64,7 +73,7 @@ def load_weights(model: Transformer, checkpoint: MetaCheckpoint, dtype: torch.dt
         for full, (dim, start, stop) in zip(checkpoint.shapes.values(), slices.values())
     )
     copier = StagedCopy(device) if device.type == "cuda" else None
-    state, loaded = {}, Loaded()
+    loaded, together = Loaded(), {linear: group for group in model.matrices() for linear in group}
     with tqdm(
         desc="Loading",
         total=n_bytes,
@@ -73,25 +82,29 @@ def load_weights(model: Transformer, checkpoint: MetaCheckpoint, dtype: torch.dt
         delay=1,
         disable=None if dist.get_rank() == 0 else True,
     ) as bar:
-        for name, where in slices.items():
+        for name in [name for name, _ in model.named_parameters()]:  # each once, though two modules may share it
             raise_if_a_rank_failed()
             if device.type == "cpu" and checkpoint.dtype == dtype:
-                tensor = checkpoint.read(name, *where)
-                state[name] = tensor.contiguous()
-                if tensor.is_contiguous() and _is_mapped(tensor):
-                    loaded.n_mapped += tensor.nbytes
+                read = checkpoint.read(name, *slices[name])
+                tensor = read.contiguous()
             else:
-                state[name] = _copy(checkpoint, name, *where, dtype, device, copier)
-            loaded.n_bytes += state[name].nbytes
-            bar.update(state[name].nbytes)
+                read = tensor = _copy(checkpoint, name, *slices[name], dtype, device, copier)
+            bar.update(tensor.nbytes)
+            module = model.get_submodule(name.removesuffix(".weight"))
+            module.weight = nn.Parameter(tensor, requires_grad=False)
+            if quantize and module in together and not any(linear.weight.is_meta for linear in together[module]):
+                if copier is not None:
+                    copier.wait()
+                loaded.n_bytes += _lay_out(together[module], quantize)
+            elif not quantize or module not in together:
+                loaded.n_bytes += tensor.nbytes
+                loaded.n_mapped += tensor.nbytes if _is_mapped(tensor) else 0
         if copier is not None:
             copier.finish()
     if model.args.tied_embeddings:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
-    if model.args.tied_embeddings:
-        model.output.weight = model.tok_embeddings.weight  # one Parameter, as before
-    model.requires_grad_(False)
+        model.output.weight = model.tok_embeddings.weight
+        if quantize:
+            loaded.n_bytes += _lay_out((model.output,), quantize)
     model.to(device)  # the rotary table; the parameters are there
     return loaded
 
@@ -134,15 +147,27 @@ def drop_pages(tensor: torch.Tensor) -> None:
 
 
 def pack(model: Transformer) -> None:
-    """Lays the matrices of a model on the CPU out for fast decoding, one by one; of no model is there a second copy.
+    """Lays the matrices of a model out for fast decoding, one by one; of no model is there a second copy.
 
-    It costs about as much as reading the weights twice, so that the first token is better decided before it.
+    On a CPU it costs about as much as reading the weights twice, so that the first token is better decided before it.
     """
-    for module in model.modules():
-        if isinstance(module, Packable):
-            as_it_lay = module.weight
-            if module.pack():
-                drop_pages(as_it_lay)
+    for linears in model.matrices():
+        if all(linear.layout is None for linear in linears):
+            _lay_out(linears)
+
+
+def _lay_out(linears: tuple[Linear, ...], quantize: str | None = None) -> int:
+    """Lays matrices with the same input out together, if there is a layout for them; returns its bytes."""
+    weights = [linear.weight for linear in linears]
+    layout = lay_out(weights, quantize, weights[0].dtype)
+    if layout is None:
+        return 0
+    start = 0
+    for linear, weight in zip(linears, weights):
+        linear.layout, linear.rows, linear.weight = layout, slice(start, start + len(weight)), None
+        start += len(weight)
+        drop_pages(weight)
+    return layout.n_bytes
 
 
 def _copy(
@@ -219,6 +244,11 @@ class StagedCopy:
             else:  # as it lies to the device, and from there: copy_ in one step would convert on the CPU
                 target.copy_(staged.to(self.device, non_blocking=True))
             self.sent[self.turn].record()
+
+    def wait(self) -> None:
+        """Lets what runs on the device from now on see what has been sent."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def finish(self) -> None:
         """Waits until everything has arrived."""

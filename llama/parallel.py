@@ -17,11 +17,13 @@ from datetime import timedelta
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
 from llama.lifeline import FAILED, LOST_PEER, Hub, Lifeline
+from llama.products import Layout
 
 # The model-parallel size of the groups that `initialize` made; None while there are none, or they are the caller's.
 _own_model_parallel_size: int | None = None
@@ -258,49 +260,34 @@ def partition(size: int, rank: int, n_ranks: int) -> tuple[int, int]:
     return rank * size // n_ranks, (rank + 1) * size // n_ranks
 
 
-class Packable(nn.Module):
-    """A matrix that can be laid out anew for fast products on the CPU, by oneDNN.
+class Linear(nn.Module):
+    """A matrix: a parameter `weight` as a checkpoint has it, or rows of a layout made for fast products.
 
-    PyTorch's `linear` takes a matrix as it lies, and reads it at half the memory's speed or less when there are few
-    rows to multiply. Packed, the parameter is an opaque tensor of the same shape and dtype; `state_dict` has it as it
-    was.
+    Once laid out it has no parameter and takes no gradient; `state_dict` has the weight nevertheless.
     """
 
-    weight: nn.Parameter
-
-    def pack(self) -> bool:
-        """Packs the matrix, once, if this device and dtype have a fast product for it. It takes no gradient then."""
-        weight = self.weight
-        if weight.is_mkldnn or weight.device.type != "cpu" or weight.requires_grad or not _has_packed_product(weight):
-            return False
-        # The number of rows is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        return True
+    weight: nn.Parameter | None
+    layout: Layout | None = None  # may hold other matrices too,
+    rows: slice | None = None  # and these are this one's
 
     def product(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., rows of the matrix]
-        if self.weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.is_mkldnn:
-            destination[prefix + "weight"] = self.weight.detach().to_dense()
+        if self.layout is not None:
+            destination[prefix + "weight"] = self.layout.to_dense()[self.rows]
 
 
-def _has_packed_product(weight: torch.Tensor) -> bool:
-    """Whether PyTorch was built with oneDNN, and the processor computes in the dtype."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return weight.dtype == torch.float32
+def products(x: torch.Tensor, *linears: "ColumnParallelLinear") -> tuple[torch.Tensor, ...]:
+    """What each of several matrices makes of one input: one product, once they are laid out together."""
+    layout = linears[0].layout
+    if layout is None or layout is not linears[-1].layout:
+        return tuple(linear(x) for linear in linears)
+    return layout(x).split([linear.output_size_per_partition for linear in linears], dim=-1)
 
 
-class ColumnParallelLinear(Packable, fairscale_layers.ColumnParallelLinear):
+class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
     """`x @ weight.T` with the rows of `weight` [out_features, in_features] split over the ranks.
 
     Each rank has its slice of the output; with `gather_output` every rank has the whole.
@@ -319,13 +306,13 @@ class ColumnParallelLinear(Packable, fairscale_layers.ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
-        if self.world_size > 1 and _needs_gradient(x, self.weight):
+        if self.world_size > 1 and self.layout is None and _needs_gradient(x, self.weight):
             return super().forward(x)  # fairscale's collectives carry gradients
         y = self.product(x)
         return gather_last_dim(y, self.out_features, self.group) if self.gather_output else y
 
 
-class RowParallelLinear(Packable, fairscale_layers.RowParallelLinear):
+class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
     """`x @ weight.T` with the columns of `weight` [out_features, in_features] split over the ranks.
 
     Takes the slice of the input that a ColumnParallelLinear left on this rank; the ranks' products are summed.
@@ -343,7 +330,7 @@ class RowParallelLinear(Packable, fairscale_layers.RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
-        if self.world_size > 1 and _needs_gradient(x, self.weight):
+        if self.world_size > 1 and self.layout is None and _needs_gradient(x, self.weight):
             return super().forward(x)
         return sum_over_ranks(self.product(x), self.group)
 
@@ -380,6 +367,8 @@ def _needs_gradient(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum of every rank's `x`, the same bits on each of them. `x` is overwritten."""
     if dist.get_world_size(group) > 1:
+        if torch.compiler.is_compiling():
+            return funcol.all_reduce(x, "sum", group)  # the form that a compiler can follow
         dist.all_reduce(x, group=group)
     return x
 
@@ -392,6 +381,9 @@ def gather_last_dim(x: torch.Tensor, size: int, group: dist.ProcessGroup) -> tor
     widths = [stop - start for start, stop in (partition(size, rank, world_size) for rank in range(world_size))]
     # Collectives want equal pieces: where they differ, by one, the narrower ones are padded on the way.
     x = F.pad(x, (0, max(widths) - x.shape[-1])) if x.shape[-1] < max(widths) else x.contiguous()
-    pieces = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(pieces, x, group=group)
+    if torch.compiler.is_compiling():
+        pieces = funcol.all_gather_tensor(x, gather_dim=0, group=group).chunk(world_size)
+    else:
+        pieces = [torch.empty_like(x) for _ in range(world_size)]
+        dist.all_gather(pieces, x, group=group)
     return torch.cat([piece[..., :width] for piece, width in zip(pieces, widths)], dim=-1)

@@ -44,15 +44,20 @@ class Slots:
         else:
             self.swap(slot, min(range(slot, len(self)), key=self._last_used.__getitem__))
             if shared:
-                self.cache.copy_slot(source, slot, shared)
+                self.cache.move([source], [slot], 0, shared)
                 self.tokens[slot] = self.tokens[source][:shared]
         del self.tokens[slot][shared:]
+
+    def spare_position(self, slot: int) -> int:
+        """A position of a slot that may be overwritten: the one after what it holds, given up where it is full."""
+        del self.tokens[slot][self.cache.max_seq_len - 1 :]
+        return len(self.tokens[slot])
 
     def swap(self, a: int, b: int) -> None:
         """Exchanges what two slots hold."""
         if a == b:
             return
-        self.cache.swap_slots(a, b, max(len(self.tokens[a]), len(self.tokens[b])))
+        self.cache.move([a, b], [b, a], 0, max(len(self.tokens[a]), len(self.tokens[b])))
         for record in (self.tokens, self._last_used):
             record[a], record[b] = record[b], record[a]
 

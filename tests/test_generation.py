@@ -287,7 +287,7 @@ def test_bfloat16_checkpoints_compute_in_bfloat16_on_the_cpu(write_checkpoint):
     folder = write_checkpoint(dtype=torch.bfloat16)
     llama = Llama.build(folder, max_seq_len=64, device="cpu")
     assert {parameter.dtype for parameter in llama.model.parameters()} == {torch.bfloat16}
-    assert llama.model.cache.keys.dtype == torch.bfloat16
+    assert llama.model.cache.keys[0].dtype == torch.bfloat16
     wide = Llama.build(folder, max_seq_len=64, device="cpu", dtype="float32")
     assert {parameter.dtype for parameter in wide.model.parameters()} == {torch.float32}
     logits = [m.model(torch.tensor([[1, 2, 3]])) for m in (llama, wide)]

@@ -72,7 +72,7 @@ def test_memory_is_that_of_the_model_that_is_built(two_shards):
     n_parameters = sum(p.numel() for p in llm.model.parameters())
     found = memory(llm.model.args, n_parameters, 4)
     assert found["weights"] == sum(p.nbytes for p in llm.model.parameters())
-    assert found["cache"] == llm.model.cache.keys.nbytes + llm.model.cache.values.nbytes
+    assert found["cache"] == llm.model.cache.nbytes
     assert found["logits"] == llm.model.forward(torch.zeros(3, 1, dtype=torch.long)).nbytes
 
 

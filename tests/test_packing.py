@@ -17,8 +17,9 @@ def test_packed_matrices_give_the_same_logits(dtype, tied):
     tokens = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
     expected, state = model(tokens), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pack(model)
-    packed = [name for name, parameter in model.named_parameters() if parameter.is_mkldnn]
-    assert len(packed) == 7 * model.args.n_layers + 1  # every matrix; the embedding is looked up and stays
+    layouts = {id(linear.layout) for linears in model.matrices() for linear in linears}
+    assert len(layouts) == 4 * model.args.n_layers + 1  # q, k and v are one product, and so are w1 and w3
+    assert len(list(model.parameters())) == 2 * model.args.n_layers + 2  # the norms, and the embedding: it is looked up
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(model(tokens), expected, atol=tolerance, rtol=0)
     torch.testing.assert_close(model(tokens[:, :1]), expected[:, :1], atol=tolerance, rtol=0)
@@ -41,7 +42,7 @@ def private():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 
 llama = Llama.build(sys.argv[1], max_seq_len=64, max_batch_size=1, device="cpu")
-weights = sum(parameter.nbytes for parameter in llama.model.parameters())
+weights = sum(tensor.nbytes for tensor in llama.model.state_dict().values())
 llama.tokenizer.stop_tokens = set()
 llama.generate([[1, 2, 3]], 1, temperature=0)
 before = private()

@@ -1,0 +1,271 @@
+"""Matrices laid out for fast products: side by side, packed by oneDNN, in 8 bits, in 4 bits.
+
+Decoding reads each matrix once a token, so what counts is how many bytes it has and how fast they are read. A layout is
+called with x [..., in_features] and gives [..., out_features]. Knows nothing of models, processes or files. The kernels
+are PyTorch's; here is which to take when, and what they need.
+"""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+KINDS = ("int8", "int4")
+# An int4 scale holds for so many neighbours in a row, as in GPTQ (arXiv 2210.17323); the kernels know 128, 64 and 32.
+GROUP_SIZE = 128
+# From so many rows on, turning weights back into bfloat16 and a plain product are faster than the kernels for a few.
+MANY_ROWS = 192
+ROWS_AT_A_TIME = 1024  # of a matrix turned back: pieces that stay in the cache
+
+
+class Layout:
+    """A matrix [out_features, in_features] in some form; `layout(x)` is x times its transpose."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def n_bytes(self) -> int:
+        """What a product reads."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
+        raise NotImplementedError
+
+    def to_dense(self) -> torch.Tensor:
+        """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
+        raise NotImplementedError
+
+
+class Dense(Layout):
+    """The matrix as it is: for several put side by side on a GPU, where one large product beats three small ones."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+        self.out_features, self.in_features = weight.shape
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+    def to_dense(self) -> torch.Tensor:
+        return self.weight
+
+
+class Packed(Layout):
+    """The matrix in blocks, by oneDNN. PyTorch's `linear` reads one as it lies at half the memory's speed or less."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.out_features, self.in_features = weight.shape
+        # The number of rows of x is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
+        self.number = next(_numbers)
+        _packed[self.number] = self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # the compiler knows no opaque tensors, but numbers
+            return torch.ops.llama.packed_product(x, self.number, self.out_features)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+    def to_dense(self) -> torch.Tensor:
+        return self.weight.to_dense()
+
+    @property
+    def n_bytes(self) -> int:
+        return self.out_features * self.in_features * self.weight.element_size()
+
+    @staticmethod
+    def serves(weight: torch.Tensor) -> bool:
+        """Whether PyTorch was built with oneDNN, and the processor computes in the dtype."""
+        if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            return False
+        if weight.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if weight.dtype == torch.float16:
+            return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+# The packed matrices by their numbers, in the order they were made, which is the same in each run of a program.
+_packed: "weakref.WeakValueDictionary[int, Packed]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+_library = torch.library.Library("llama", "FRAGMENT")
+_library.define("packed_product(Tensor x, int number, int out_features) -> Tensor")
+
+
+@torch.library.impl(_library, "packed_product", "CPU")
+def _packed_product(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, _packed[number].weight, None, "none", [], "")
+
+
+@torch.library.register_fake("llama::packed_product", lib=_library)
+def _packed_product_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@dataclass
+class Quantized:
+    """A matrix in few bits: weight[i, j] stands for codes[i, j] * scales[i, j // group] + zeros[i, j // group].
+
+    Attributes:
+        kind: "int8": codes from -127 to 127, one group a row, no zeros; "int4": codes from -8 to 7.
+        in_features: how many columns the matrix has; for int4, there may be more codes, for whole groups.
+        codes: int8 [out_features, at least in_features].
+        scales, zeros: float32 [out_features, groups]; zeros is None for int8.
+    """
+
+    kind: str
+    in_features: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+
+    def to_dense(self) -> torch.Tensor:
+        """The float32 values it stands for, [out_features, in_features]."""
+        if self.zeros is None:
+            return self.codes.float() * self.scales
+        grouped = self.codes.float().unflatten(1, (self.scales.shape[1], -1))
+        return (grouped * self.scales[:, :, None] + self.zeros[:, :, None]).flatten(1)[:, : self.in_features]
+
+
+def quantize(weight: torch.Tensor, kind: str) -> Quantized:
+    """Rounds a matrix to 8 bits with a scale for each row, or to 4 bits with a scale and a zero for each group.
+
+    Args:
+        weight: [out_features, in_features] of any floating dtype.
+        kind: "int8" or "int4".
+
+    Raises:
+        ValueError: the weight has values that are not finite.
+    """
+    in_features = weight.shape[1]
+    weight = weight.detach().float()
+    if not bool(weight.isfinite().all()):
+        raise ValueError("a matrix has NaN or infinite values: look for damaged weights with `llama verify`")
+    # Scales and zeros are first rounded to what the kernels keep, so that the codes are the best for those.
+    if kind == "int8":
+        scales = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12).bfloat16().float()
+        return Quantized(kind, in_features, (weight / scales).round().clamp(-127, 127).to(torch.int8), scales)
+    group = group_size(in_features)
+    grouped = F.pad(weight, (0, -in_features % group)).unflatten(1, (-1, group))
+    low, high = grouped.amin(dim=2), grouped.amax(dim=2)
+    scales = ((high - low) / 15).clamp(min=1e-12).bfloat16().float()
+    zeros = (low + 8 * scales).bfloat16().float()
+    codes = ((grouped - zeros[:, :, None]) / scales[:, :, None]).round().clamp(-8, 7)
+    return Quantized(kind, in_features, codes.flatten(1).to(torch.int8), scales, zeros)
+
+
+def group_size(in_features: int) -> int:
+    """How many neighbours share an int4 scale: the largest of 128, 64, 32 that divides a row, 32 if none does."""
+    return next((group for group in (GROUP_SIZE, 64, 32) if in_features % group == 0), 32)
+
+
+def lay_out(parts: "list[torch.Tensor | Quantized]", kind: str | None, dtype: torch.dtype) -> Layout | None:
+    """The fastest layout of matrices put below one another; None where they had better stay as they are.
+
+    Args:
+        parts: matrices with the same number of columns, all of them quantised already or none.
+        kind: "int8", "int4", or None for weights as they are.
+        dtype: of the computation.
+    """
+    if kind is not None:
+        quantized = [part if isinstance(part, Quantized) else quantize(part, kind) for part in parts]
+        return (Int8 if kind == "int8" else Int4)(_stacked(quantized), dtype)
+    if any(part.requires_grad for part in parts):
+        return None
+    if Packed.serves(parts[0]):
+        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts))
+    return Dense(torch.cat(parts)) if parts[0].device.type == "cuda" and len(parts) > 1 else None
+
+
+def _stacked(parts: list[Quantized]) -> Quantized:
+    zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts])
+    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+    return Quantized(parts[0].kind, parts[0].in_features, codes, scales, zeros)
+
+
+class Int8(Layout):
+    """Eight bits a weight, one scale a row."""
+
+    def __init__(self, matrix: Quantized, dtype: torch.dtype):
+        self.codes, self.scales = matrix.codes.contiguous(), matrix.scales[:, 0].to(dtype)
+        self.out_features, self.in_features = self.codes.shape
+        # The kernel reads sixteen codes at a time, past the end of a row that is no multiple of that.
+        whole = self.in_features % 16 == 0
+        self.has_kernel = self.codes.device.type == "cpu" and dtype == torch.bfloat16 and whole
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cuda":
+            # Fused by the compiler: weights are turned back in registers, and never stored.
+            compute = _int8_product if torch.compiler.is_compiling() else _compiled_int8_product()
+            return compute(x, self.codes, self.scales)
+        rows = x.reshape(-1, self.in_features)
+        if self.has_kernel and (torch.compiler.is_compiling() or len(rows) < MANY_ROWS):
+            y = torch._weight_int8pack_mm(rows, self.codes, self.scales)
+        else:
+            cuts = range(0, self.out_features, ROWS_AT_A_TIME)
+            pieces = [
+                _int8_product(rows, self.codes[i:][:ROWS_AT_A_TIME], self.scales[i:][:ROWS_AT_A_TIME]) for i in cuts
+            ]
+            y = torch.cat(pieces, dim=1)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def to_dense(self) -> torch.Tensor:
+        return self.codes.to(self.scales.dtype) * self.scales[:, None]
+
+
+class Int4(Layout):
+    """Four bits a weight, a scale and a zero for each group of a row."""
+
+    def __init__(self, matrix: Quantized, dtype: torch.dtype):
+        codes, device = matrix.codes, matrix.codes.device.type
+        self.out_features, self.in_features = len(codes), matrix.in_features
+        self.n_columns = codes.shape[1]
+        self.group = self.n_columns // matrix.scales.shape[1]
+        self.dtype = dtype
+        # The kernels take rows in sixteens, and bfloat16.
+        missing = -len(codes) % 16
+        codes, scales, zeros = (F.pad(t, (0, 0, 0, missing)) for t in (codes, matrix.scales, matrix.zeros))
+        self.has_kernel = dtype == torch.bfloat16 and device in ("cpu", "cuda")
+        if not self.has_kernel:
+            self.codes = codes
+            self.scales_zeros = torch.stack([scales, zeros], dim=-1)
+            return
+        if device == "cpu":
+            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+        else:
+            pairs = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2))
+            inner_tiles = min(8, self.group // 16)  # columns in blocks of 16 * inner_tiles
+            self.codes = torch.ops.aten._convert_weight_to_int4pack(pairs[..., 0] << 4 | pairs[..., 1], inner_tiles)
+        self.scales_zeros = torch.stack([scales.T, zeros.T], dim=-1).to(dtype).contiguous()  # [groups, rows, 2]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.n_columns > self.in_features:
+            rows = F.pad(rows, (0, self.n_columns - self.in_features))
+        if not self.has_kernel:
+            scales, zeros = self.scales_zeros.unbind(-1)
+            dense = self.codes.to(self.dtype).unflatten(1, (-1, self.group))
+            dense = dense * scales[:, :, None].to(self.dtype) + zeros[:, :, None].to(self.dtype)
+            y = F.linear(rows, dense.flatten(1))
+        elif x.device.type == "cpu":
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.scales_zeros)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm(rows, self.codes, self.group, self.scales_zeros)
+        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+
+    def to_dense(self) -> torch.Tensor:
+        identity = torch.eye(self.in_features, dtype=self.dtype, device=self.scales_zeros.device)
+        return self(identity).T.contiguous()  # the kernels' own order of the codes is theirs
+
+
+def _int8_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, codes.to(x.dtype)) * scales
+
+
+@functools.cache
+def _compiled_int8_product() -> Callable[..., torch.Tensor]:
+    return torch.compile(_int8_product, dynamic=True)
