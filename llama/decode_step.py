@@ -36,7 +36,8 @@ class DecodeStep:
             # On CUDA the compiler makes and tunes the kernels; on a CPU the products stay oneDNN's or PyTorch's own,
             # which are as fast as the memory there, and what is between them is fused.
             options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else {}
-            self._step = torch.compile(model.step, fullgraph=True, options=options)
+            # In a region of its own: PyTorch counts the programs of all models together otherwise, and stops at eight.
+            self._step = torch.compile(model.step, fullgraph=True, isolate_recompiles=True, options=options)
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.batch_sizes = _sizes(1, model.args.max_batch_size)

@@ -1,6 +1,7 @@
 """What several test files need: places, small random checkpoints, and real processes under torchrun."""
 
 import base64
+import functools
 import json
 import os
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import llama.engine
 from llama import Llama, ModelArgs, Transformer, parallel
+from llama.decode_step import DecodeStep
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -24,6 +27,16 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"the shared test data is absent: no {'/'.join(parts)} in ../shared")
     return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compile", action="store_true", help="decode with the compiled step everywhere (slow to start)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_everywhere(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--compile"):
+        llama.engine.DecodeStep = functools.partial(DecodeStep, compile=True)
 
 
 @pytest.fixture(scope="session")
