@@ -6,8 +6,10 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ import fire
 from fire.decorators import SetParseFns
 
 from llama import GenerationError, Llama, parallel
+from llama.batch import OPTIONS, run_batch_files
 from llama.chat import Conversation, Keyboard, show, talk
-from llama.options import DecodingOptions
+from llama.options import NAMES, DecodingOptions
+from llama.rows import Rows, format_of
 from llama.scoring import least_certain
+from llama.task_template import read_template
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 DEMO_SEQ_LEN = 256  # positions past that the embedded model has not seen
@@ -89,6 +94,7 @@ def load(
     max_batch_size: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    model_parallel_size: int | None = None,
 ) -> Llama:
     """Builds the model of a command; what there is to say of it goes to stderr.
 
@@ -99,6 +105,7 @@ def load(
         max_batch_size: sequences at a time.
         device: "cuda", "mps" or "cpu"; the first of these that is there when left out.
         dtype: of weights and computation, such as "bfloat16"; the checkpoint's when left out.
+        model_parallel_size: over how many processes the model is split; all of them when left out.
     """
     if ckpt_dir is None and not DEMO.is_dir():
         raise FileNotFoundError(
@@ -107,7 +114,10 @@ def load(
         )
     max_seq_len = max_seq_len or (2048 if ckpt_dir else DEMO_SEQ_LEN)
     with contextlib.redirect_stdout(sys.stderr):
-        llama = Llama.build(ckpt_dir or DEMO, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype)
+        llama = Llama.build(
+            *(ckpt_dir or DEMO, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size),
+            **{"device": device, "dtype": dtype},
+        )
     parallel.silence_other_ranks()  # again: the end of the redirection undid it
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -136,7 +146,7 @@ def _text_command(command: Callable) -> Callable:
     """The last touch: no more **options, and what is text is not read as Python, as fire would read 12 or (a, b)."""
     parameters = list(inspect.signature(command).parameters.values())
     command.__signature__ = inspect.Signature(parameters[:-1])
-    texts = ("text", "system", "ckpt_dir", "tokenizer_path", "device", "dtype")
+    texts = ("text", "source", "target", "template", "system", "ckpt_dir", "tokenizer_path", "device", "dtype")
     return SetParseFns(str, stop=_stops, **dict.fromkeys(texts, str))(command)
 
 
@@ -150,7 +160,7 @@ def _stops(value: str) -> Any:
 
 def _split(options: dict[str, Any]) -> tuple[Llama, dict[str, Any]]:
     """The model and the checked decoding options that a command's options ask for."""
-    decoding = {name: options.pop(name) for name in STREAMED if name in options}
+    decoding = {name: options.pop(name) for name in NAMES if name in options}
     checked = DecodingOptions(**decoding)  # before the weights are read
     llama = load(**options)
     checked.check_vocabulary(llama.model.args.vocab_size)
@@ -210,8 +220,59 @@ def score(text: str, **options: Any) -> None:
     show(f"{len(logprobs)} tokens, perplexity {perplexity:.4f}\nleast certain:\n{least_certain(result)}\n")
 
 
+@_text_command
+@_takes(DecodingOptions, *OPTIONS)
+@_takes(load, *(name for name in inspect.signature(load).parameters if name != "max_batch_size"))
+def batch(
+    source: str,
+    target: str,
+    *,
+    max_batch_size: int = 16,
+    template: str | None = None,
+    logprobs: bool = False,
+    force: bool = False,
+    retry: bool = False,
+    **options: Any,
+) -> None:
+    """Answers the lines of a file. Killed and started again, it does what is missing.
+
+    Under torchrun, every replica (see --model_parallel_size) takes a line whenever it has room. docs/guide.md has the
+    keys of the lines and of the answers.
+
+    Args:
+        source: JSON lines, CSV or Parquet, with a prompt, messages or tokens in each row.
+        target: the answers, in one of these formats.
+        max_batch_size: lines at a time, of each replica.
+        template: a JSON file of task prompts, which are filled with the fields of the lines.
+        logprobs: whether to write the log-probability of each token.
+        force: starts over, whatever the target holds.
+        retry: tries lines again that have failed.
+    """
+    if os.environ.get("RANK", "0") == "0":  # what can be found out before the weights are read
+        Rows(source), format_of(Path(target)), template is not None and read_template(template)
+    llama, decoding = _split({"max_batch_size": max_batch_size, **options})
+    given = {"template": template, "logprobs": logprobs, "force": force, "retry": retry}
+    started = time.perf_counter()
+    try:
+        summary = run_batch_files(llama, source, target, progress=True, **given, **decoding)
+    except KeyboardInterrupt:
+        print(f"stopped: {target} has what was done, and the same command goes on from there", file=sys.stderr)
+        raise
+    if summary is not None:
+        summary.seconds = time.perf_counter() - started
+        print(summary, file=sys.stderr)
+
+
 MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)
-COMMANDS = {"chat": chat, "complete": complete, "score": score, "info": info, "verify": verify, "convert": convert}
+COMMANDS = {
+    "chat": chat,
+    "complete": complete,
+    "score": score,
+    "batch": batch,
+    "info": info,
+    "verify": verify,
+    "convert": convert,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
