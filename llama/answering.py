@@ -62,6 +62,7 @@ class Job:
         occurrence: how many equal prompts came before it in the call.
         logprobs: whether the log-probability of each token of the answers is wanted.
         echo: whether the text begins with the prompt; with `logprobs`, they are wanted of the prompt's tokens too.
+        first_sample: from which answer to the prompt on; each is the same without those before it.
     """
 
     key: Any
@@ -70,6 +71,7 @@ class Job:
     occurrence: int = 0
     logprobs: bool = False
     echo: bool = False
+    first_sample: int = 0
 
 
 class GenerationError(RuntimeError):
@@ -96,8 +98,11 @@ class Answerer:
         logprobs: bool = False,
         echo: bool = False,
         progress: bool = False,
+        shared: bool = True,
     ) -> list[list[Answer]]:
         """The answers to each prompt, in their order, on every rank; `settings` are the options of each.
+
+        Each replica takes its share of them; or, if not `shared`, answers all, whatever the others do.
 
         Raises:
             GenerationError: some of them failed.
@@ -114,14 +119,14 @@ class Answerer:
                     f"prompt {index}: num_beams = {option.num_beams}, but {n_free} of max_batch_size = "
                     f"{len(self.engine.slots)} slots are free: expected no more beams; close the streams that are open"
                 )
-        mine = jobs[parallel.replica() :: parallel.n_replicas()]
+        mine = jobs[parallel.replica() :: parallel.n_replicas()] if shared else jobs
         self._cause = None
         with (
             parallel.fail_at_once(),
             tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0) as bar,
         ):
             answers = self._answer(mine, bar)
-        everything = [pair for part in parallel.gather_from_replicas(answers) for pair in part]
+        everything = [p for part in parallel.gather_from_replicas(answers) for p in part] if shared else answers
         by_prompt = [group for _, group in sorted(everything, key=lambda pair: pair[0])]
         failed = [(index, a.error) for index, group in enumerate(by_prompt) for a in group if a.error is not None]
         if failed:
@@ -202,7 +207,8 @@ class Answerer:
                 if job is None:
                     yield None
                     continue
-                groups[job] = [self._sequence(job, sample) for sample in range(job.option.num_return_sequences)]
+                samples = range(job.first_sample, job.first_sample + job.option.num_return_sequences)
+                groups[job] = [self._sequence(job, sample) for sample in samples]
                 owners.update((sequence, job) for sequence, _ in groups[job])
                 n_missing[job] = len(groups[job])
                 yield from [sequence for sequence, _ in groups[job]]
@@ -235,7 +241,7 @@ class Answerer:
             # The text is kept up with only where something has to look at it on the way.
             text.follow if stops else None,
             logprobs,
-            logprobs and job.echo and sample == 0,
+            logprobs and job.echo and sample == job.first_sample,
         )
         return sequence, text
 

@@ -270,14 +270,16 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         progress: bool = False,
+        shared: bool = True,
         **options: Any,
     ) -> list[list[Answer]]:
         """What `generate` and the completions are made of: the answers to each prompt, with all that is known of them.
 
-        Arguments and errors as in `generate`. With replicas, each takes its share of the prompts.
+        Arguments and errors as in `generate`. With replicas, each takes its share of the prompts; or, if not `shared`,
+        answers all, whatever the others do.
         """
         prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        return self._answerer.answer(prompts, self._check_options(prompts, options), logprobs, echo, progress)
+        return self._answerer.answer(prompts, self._check_options(prompts, options), logprobs, echo, progress, shared)
 
     def answer_jobs(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, list[Answer]]]:
         """Yields jobs with their answers as each is done, by this replica alone: see `Answerer.run`. Checks nothing."""
