@@ -18,12 +18,18 @@ import fire
 from fire.decorators import SetParseFns
 
 from llama import GenerationError, Llama, parallel
-from llama.batch import OPTIONS, run_batch_files
+from llama.batch import OPTIONS, identity, run_batch_files
+from llama.best_of_n import require_matplotlib
 from llama.chat import Conversation, Keyboard, show, talk
+from llama.huggingface import find_tokenizer
 from llama.options import NAMES, DecodingOptions
+from llama.rejection_sampling import Plan
 from llama.rows import Rows, format_of
+from llama.sample_files import SAMPLED, rescore_files, sample_files
+from llama.scorers import JUDGE_TEMPLATE, check_spec, is_judge, load_scorer
 from llama.scoring import least_certain
 from llama.task_template import read_template
+from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 DEMO_SEQ_LEN = 256  # positions past that the embedded model has not seen
@@ -146,7 +152,8 @@ def _text_command(command: Callable) -> Callable:
     """The last touch: no more **options, and what is text is not read as Python, as fire would read 12 or (a, b)."""
     parameters = list(inspect.signature(command).parameters.values())
     command.__signature__ = inspect.Signature(parameters[:-1])
-    texts = ("text", "source", "target", "template", "system", "ckpt_dir", "tokenizer_path", "device", "dtype")
+    texts = ("scorer", "prompts", "judge_template", "judge_answer", "plot")
+    texts += ("text", "source", "target", "template", "system", "ckpt_dir", "tokenizer_path", "device", "dtype")
     return SetParseFns(str, stop=_stops, **dict.fromkeys(texts, str))(command)
 
 
@@ -263,12 +270,145 @@ def batch(
         print(summary, file=sys.stderr)
 
 
+@_text_command
+@_takes(DecodingOptions, *SAMPLED)
+@_takes(load)
+def sample(
+    source: str,
+    target: str,
+    *,
+    scorer: str,
+    n: int = 16,
+    keep: int | None = None,
+    threshold: float | None = None,
+    max_samples: int | None = None,
+    judge_template: str | None = None,
+    judge_answer: str = "Yes",
+    plot: str | None = None,
+    force: bool = False,
+    retry: bool = False,
+    **options: Any,
+) -> None:
+    """Draws n answers to each line of a file, scores them, keeps the best. Started again, it does what is missing.
+
+    Args:
+        source: lines as those of `llama batch`; a line's metadata is the scorer's.
+        target: the answers with their scores: JSON lines, CSV or Parquet.
+        scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
+        n: answers to each line; with a threshold, how many are drawn at a time. (Under torchrun, which takes --n for
+            an option of its own, write -n.)
+        keep: writes the best so many; all when left out.
+        threshold: draws until `keep` answers (one, when that is left out) have this score,
+        max_samples: or so many have been drawn.
+        judge_template: a file with what a judge is asked, {prompt} and {answer} in it.
+        judge_answer: what a judge says of a good answer; its log-probability is the score.
+        plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
+        force: starts over, whatever the target holds.
+        retry: tries lines again that have failed.
+    """
+    plan = Plan(n, keep, threshold, max_samples)
+    name = _check_scoring(source, target, scorer, judge_template, judge_answer, plot)
+    options.setdefault("max_batch_size", 16)
+    settings = dict(options)
+    llama, decoding = _split(options)
+    with contextlib.redirect_stdout(sys.stderr):
+        asked = load_scorer(scorer, llama, name.get("template"), judge_answer, **_scorers_own(settings, llama))
+    parallel.silence_other_ranks()
+    how = {"force": force, "retry": retry, "progress": True}
+    _summarize(functools.partial(sample_files, llama, source, target, asked, plan, name, **how, **decoding), plot)
+
+
+@_text_command
+@_takes(load)
+def rescore(
+    source: str,
+    target: str,
+    *,
+    scorer: str,
+    prompts: str | None = None,
+    keep: int | None = None,
+    judge_template: str | None = None,
+    judge_answer: str = "Yes",
+    plot: str | None = None,
+    force: bool = False,
+    retry: bool = False,
+    **options: Any,
+) -> None:
+    """Scores the answers that a file has: what `llama sample` or `llama batch` wrote. Goes on like these.
+
+    Args:
+        source: lines with answers, or with the text of one.
+        target: the same answers with their new scores: JSON lines, CSV or Parquet.
+        scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
+        prompts: the lines that were answered, where the source does not repeat them (as that of `llama batch`).
+        keep: writes the best so many; all when left out.
+        judge_template: a file with what a judge is asked, {prompt} and {answer} in it.
+        judge_answer: what a judge says of a good answer; its log-probability is the score.
+        plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
+        force: starts over, whatever the target holds.
+        retry: tries lines again that have failed.
+    """
+    plan = Plan(sys.maxsize, keep)
+    name = _check_scoring(source, target, scorer, judge_template, judge_answer, plot)
+    llama = None
+    if scorer in ("logprob", "mean_logprob", "judge"):  # the others have no use for the model
+        options.setdefault("max_batch_size", 16)
+        llama = load(**options)
+        name["model"] = identity(llama)
+    with contextlib.redirect_stdout(sys.stderr):
+        parallel.initialize(options.get("model_parallel_size"), parallel.pick_device(options.get("device")))
+        asked = load_scorer(scorer, llama, name.get("template"), judge_answer, **_scorers_own(options, llama))
+    parallel.silence_other_ranks()
+    how = {"prompts": prompts, "force": force, "retry": retry, "progress": True}
+    _summarize(functools.partial(rescore_files, source, target, asked, plan, name, **how), plot)
+
+
+def _check_scoring(
+    source: str, target: str, scorer: str, template: str | None, verdict: str, plot: str | None
+) -> dict[str, Any]:
+    """What can be found out of a scoring command before any weights are read; what its scorer is known by."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        Rows(source), format_of(Path(target))
+    if plot is not None:
+        require_matplotlib()
+    text = JUDGE_TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
+    check_spec(scorer, text)
+    return {"scorer": scorer, **({"template": text, "answer": verdict} if is_judge(scorer) else {})}
+
+
+def _scorers_own(options: dict[str, Any], llama: Llama | None) -> dict[str, Any]:
+    """How a scorer's own model is loaded: as the command's, on as many processes."""
+    own = {name: options[name] for name in ("max_seq_len", "max_batch_size", "device", "dtype") if name in options}
+    if llama is not None:
+        own |= {"tokenizer": llama.tokenizer, "model_parallel_size": llama.model.tok_embeddings.world_size}
+    else:
+        own["model_parallel_size"] = options.get("model_parallel_size")
+        if path := options.get("tokenizer_path") or options.get("ckpt_dir"):
+            own["tokenizer"] = Tokenizer(find_tokenizer(Path(path)) if Path(path).is_dir() else path)
+    return own
+
+
+def _summarize(run: Callable[[], Any], plot: str | None) -> None:
+    """Runs a scoring command to its summary, which is shown, and drawn if it is to be."""
+    try:
+        summary = run()
+    except KeyboardInterrupt:
+        print("stopped: the output has what was done, and the same command goes on from there", file=sys.stderr)
+        raise
+    if summary is not None:
+        print(summary.text())
+        if plot is not None:
+            summary.plot(plot)
+
+
 MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)
 COMMANDS = {
     "chat": chat,
     "complete": complete,
     "score": score,
     "batch": batch,
+    "sample": sample,
+    "rescore": rescore,
     "info": info,
     "verify": verify,
     "convert": convert,
