@@ -16,7 +16,6 @@ Knows tokens and not text. Draws no random numbers: every model-parallel rank fi
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -150,29 +149,35 @@ def beam_search(
 
 
 @torch.inference_mode()
-def run_beams(model: Transformer, searches: Iterable[BeamSearch], first_slot: int = 0) -> Iterator[BeamSearch]:
+def run_beams(model: Transformer, searches: Iterable[BeamSearch | None], first_slot: int = 0) -> Iterator[BeamSearch]:
     """Completes searches in place, as many at a time as their beams find rows, and yields each as it is done.
 
     Args:
         model: with a cache, of whose rows those from `first_slot` on are the searches' until the last is done.
-        searches: any number, each with its own options.
+        searches: any number, each with its own options, taken as rows become free. None among them says that there is
+            none yet, which may be while one of those before is not done.
 
     Raises:
-        ValueError: a search has more beams than there are rows, or no room for its budget. Nothing has run then.
+        ValueError: a search has more beams than there are rows, or no room for its budget. If `searches` is a list,
+            nothing has run then.
     """
-    waiting, n_rows = deque(searches), model.cache.max_batch_size - first_slot
-    for search in waiting:
-        length = len(search.prompt) + search.max_new_tokens
-        if search.num_beams > n_rows:
-            raise ValueError(f"num_beams = {search.num_beams}: expected at most the {n_rows} free rows of the cache")
-        if length > model.cache.max_seq_len:
-            raise ValueError(f"prompt and budget are {length} tokens: expected at most {model.cache.max_seq_len}")
+    source, n_rows = iter(searches), model.cache.max_batch_size - first_slot
+    for search in searches if isinstance(searches, list) else ():
+        _check(search, n_rows, model.cache.max_seq_len)
+    more, waiting = True, None
     running: list[BeamSearch] = []  # their beams are in rows first_slot, first_slot + 1, …, in this order
     owners: dict[int, BeamSearch] = {}  # whose prompt is in a row
-    while waiting or running:
-        if waiting and sum(search.num_beams for search in [*running, waiting[0]]) <= n_rows:
+    while True:
+        n_used = sum(search.num_beams for search in running)
+        if more and waiting is None and n_used < n_rows:
+            waiting = next(source, source)
+            if waiting is source:
+                more, waiting = False, None
+            elif waiting is not None:
+                _check(waiting, n_rows, model.cache.max_seq_len)
+        if waiting is not None and n_used + waiting.num_beams <= n_rows:
             row = first_slot + sum(len(search.beams) for search in running)
-            search = waiting.popleft()
+            search, waiting = waiting, None
             running.append(search)
             if search.max_new_tokens == 0:
                 search.hypotheses = [Hypothesis([], [], 0.0, "length") for _ in range(search.num_return_sequences)]
@@ -181,14 +186,24 @@ def run_beams(model: Transformer, searches: Iterable[BeamSearch], first_slot: in
                 owners[row] = search
                 search.beams = [Beam(row)]
                 search.advance(_prefill(model, search.prompt, row).log_softmax(-1))
-        else:
+        elif running:
             beams = [(search, beam) for search in running for beam in search.beams]
             logprobs = _decode(model, beams, first_slot).log_softmax(-1)
             for search, rows in zip(running, logprobs.split([len(search.beams) for search in running])):
                 search.advance(rows)
-        yield from (search for search in running if search.done)
+        elif not more:
+            return
+        yield from [search for search in running if search.done]
         running = [search for search in running if not search.done]
         _move_beams(model.cache, running, owners, first_slot)
+
+
+def _check(search: BeamSearch, n_rows: int, max_seq_len: int) -> None:
+    length = len(search.prompt) + search.max_new_tokens
+    if search.num_beams > n_rows:
+        raise ValueError(f"num_beams = {search.num_beams}: expected at most the {n_rows} free rows of the cache")
+    if length > max_seq_len:
+        raise ValueError(f"prompt and budget are {length} tokens: expected at most {max_seq_len}")
 
 
 def _prefill(model: Transformer, prompt: list[int], row: int) -> torch.Tensor:

@@ -6,8 +6,10 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,18 @@ import fire
 from fire.decorators import SetParseFns
 
 from llama import GenerationError, Llama, parallel
+from llama.batch import OPTIONS, identity, run_batch_files
+from llama.best_of_n import require_matplotlib
 from llama.chat import Conversation, Keyboard, show, talk
-from llama.options import DecodingOptions
+from llama.huggingface import find_tokenizer
+from llama.options import NAMES, DecodingOptions
+from llama.rejection_sampling import Plan
+from llama.rows import Rows, format_of
+from llama.sample_files import SAMPLED, rescore_files, sample_files
+from llama.scorers import JUDGE_TEMPLATE, check_spec, is_judge, load_scorer
 from llama.scoring import least_certain
+from llama.task_template import read_template
+from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 DEMO_SEQ_LEN = 256  # positions past that the embedded model has not seen
@@ -89,6 +100,7 @@ def load(
     max_batch_size: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    model_parallel_size: int | None = None,
 ) -> Llama:
     """Builds the model of a command; what there is to say of it goes to stderr.
 
@@ -99,6 +111,7 @@ def load(
         max_batch_size: sequences at a time.
         device: "cuda", "mps" or "cpu"; the first of these that is there when left out.
         dtype: of weights and computation, such as "bfloat16"; the checkpoint's when left out.
+        model_parallel_size: over how many processes the model is split; all of them when left out.
     """
     if ckpt_dir is None and not DEMO.is_dir():
         raise FileNotFoundError(
@@ -107,7 +120,10 @@ def load(
         )
     max_seq_len = max_seq_len or (2048 if ckpt_dir else DEMO_SEQ_LEN)
     with contextlib.redirect_stdout(sys.stderr):
-        llama = Llama.build(ckpt_dir or DEMO, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype)
+        llama = Llama.build(
+            *(ckpt_dir or DEMO, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size),
+            **{"device": device, "dtype": dtype},
+        )
     parallel.silence_other_ranks()  # again: the end of the redirection undid it
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -136,7 +152,8 @@ def _text_command(command: Callable) -> Callable:
     """The last touch: no more **options, and what is text is not read as Python, as fire would read 12 or (a, b)."""
     parameters = list(inspect.signature(command).parameters.values())
     command.__signature__ = inspect.Signature(parameters[:-1])
-    texts = ("text", "system", "ckpt_dir", "tokenizer_path", "device", "dtype")
+    texts = ("scorer", "prompts", "judge_template", "judge_answer", "plot")
+    texts += ("text", "source", "target", "template", "system", "ckpt_dir", "tokenizer_path", "device", "dtype")
     return SetParseFns(str, stop=_stops, **dict.fromkeys(texts, str))(command)
 
 
@@ -150,7 +167,7 @@ def _stops(value: str) -> Any:
 
 def _split(options: dict[str, Any]) -> tuple[Llama, dict[str, Any]]:
     """The model and the checked decoding options that a command's options ask for."""
-    decoding = {name: options.pop(name) for name in STREAMED if name in options}
+    decoding = {name: options.pop(name) for name in NAMES if name in options}
     checked = DecodingOptions(**decoding)  # before the weights are read
     llama = load(**options)
     checked.check_vocabulary(llama.model.args.vocab_size)
@@ -210,8 +227,192 @@ def score(text: str, **options: Any) -> None:
     show(f"{len(logprobs)} tokens, perplexity {perplexity:.4f}\nleast certain:\n{least_certain(result)}\n")
 
 
+@_text_command
+@_takes(DecodingOptions, *OPTIONS)
+@_takes(load, *(name for name in inspect.signature(load).parameters if name != "max_batch_size"))
+def batch(
+    source: str,
+    target: str,
+    *,
+    max_batch_size: int = 16,
+    template: str | None = None,
+    logprobs: bool = False,
+    force: bool = False,
+    retry: bool = False,
+    **options: Any,
+) -> None:
+    """Answers the lines of a file. Killed and started again, it does what is missing.
+
+    Under torchrun, every replica (see --model_parallel_size) takes a line whenever it has room. docs/guide.md has the
+    keys of the lines and of the answers.
+
+    Args:
+        source: JSON lines, CSV or Parquet, with a prompt, messages or tokens in each row.
+        target: the answers, in one of these formats.
+        max_batch_size: lines at a time, of each replica.
+        template: a JSON file of task prompts, which are filled with the fields of the lines.
+        logprobs: whether to write the log-probability of each token.
+        force: starts over, whatever the target holds.
+        retry: tries lines again that have failed.
+    """
+    if os.environ.get("RANK", "0") == "0":  # what can be found out before the weights are read
+        Rows(source), format_of(Path(target)), template is not None and read_template(template)
+    llama, decoding = _split({"max_batch_size": max_batch_size, **options})
+    given = {"template": template, "logprobs": logprobs, "force": force, "retry": retry}
+    started = time.perf_counter()
+    try:
+        summary = run_batch_files(llama, source, target, progress=True, **given, **decoding)
+    except KeyboardInterrupt:
+        print(f"stopped: {target} has what was done, and the same command goes on from there", file=sys.stderr)
+        raise
+    if summary is not None:
+        summary.seconds = time.perf_counter() - started
+        print(summary, file=sys.stderr)
+
+
+@_text_command
+@_takes(DecodingOptions, *SAMPLED)
+@_takes(load)
+def sample(
+    source: str,
+    target: str,
+    *,
+    scorer: str,
+    n: int = 16,
+    keep: int | None = None,
+    threshold: float | None = None,
+    max_samples: int | None = None,
+    judge_template: str | None = None,
+    judge_answer: str = "Yes",
+    plot: str | None = None,
+    force: bool = False,
+    retry: bool = False,
+    **options: Any,
+) -> None:
+    """Draws n answers to each line of a file, scores them, keeps the best. Started again, it does what is missing.
+
+    Args:
+        source: lines as those of `llama batch`; a line's metadata is the scorer's.
+        target: the answers with their scores: JSON lines, CSV or Parquet.
+        scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
+        n: answers to each line; with a threshold, how many are drawn at a time. (Under torchrun, which takes --n for
+            an option of its own, write -n.)
+        keep: writes the best so many; all when left out.
+        threshold: draws until `keep` answers (one, when that is left out) have this score,
+        max_samples: or so many have been drawn.
+        judge_template: a file with what a judge is asked, {prompt} and {answer} in it.
+        judge_answer: what a judge says of a good answer; its log-probability is the score.
+        plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
+        force: starts over, whatever the target holds.
+        retry: tries lines again that have failed.
+    """
+    plan = Plan(n, keep, threshold, max_samples)
+    name = _check_scoring(source, target, scorer, judge_template, judge_answer, plot)
+    options.setdefault("max_batch_size", 16)
+    settings = dict(options)
+    llama, decoding = _split(options)
+    with contextlib.redirect_stdout(sys.stderr):
+        asked = load_scorer(scorer, llama, name.get("template"), judge_answer, **_scorers_own(settings, llama))
+    parallel.silence_other_ranks()
+    how = {"force": force, "retry": retry, "progress": True}
+    _summarize(functools.partial(sample_files, llama, source, target, asked, plan, name, **how, **decoding), plot)
+
+
+@_text_command
+@_takes(load)
+def rescore(
+    source: str,
+    target: str,
+    *,
+    scorer: str,
+    prompts: str | None = None,
+    keep: int | None = None,
+    judge_template: str | None = None,
+    judge_answer: str = "Yes",
+    plot: str | None = None,
+    force: bool = False,
+    retry: bool = False,
+    **options: Any,
+) -> None:
+    """Scores the answers that a file has: what `llama sample` or `llama batch` wrote. Goes on like these.
+
+    Args:
+        source: lines with answers, or with the text of one.
+        target: the same answers with their new scores: JSON lines, CSV or Parquet.
+        scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
+        prompts: the lines that were answered, where the source does not repeat them (as that of `llama batch`).
+        keep: writes the best so many; all when left out.
+        judge_template: a file with what a judge is asked, {prompt} and {answer} in it.
+        judge_answer: what a judge says of a good answer; its log-probability is the score.
+        plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
+        force: starts over, whatever the target holds.
+        retry: tries lines again that have failed.
+    """
+    plan = Plan(sys.maxsize, keep)
+    name = _check_scoring(source, target, scorer, judge_template, judge_answer, plot)
+    llama = None
+    if scorer in ("logprob", "mean_logprob", "judge"):  # the others have no use for the model
+        options.setdefault("max_batch_size", 16)
+        llama = load(**options)
+        name["model"] = identity(llama)
+    with contextlib.redirect_stdout(sys.stderr):
+        parallel.initialize(options.get("model_parallel_size"), parallel.pick_device(options.get("device")))
+        asked = load_scorer(scorer, llama, name.get("template"), judge_answer, **_scorers_own(options, llama))
+    parallel.silence_other_ranks()
+    how = {"prompts": prompts, "force": force, "retry": retry, "progress": True}
+    _summarize(functools.partial(rescore_files, source, target, asked, plan, name, **how), plot)
+
+
+def _check_scoring(
+    source: str, target: str, scorer: str, template: str | None, verdict: str, plot: str | None
+) -> dict[str, Any]:
+    """What can be found out of a scoring command before any weights are read; what its scorer is known by."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        Rows(source), format_of(Path(target))
+    if plot is not None:
+        require_matplotlib()
+    text = JUDGE_TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
+    check_spec(scorer, text)
+    return {"scorer": scorer, **({"template": text, "answer": verdict} if is_judge(scorer) else {})}
+
+
+def _scorers_own(options: dict[str, Any], llama: Llama | None) -> dict[str, Any]:
+    """How a scorer's own model is loaded: as the command's, on as many processes."""
+    own = {name: options[name] for name in ("max_seq_len", "max_batch_size", "device", "dtype") if name in options}
+    if llama is not None:
+        own |= {"tokenizer": llama.tokenizer, "model_parallel_size": llama.model.tok_embeddings.world_size}
+    else:
+        own["model_parallel_size"] = options.get("model_parallel_size")
+        if path := options.get("tokenizer_path") or options.get("ckpt_dir"):
+            own["tokenizer"] = Tokenizer(find_tokenizer(Path(path)) if Path(path).is_dir() else path)
+    return own
+
+
+def _summarize(run: Callable[[], Any], plot: str | None) -> None:
+    """Runs a scoring command to its summary, which is shown, and drawn if it is to be."""
+    try:
+        summary = run()
+    except KeyboardInterrupt:
+        print("stopped: the output has what was done, and the same command goes on from there", file=sys.stderr)
+        raise
+    if summary is not None:
+        print(summary.text())
+        if plot is not None:
+            summary.plot(plot)
+
+
 MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)
-COMMANDS = {"chat": chat, "complete": complete, "score": score, "info": info, "verify": verify, "convert": convert}
+COMMANDS = {
+    "chat": chat,
+    "complete": complete,
+    "score": score,
+    "batch": batch,
+    "sample": sample,
+    "rescore": rescore,
+    "info": info,
+    "verify": verify,
+    "convert": convert,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

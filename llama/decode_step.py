@@ -51,7 +51,8 @@ class DecodeStep:
         Args:
             tokens: the last token of each row, not in the cache yet.
             positions: where it belongs.
-            spare: a position of a row above these that nothing is lost from if a graph for more rows writes there.
+            spare: gives a position of a row above these that nothing is lost from if a graph for more rows writes
+                there; None if there is no such row.
         """
         if self.device.type == "cuda":
             return self._replay(tokens, positions, spare)
@@ -82,9 +83,11 @@ class DecodeStep:
             torch._dynamo.mark_dynamic(places, 0)
         return rows, places, key_positions
 
-    def _replay(self, tokens: list[int], positions: list[int], spare: Callable[[int], int]) -> torch.Tensor:
+    def _replay(self, tokens: list[int], positions: list[int], spare: Callable[[int], int] | None) -> torch.Tensor:
         """Runs a graph for at least so many rows and keys; it is captured the first time."""
-        n_rows = self.batch_sizes[bisect.bisect_left(self.batch_sizes, len(tokens))]
+        n_rows = len(tokens)
+        if spare is not None:
+            n_rows = self.batch_sizes[bisect.bisect_left(self.batch_sizes, n_rows)]
         length = self.lengths[bisect.bisect_left(self.lengths, max(positions) + 1)]
         graph = self._graphs.get((n_rows, length))
         if graph is None:

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -117,6 +117,7 @@ class Engine:
         self.decode_step = DecodeStep(model)
         self.reuse_prefixes = True
         self.packed = False
+        self.reserved = False  # whether the slots that no sequence uses are another's
 
     def compile(self) -> str:
         """Compiles the decoding step, with the matrices as they will be then; says how long it took."""
@@ -124,23 +125,41 @@ class Engine:
         self.decode_step = DecodeStep(self.model, compile=True)
         return self.decode_step.warm_up()
 
-    def run(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
-        """Completes sequences in place, beside those already here; after each step, yields which of all have ended.
+    def run(self, sequences: Iterable[Sequence | None]) -> Iterator[list[Sequence]]:
+        """Completes sequences in place, beside those already here; after each step, yields those of them that ended.
 
-        Leaving the iterator early takes its sequences out again.
+        They are taken one after the other, as slots become free. None among them says that there is none yet, which may
+        be while one of those before has not ended. Leaving the iterator early takes its sequences out again.
+
+        Raises:
+            ValueError: a beam search that has not ended holds the slots that are free.
         """
-        unfinished = list(sequences)
+        source, unfinished = iter(sequences), []
+        more = True
         try:
-            ended = [s for s in sequences if s.max_new_tokens == 0 and not s.prompt_logprobs]
-            for sequence in ended:
-                sequence.finish_reason = "length"
-            self.waiting.extend(s for s in sequences if s.finish_reason is None)
             while True:
+                ended = []
+                while more and not ended and len(self.waiting) + self.n_used < len(self.slots):
+                    sequence = next(source, source)
+                    if sequence is None:
+                        break
+                    if sequence is source:
+                        more = False
+                    elif sequence.max_new_tokens == 0 and not sequence.prompt_logprobs:
+                        sequence.finish_reason = "length"
+                        ended.append(sequence)
+                    else:
+                        unfinished.append(sequence)
+                        self.waiting.append(sequence)
+                if not ended and (more or unfinished):
+                    if self.waiting and self.reserved:
+                        raise ValueError("a beam search holds the slots that are free: let it end, or close it, first")
+                    self.step()
+                    ended = [s for s in unfinished if s.finish_reason is not None]
+                    unfinished = [s for s in unfinished if s.finish_reason is None]
                 yield ended
-                unfinished = [s for s in unfinished if s.finish_reason is None]
-                if not unfinished:
+                if not more and not unfinished:
                     return
-                ended = self.step()
         finally:
             self._remove(set(unfinished))
 
@@ -264,7 +283,8 @@ class Engine:
         """Runs the last token of each running sequence, and chooses the next."""
         self._pack()
         positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.running]
-        logits = self.decode_step([s.tokens[-1] for s in self.running], positions, self.slots.spare_position)
+        spare = None if self.reserved else self.slots.spare_position
+        logits = self.decode_step([s.tokens[-1] for s in self.running], positions, spare)
         for slot, (sequence, position) in enumerate(zip(self.running, positions)):
             self.slots.record(slot, position, sequence.tokens[-1:])
         self.counters.decoded += len(self.running)
@@ -316,11 +336,18 @@ class Engine:
 
     # Slots
 
-    def reserve(self) -> int:
-        """The first of the slots that no sequence uses; what they held is given up to the caller."""
+    @contextlib.contextmanager
+    def reserve(self) -> Iterator[int]:
+        """The first of the slots that no sequence uses. They are the caller's meanwhile; what they held is given up."""
+        if self.reserved:
+            raise ValueError("another beam search holds the slots that are free: let it end, or close it, first")
         first = self.n_used
         self.slots.forget(first)
-        return first
+        self.reserved = True
+        try:
+            yield first
+        finally:
+            self.reserved = False
 
     @property
     def n_used(self) -> int:

@@ -5,6 +5,7 @@ Everything a user passes in is checked here, before anything runs; the work is d
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -15,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from llama import parallel, scoring
-from llama.answering import Answer, Answerer, TopLogprobs
+from llama.answering import Answer, Answerer, GenerationError, Job, TopLogprobs
 from llama.engine import Engine
 from llama.huggingface import open_checkpoint
 from llama.loading import load_weights
 from llama.model import Transformer
+from llama.open_turns import OpenDialog
 from llama.options import DecodingOptions, per_prompt
 from llama.products import KINDS
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
@@ -34,6 +36,7 @@ class CompletionPrediction(TypedDict, total=False):
 
 class ChatPrediction(TypedDict, total=False):
     generation: Message
+    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
     tokens: list[str]
     logprobs: list[float]
     top_logprobs: TopLogprobs
@@ -203,7 +206,7 @@ class Llama:
         by_prompt = self.answer(prompt_tokens, logprobs, echo, progress, **options)
         predictions: list[CompletionPrediction] = []
         for prompt, group in zip(prompt_tokens, by_prompt):
-            predictions += [{"generation": a.text, **self._details(prompt, a, logprobs, echo, options)} for a in group]
+            predictions += [{"generation": a.text, **self.details(prompt, a, logprobs, echo, options)} for a in group]
         return predictions
 
     def chat_completion(
@@ -219,19 +222,36 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answers dialogs, each a list of {"role", "content"} that ends with the user's message.
 
-        Arguments and errors as in `generate`. Text in a message is text: "<|eot_id|>" is those characters.
+        Arguments and errors as in `generate`. Text in a message is text: "<|eot_id|>" is those characters. Messages of
+        the assistant whose content is "<PLACEHOLDER>" are generated in their places, in order, each as a call with all
+        the messages before it would, of the same options and seed.
 
         Returns:
             For each answer {"generation": {"role": "assistant", "content": text}}, with "tokens", "logprobs" and
-            "top_logprobs" when these are asked for.
+            "top_logprobs" when these are asked for. For a dialog with placeholders it is the last of its answers, and
+            "dialog" has all the messages.
         """
-        prompt_tokens = self._encode_dialogs(dialogs)
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
+        open_dialogs = self._open_dialogs(dialogs)
+        settings = self._check_options(open_dialogs, options)
+        for index, (dialog, option) in enumerate(zip(open_dialogs, settings)):
+            if dialog.has_placeholders and option.num_return_sequences > 1:
+                n = option.num_return_sequences
+                raise ValueError(f"dialog {index}: num_return_sequences = {n}: expected 1 where there are open turns")
+        last: list[tuple[list[int], list[Answer]]] = [([], [])] * len(settings)  # prompt and answers
+        while turn := [index for index, dialog in enumerate(open_dialogs) if not dialog.is_done]:
+            prompts = [self.check_prompt(index, self._encode_dialog(index, open_dialogs[index])) for index in turn]
+            groups = self._answer_some(turn, prompts, [settings[index] for index in turn], logprobs, progress)
+            for index, prompt, group in zip(turn, prompts, groups):
+                open_dialogs[index].fill(group[0].text)
+                last[index] = prompt, group
         predictions: list[ChatPrediction] = []
-        for prompt, group in zip(prompt_tokens, self.answer(prompt_tokens, logprobs, False, progress, **options)):
+        for dialog, (prompt, group) in zip(open_dialogs, last):
+            whole = {"dialog": dialog.messages} if dialog.has_placeholders else {}
             for a in group:
                 message: Message = {"role": "assistant", "content": a.text}
-                predictions.append({"generation": message, **self._details(prompt, a, logprobs, False, options)})
+                details = self.details(prompt, a, logprobs, False, options)
+                predictions.append({"generation": message, **whole, **details})
         return predictions
 
     def stream_text(self, prompt: str, **options: Any) -> Iterator[str]:
@@ -245,7 +265,10 @@ class Llama:
 
     def stream_chat(self, dialog: Dialog, **options: Any) -> Iterator[str]:
         """Yields the answer to a dialog while it is decided, as `stream_text` does."""
-        return self._stream(self._encode_dialogs([dialog])[0], **options)
+        (open_dialog,) = self._open_dialogs([dialog])
+        if open_dialog.has_placeholders:
+            raise ValueError("a stream is one answer: expected a dialog without open turns")
+        return self._stream(self._encode_dialog(0, open_dialog), **options)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[dict]:
         """The log-probability of each token of texts or lists of ids, of any length: see `llama.scoring.score`."""
@@ -261,14 +284,36 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         progress: bool = False,
+        shared: bool = True,
         **options: Any,
     ) -> list[list[Answer]]:
         """What `generate` and the completions are made of: the answers to each prompt, with all that is known of them.
 
-        Arguments and errors as in `generate`. With replicas, each takes its share of the prompts.
+        Arguments and errors as in `generate`. With replicas, each takes its share of the prompts; or, if not `shared`,
+        answers all, whatever the others do.
         """
         prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        return self._answerer.answer(prompts, self._check_options(prompts, options), logprobs, echo, progress)
+        return self._answerer.answer(prompts, self._check_options(prompts, options), logprobs, echo, progress, shared)
+
+    def answer_jobs(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, list[Answer]]]:
+        """Yields jobs with their answers as each is done, by this replica alone: see `Answerer.run`. Checks nothing."""
+        return self._answerer.run(jobs)
+
+    def _answer_some(
+        self,
+        indices: list[int],
+        prompts: list[list[int]],
+        settings: list[DecodingOptions],
+        logprobs: bool,
+        progress: bool,
+    ) -> list[list[Answer]]:
+        """The answers to some of a call's prompts; an error names the first that failed by its index in the call."""
+        try:
+            return self._answerer.answer(prompts, settings, logprobs, False, progress)
+        except GenerationError as error:
+            bad = next(index for index, group in zip(indices, error.answers) if any(a.error for a in group))
+            message = re.sub(r"^prompt \d+", f"prompt {bad}", str(error))
+            raise GenerationError(message, error.answers) from error.__cause__
 
     def _stream(self, prompt: list[int], **options: Any) -> Iterator[str]:
         """Checks at once, and not when the first piece is asked for."""
@@ -279,7 +324,7 @@ class Llama:
             raise ValueError("a stream is text alone: expected top_logprobs = 0")
         return self._answerer.stream(prompt, option)
 
-    def _details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict) -> dict:
+    def details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict) -> dict:
         """The keys of a prediction that are there when asked for. The text of a token has its leading space."""
         top = options.get("top_logprobs")
         asked_for_top = any(top) if isinstance(top, (list, tuple)) else bool(top)
@@ -306,16 +351,22 @@ class Llama:
                 raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
-    def _encode_dialogs(self, dialogs: SequenceOf[Dialog]) -> list[list[int]]:
-        prompt_tokens = []
+    def _open_dialogs(self, dialogs: SequenceOf[Dialog]) -> list[OpenDialog]:
+        open_dialogs = []
         for index, dialog in enumerate(dialogs):
             try:
-                prompt_tokens.append(self.formatter.encode_dialog_prompt(dialog))
+                open_dialogs.append(OpenDialog(dialog, self.formatter))
             except ValueError as error:
                 raise ValueError(f"dialog {index}: {error}") from None
-        return prompt_tokens
+        return open_dialogs
 
-    def _check_options(self, prompts: list[list[int]], options: dict[str, Any]) -> list[DecodingOptions]:
+    def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
+        try:
+            return self.formatter.encode_dialog_prompt(dialog.prompt)
+        except ValueError as error:
+            raise ValueError(f"dialog {index}: {error}") from None
+
+    def _check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
         seed = options.get("seed")
         if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
@@ -326,23 +377,33 @@ class Llama:
         settings = per_prompt(len(prompts), **options)
         for index, option in {id(option): (index, option) for index, option in enumerate(settings)}.values():
             try:
-                option.check_vocabulary(self.model.args.vocab_size)
+                self.check_option(option)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
-            if option.num_beams > self.model.args.max_batch_size:
-                raise ValueError(
-                    f"prompt {index}: num_beams = {option.num_beams}: expected at most max_batch_size = "
-                    f"{self.model.args.max_batch_size}, which `Llama.build` sets"
-                )
         return settings
 
-    def check_prompt(self, index: int, prompt: SequenceOf[int], any_length: bool = False) -> list[int]:
+    def check_option(self, option: DecodingOptions) -> None:
+        """Raises ValueError if options name tokens that the model does not have, or more beams than it has rows."""
+        option.check_vocabulary(self.model.args.vocab_size)
+        if option.num_beams > self.model.args.max_batch_size:
+            raise ValueError(
+                f"num_beams = {option.num_beams}: expected at most max_batch_size = "
+                f"{self.model.args.max_batch_size}, which `Llama.build` sets"
+            )
+
+    def check_prompt(self, index: int | str, prompt: SequenceOf[int], any_length: bool = False) -> list[int]:
         """The prompt as a list of int, whatever holds its ids: a list, a tuple, an array or a tensor.
+
+        Args:
+            index: of the prompt in the call, or what else errors are to call it.
+            prompt: its ids.
+            any_length: whether it may be longer than max_seq_len.
 
         Raises:
             ValueError, TypeError: it is empty, longer than max_seq_len (unless any_length), or holds no ids.
         """
-        name, limit, vocab_size = f"prompt {index}", self.model.args.max_seq_len, self.model.args.vocab_size
+        name = f"prompt {index}" if isinstance(index, int) else index
+        limit, vocab_size = self.model.args.max_seq_len, self.model.args.vocab_size
         prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
         if not isinstance(prompt, (list, tuple)):
             kind = type(prompt).__name__

@@ -30,6 +30,7 @@ NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+    "score.weight": "score.weight",  # a reward model's head
     "layers.N.attention.wq.weight": "model.layers.N.self_attn.q_proj.weight",
     "layers.N.attention.wk.weight": "model.layers.N.self_attn.k_proj.weight",
     "layers.N.attention.wv.weight": "model.layers.N.self_attn.v_proj.weight",
@@ -103,6 +104,11 @@ class HuggingFaceCheckpoint:
 
     Names, shapes and dtypes are checked when it is opened, against `args`.
 
+    Args:
+        ckpt_dir: the directory.
+        args: the shape of the model.
+        reward_head: whether it has a reward model's head, `score.weight`, in place of the output matrix.
+
     Attributes:
         args: the shape of the model.
         dtype: of all its tensors.
@@ -115,12 +121,14 @@ class HuggingFaceCheckpoint:
         ImportError: the safetensors package is not installed.
     """
 
-    def __init__(self, ckpt_dir: Path, args: ModelArgs):
+    def __init__(self, ckpt_dir: Path, args: ModelArgs, reward_head: bool = False):
         self.args = args
         self.paths = find_files(ckpt_dir)
         self.shapes = full_shapes(args)
-        if args.tied_embeddings:
+        if args.tied_embeddings or reward_head:
             del self.shapes["output.weight"]
+        if reward_head:
+            self.shapes["score.weight"] = (1, args.dim)
         self._file_of: dict[str, tuple[Path, Any]] = {}  # by Hugging Face's name
         for path in self.paths:
             file = _open_file(path)

@@ -9,6 +9,10 @@ from typing import Any
 
 from llama.model import ModelArgs
 
+# What a directory may be, by Transformers' name of its class.
+CAUSAL_LM, REWARD_MODEL = "LlamaForCausalLM", "LlamaForSequenceClassification"
+KINDS = {CAUSAL_LM: "a language model", REWARD_MODEL: "a reward model, which scores texts and writes none"}
+
 # How Llama 3.1 and later scale their rotary embedding (`model.rotary_frequencies`), but for the factor.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -47,7 +51,12 @@ def feed_forward_params(dim: int, hidden_dim: int) -> tuple[int, float | None]:
 
 
 def model_args(
-    config: dict[str, Any], ckpt_dir: Path, vocab_size: int, max_seq_len: int, max_batch_size: int
+    config: dict[str, Any],
+    ckpt_dir: Path,
+    vocab_size: int,
+    max_seq_len: int,
+    max_batch_size: int,
+    architecture: str = CAUSAL_LM,
 ) -> ModelArgs:
     """The shape of a model from its config.json, of Transformers 4 or 5.
 
@@ -56,15 +65,19 @@ def model_args(
         ckpt_dir: where it is from, for messages.
         vocab_size: the tokenizer's.
         max_seq_len, max_batch_size: what the cache will have room for; not in the file.
+        architecture: what the model must be: CAUSAL_LM or REWARD_MODEL.
 
     Raises:
-        ValueError: the model is not a Llama, or one with parts that this package does not have; a value is missing or
-            of the wrong kind; the vocabulary is another than the tokenizer's.
+        ValueError: the model is not a Llama, or another kind of one, or has parts that this package does not have; a
+            value is missing or of the wrong kind; the vocabulary is another than the tokenizer's.
     """
     path = ckpt_dir / "config.json"
     _require(path, "model_type", "llama", config.get("model_type"))
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    _require(path, "architectures", ["LlamaForCausalLM"], architectures)
+    architectures = config.get("architectures") or [architecture]
+    if architectures in ([CAUSAL_LM], [REWARD_MODEL]) and architectures != [architecture]:
+        found, use = (KINDS[kind] for kind in (architectures[0], architecture))
+        raise ValueError(f"{path.parent} is {found} ({architectures[0]}): expected {use} ({architecture})")
+    _require(path, "architectures", [architecture], architectures)
     _require(path, "quantization_config", None, config.get("quantization_config"))
     _require(path, "hidden_act", "silu", config.get("hidden_act", "silu"))
     for key in ("attention_bias", "mlp_bias"):
@@ -135,7 +148,7 @@ def config_json(args: ModelArgs, bos_id: int, eos_id: int, dtype: str) -> dict[s
     if args.use_scaled_rope:
         scaling = {"rope_type": "llama3", "factor": args.rope_scale_factor} | LLAMA3_SCALING
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [CAUSAL_LM],
         "model_type": "llama",
         "hidden_size": args.dim,
         "intermediate_size": args.hidden_dim,

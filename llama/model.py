@@ -184,6 +184,13 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
+    def matrices(self) -> Iterator[tuple[Linear, ...]]:
+        attention, feed_forward = self.attention, self.feed_forward
+        yield attention.wq, attention.wk, attention.wv
+        yield (attention.wo,)
+        yield feed_forward.w1, feed_forward.w3
+        yield (feed_forward.w2,)
+
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor | None, cache: CacheView | None
     ) -> torch.Tensor:
@@ -233,11 +240,7 @@ class Transformer(nn.Module):
     def matrices(self) -> Iterator[tuple[Linear, ...]]:
         """All matrices but the embedding, in the order of a pass; those that multiply the same input together."""
         for block in self.layers:
-            attention, feed_forward = block.attention, block.feed_forward
-            yield attention.wq, attention.wk, attention.wv
-            yield (attention.wo,)
-            yield feed_forward.w1, feed_forward.w3
-            yield (feed_forward.w2,)
+            yield from block.matrices()
         yield (self.output,)
 
     def allocate_cache(self) -> None:

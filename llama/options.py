@@ -4,7 +4,8 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -116,6 +117,9 @@ class DecodingOptions:
             raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most the {vocab_size} tokens there are")
 
 
+NAMES = tuple(field.name for field in fields(DecodingOptions))
+
+
 def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
     """The options of each prompt; a list among the values holds one value for each prompt.
 
@@ -125,10 +129,7 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
         ValueError: a value is out of range or contradicts another, or a list is not as long as there are prompts.
         TypeError: an option has a name that is none.
     """
-    known = {field.name for field in fields(DecodingOptions)}
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(known))}")
+    _check_names(options)
     # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
     options = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in options.items()}
     lists = {name: value for name, value in options.items() if _is_per_prompt(name, value)}
@@ -144,6 +145,23 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
     return result
+
+
+def from_json(options: dict[str, Any]) -> dict[str, Any]:
+    """Decoding options as a file of JSON has them, where the ids of a logit_bias are strings. Raises TypeError."""
+    _check_names(options)
+    bias = options.get("logit_bias")
+    if isinstance(bias, dict):
+        is_id = re.compile(r"\d{1,18}", re.ASCII).fullmatch
+        ids = {int(key) if isinstance(key, str) and is_id(key) else key: value for key, value in bias.items()}
+        options = options | {"logit_bias": ids}
+    return options
+
+
+def _check_names(options: Iterable[str]) -> None:
+    for name in options:
+        if name not in NAMES:
+            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
 
 
 def _is_per_prompt(name: str, value: Any) -> bool:

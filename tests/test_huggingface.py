@@ -154,7 +154,7 @@ def test_any_hidden_size_is_reproduced_and_published_ones_as_published():
         ({"model_type": "mistral"}, r"model_type is 'mistral': only 'llama' is supported"),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
-            r"architectures is \['LlamaForSeq.*only \['LlamaForCau",
+            r"is a reward model, .* \(LlamaForSequenceClassification\): expected a language model",
         ),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu': only 'silu' is supported"),
         ({"attention_bias": True}, r"attention_bias is True: only False"),

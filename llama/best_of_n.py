@@ -1,0 +1,156 @@
+"""What drawing n answers and keeping the best is worth: the best-of-n curve, a histogram of the scores, a summary.
+
+Knows numbers alone: nothing of models, answers or files but the PNG it draws.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+HISTOGRAM_BINS = 16
+BAR_WIDTH = 40
+
+
+def best_of_n(scores: Sequence[float], n: int) -> float:
+    """The expected best score of n answers, estimated without bias from N >= n that were drawn.
+
+    It is the mean of the maximum over all sets of n of them: the i-th smallest score is the maximum of C(i - 1, n - 1)
+    of the C(N, n) sets. For scores of 0 and 1 that is pass@n of Chen et al. 2021 (arXiv 2107.03374).
+
+    Raises:
+        ValueError: n is not from 1 to N.
+    """
+    if not 1 <= n <= len(scores):
+        raise ValueError(f"best of {n} out of {len(scores)} scores: expected n from 1 to as many as there are")
+    # Each weight from the one above it: the binomials themselves overflow, and their logarithms lose digits.
+    weight, terms = n / len(scores), []
+    for i, score in zip(range(len(scores), n - 1, -1), sorted(scores, reverse=True)):
+        terms.append(weight * score)
+        weight *= (i - n) / max(i - 1, 1)
+    return math.fsum(terms)
+
+
+def curve(groups: Sequence[Sequence[float]]) -> list[tuple[int, float, float, int]]:
+    """The best-of-n curve of many prompts, each with its scores.
+
+    Returns:
+        (n, mean over the prompts, its standard error over the prompts, how many prompts have n scores) for n = 1, 2,
+        4, … and the largest; the standard error of a single prompt is NaN.
+    """
+    largest = max(map(len, groups), default=0)
+    points = []
+    for n in sorted({2**k for k in range(largest.bit_length()) if 2**k <= largest} | {largest} - {0}):
+        values = [best_of_n(scores, n) for scores in groups if len(scores) >= n]
+        points.append((n, *mean_and_error(values), len(values)))
+    return points
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of independent values and its standard error, NaN for a single one."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def histogram(scores: Sequence[float]) -> list[tuple[float, float, int]]:
+    """(from, to, how many scores) of up to HISTOGRAM_BINS equal bins; a bin for each value where there are few."""
+    values = sorted(set(scores))
+    if len(values) <= HISTOGRAM_BINS // 2:
+        return [(value, value, sum(score == value for score in scores)) for value in values]
+    low, width = values[0], (values[-1] - values[0]) / HISTOGRAM_BINS
+    counts = [0] * HISTOGRAM_BINS
+    for score in scores:
+        counts[min(int((score - low) / width), HISTOGRAM_BINS - 1)] += 1
+    return [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)]
+
+
+@dataclass
+class Summary:
+    """The scores of a run, prompt by prompt.
+
+    Attributes:
+        threshold: the score that ended the drawing for a prompt; None where as many were drawn for each.
+        n_first: how many of a prompt's scores were drawn before any was looked at; None: all.
+        groups: each prompt's scores in the order they were drawn, None for an answer that could not be scored.
+        first_error: why the first of these could not.
+        n_failed: prompts without answers, broken lines say.
+    """
+
+    threshold: float | None = None
+    n_first: int | None = None
+    groups: list[list[float | None]] = field(default_factory=list)
+    first_error: str | None = None
+    n_failed: int = 0
+
+    @property
+    def scores(self) -> list[float]:
+        return [score for group in self.groups for score in group if score is not None]
+
+    @property
+    def curve(self) -> list[tuple[int, float, float, int]]:
+        """As `curve`. Of the answers that were drawn until one was good enough, only those count that were not."""
+        scored = ([s for s in group[: self.n_first] if s is not None] for group in self.groups)
+        return curve([scores for scores in scored if scores])
+
+    def text(self) -> str:
+        """The summary as lines for a terminal."""
+        scores, n_answers = self.scores, sum(map(len, self.groups))
+        lines = [f"{len(self.groups):,} prompts, {n_answers:,} answers, {n_answers - len(scores):,} without a score"]
+        if self.first_error is not None:
+            lines[0] += f" (the first: {self.first_error})"
+        if self.n_failed:
+            lines[0] += f"; {self.n_failed:,} lines failed"
+        if not scores:
+            return lines[0]
+        best = [max(known) for group in self.groups if (known := [s for s in group if s is not None])]
+        lines += [f"score: mean {_mean(scores):.4f}, mean of the best of each prompt {_mean(best):.4f}"]
+        if self.threshold is not None:
+            n_accepted = sum(score >= self.threshold for score in scores)
+            n_reached = sum(score >= self.threshold for score in best)
+            lines += [
+                f"at least {self.threshold:g}: {n_accepted:,} of {n_answers:,} answers drawn, acceptance rate "
+                f"{n_accepted / n_answers:.4f}; {n_reached:,} of {len(self.groups):,} prompts have one"
+            ]
+        bins = histogram(scores)
+        most = max(count for *_, count in bins)
+        lines += ["", f"{'score':>21}   answers"]
+        for low, high, count in bins:
+            where = f"{low:21.4g}" if low == high else f"{low:9.4g} to {high:8.4g}"
+            lines.append(f"{where} | {'#' * math.ceil(BAR_WIDTH * count / most)} {count:,}")
+        lines += ["", f"{'best of n':>21}   score ± standard error over the prompts"]
+        for n, mean, error, n_prompts in self.curve:
+            few = f"   ({n_prompts:,} prompts)" if n_prompts < len(self.groups) else ""
+            lines.append(f"{n:21,} | {mean:.4f}{'' if math.isnan(error) else f' ± {error:.4f}'}{few}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Writes histogram and curve as a PNG.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        figure = require_matplotlib()(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.hist(self.scores, bins=HISTOGRAM_BINS)
+        left.set(xlabel="score", ylabel="answers")
+        points = self.curve
+        errors = [0.0 if math.isnan(error) else error for _, _, error, _ in points]
+        right.errorbar([n for n, *_ in points], [mean for _, mean, *_ in points], errors, marker="o", capsize=3)
+        right.set_xscale("log", base=2)
+        right.set(xlabel="n", ylabel="expected best score of n answers")
+        figure.savefig(path, format="png", dpi=120)
+
+
+def require_matplotlib() -> type:
+    """matplotlib's Figure, which needs no display and touches no global state."""
+    try:
+        from matplotlib.figure import Figure  # an optional extra
+    except ImportError:
+        raise ImportError("a plot needs matplotlib: pip install matplotlib (or `pip install 'llama[plot]'`)") from None
+    return Figure
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,207 @@
+"""Task prompts: what is said to the model for a line of data, and what is read out of its answer, without code.
+
+A template file is JSON: {"tasks": {NAME: TASK, …}}. A line names its `task`, unless there is only one. A TASK has
+
+- `user`, a text in which {field} stands for a field of the line ({{ and }} for braces), and perhaps `system`, another;
+  or instead `prompt`, a text to be continued;
+- `options`: decoding options, which a line may override;
+- `parse`: how the answer is read: "integer", the first one in it; {"regex": R}, the first group of its first match (all
+  of the match if R has no group); {"integers": k}, k distinct ones; {"choice": [A, B, …]}, the only one of these that
+  stands by itself in it.
+
+Knows nothing of models.
+"""
+
+import json
+import os
+import re
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama.options import from_json
+
+TASK_KEYS = ("system", "user", "prompt", "options", "parse")
+# With commas between thousands, or without; the 3 of 3.14 is none, and 5-3 are two without a sign.
+INTEGER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?!\.?\d)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: pieces of text and fields by turns, decoding options, and the rule that reads an answer."""
+
+    name: str
+    texts: dict[str, list[tuple[str, str | None]]]
+    options: dict[str, Any]
+    parse: Callable[[str], Any] | None
+
+    @property
+    def fields(self) -> set[str]:
+        """The names of the fields in its texts."""
+        return {field for pieces in self.texts.values() for _, field in pieces if field is not None}
+
+    def render(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The `prompt` or `messages` of a line. What its fields hold is text, and is not looked into.
+
+        Raises:
+            ValueError: the line lacks a field.
+        """
+        texts = {name: self._fill(pieces, fields) for name, pieces in self.texts.items()}
+        if "prompt" in texts:
+            return texts
+        return {"messages": [{"role": role, "content": texts[role]} for role in ("system", "user") if role in texts]}
+
+    def read(self, answer: str) -> dict[str, Any]:
+        """What is read out of an answer, as `parsed`; with `parse_error` where that is nothing."""
+        if self.parse is None:
+            return {}
+        try:
+            return {"parsed": self.parse(answer)}
+        except ValueError as error:
+            return {"parsed": None, "parse_error": str(error)}
+
+    def _fill(self, pieces: list[tuple[str, str | None]], fields: dict[str, Any]) -> str:
+        result = ""
+        for text, field in pieces:
+            result += text
+            if field is not None:
+                if fields.get(field) is None:
+                    raise ValueError(f"the line has no field {field!r}, which the template of task {self.name!r} names")
+                result += _as_text(fields[field])
+        return result
+
+
+class Template:
+    """The tasks of a template.
+
+    Attributes:
+        content: as it was read.
+
+    Raises:
+        ValueError: it is not as described above; names the task and the key.
+    """
+
+    def __init__(self, content: Any):
+        self.content = content
+        if not isinstance(content, dict) or set(content) != {"tasks"} or not isinstance(content["tasks"], dict):
+            raise ValueError('expected {"tasks": {NAME: {"user": …}}} and nothing beside "tasks"')
+        self.tasks = {}
+        for name, task in content["tasks"].items():
+            try:
+                self.tasks[name] = _read_task(name, task)
+            except (ValueError, TypeError, re.error) as error:
+                raise ValueError(f"task {name!r}: {error}") from None
+        if not self.tasks:
+            raise ValueError("there is no task: expected one or more in 'tasks'")
+
+    def task_of(self, fields: dict[str, Any]) -> Task:
+        """The task of a line.
+
+        Raises:
+            ValueError: it names none that is known, or none though there are several.
+        """
+        name = fields.get("task", next(iter(self.tasks)) if len(self.tasks) == 1 else None)
+        if not isinstance(name, str) or name not in self.tasks:
+            raise ValueError(f"task = {name!r}: expected one of {', '.join(map(repr, self.tasks))}")
+        return self.tasks[name]
+
+
+def read_template(path: str | os.PathLike) -> Template:
+    """Reads a template file. Raises ValueError, which names the file, as `Template` does, or FileNotFoundError."""
+    try:
+        return Template(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_task(name: str, task: Any) -> Task:
+    if not isinstance(task, dict):
+        raise ValueError(f"a {type(task).__name__}: expected an object")
+    if unknown := sorted(set(task) - set(TASK_KEYS)):
+        raise ValueError(f"{unknown[0]!r} is not known: expected {', '.join(TASK_KEYS)}")
+    if ("user" in task) == ("prompt" in task) or ("system" in task and "prompt" in task):
+        raise ValueError("expected either 'user', perhaps with 'system', or 'prompt'")
+    texts = {key: _pieces(key, task[key]) for key in ("system", "user", "prompt") if key in task}
+    options = task.get("options", {})
+    if not isinstance(options, dict):
+        raise ValueError(f"options = {options!r}: expected an object")
+    return Task(name, texts, from_json(options), _rule(task["parse"]) if task.get("parse") is not None else None)
+
+
+def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
+    """A text and the field after it, and so on."""
+    if not isinstance(text, str):
+        raise ValueError(f"{key} = {text!r}: expected a text")
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}; expected {{field}}, and {{{{ or }}}} for a brace") from None
+    for _, field, spec, conversion in parts:
+        if field is not None and (not field or spec or conversion or "." in field or "[" in field):
+            raise ValueError(f"{key}: {{{field}}} with nothing, or more than a name, in it: expected {{field}}")
+    return [(text, field) for text, field, *_ in parts]
+
+
+def _as_text(value: Any) -> str:
+    """A field in a text: a list is a line for each of its items, numbered from 1."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "\n".join(f"{number}. {_as_text(item)}" for number, item in enumerate(value, 1))
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _rule(parse: Any) -> Callable[[str], Any]:
+    """The function that reads an answer; it raises ValueError where there is nothing to read."""
+    if parse == "integer":
+        return _first_integer
+    if isinstance(parse, dict) and len(parse) == 1:
+        ((kind, value),) = parse.items()
+        if kind == "regex" and isinstance(value, str):
+            return _regex(re.compile(value))
+        if kind == "integers" and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return lambda answer: _distinct_integers(answer, value)
+        if kind == "choice" and isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
+            return lambda answer: _choice(answer, value)
+    expected = '"integer", {"regex": R}, {"integers": k} or {"choice": [A, B, …]}'
+    raise ValueError(f"parse = {json.dumps(parse, ensure_ascii=False)}: expected {expected}")
+
+
+def _integers(answer: str) -> list[int]:
+    return [int(found.replace(",", "")) for found in INTEGER.findall(answer)]
+
+
+def _first_integer(answer: str) -> int:
+    found = INTEGER.search(answer)
+    if found is None:
+        raise ValueError("no integer in the answer")
+    return int(found[0].replace(",", ""))
+
+
+def _distinct_integers(answer: str, k: int) -> list[int]:
+    found = _integers(answer)
+    if len(found) != k or len(set(found)) != k:
+        raise ValueError(f"found the integers {found}: expected {k} distinct ones")
+    return found
+
+
+def _regex(pattern: re.Pattern) -> Callable[[str], str]:
+    def read(answer: str) -> str:
+        found = pattern.search(answer)
+        text = found and found[min(1, pattern.groups)]
+        if text is None:
+            raise ValueError(f"no match of {pattern.pattern}")
+        return text
+
+    return read
+
+
+def _choice(answer: str, choices: list[str]) -> str:
+    # The longest first, so that "A+" is not taken for "A".
+    either = "|".join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))
+    found = list(dict.fromkeys(re.findall(rf"(?<!\w)(?:{either})(?!\w)", answer)))
+    if len(found) != 1:
+        raise ValueError(f"found {', '.join(found) or 'none'} of {', '.join(choices)}: expected one of them")
+    return found[0]
