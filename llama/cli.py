@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fire
+import torch.distributed as dist
 from fire.decorators import SetParseFns
 
 from llama import GenerationError, Llama, parallel
@@ -89,6 +90,7 @@ def load(
     max_batch_size: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    draft: str | None = None,
 ) -> Llama:
     """Builds the model of a command; what there is to say of it goes to stderr.
 
@@ -99,6 +101,7 @@ def load(
         max_batch_size: sequences at a time.
         device: "cuda", "mps" or "cpu"; the first of these that is there when left out.
         dtype: of weights and computation, such as "bfloat16"; the checkpoint's when left out.
+        draft: the directory of a smaller model that proposes tokens, or "ngram": the same answers, sooner.
     """
     if ckpt_dir is None and not DEMO.is_dir():
         raise FileNotFoundError(
@@ -107,7 +110,9 @@ def load(
         )
     max_seq_len = max_seq_len or (2048 if ckpt_dir else DEMO_SEQ_LEN)
     with contextlib.redirect_stdout(sys.stderr):
-        llama = Llama.build(ckpt_dir or DEMO, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype)
+        llama = Llama.build(
+            ckpt_dir or DEMO, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype, draft=draft
+        )
     parallel.silence_other_ranks()  # again: the end of the redirection undid it
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -136,7 +141,7 @@ def _text_command(command: Callable) -> Callable:
     """The last touch: no more **options, and what is text is not read as Python, as fire would read 12 or (a, b)."""
     parameters = list(inspect.signature(command).parameters.values())
     command.__signature__ = inspect.Signature(parameters[:-1])
-    texts = ("text", "system", "ckpt_dir", "tokenizer_path", "device", "dtype")
+    texts = ("text", "system", "ckpt_dir", "tokenizer_path", "device", "dtype", "draft")
     return SetParseFns(str, stop=_stops, **dict.fromkeys(texts, str))(command)
 
 
@@ -157,6 +162,18 @@ def _split(options: dict[str, Any]) -> tuple[Llama, dict[str, Any]]:
     return llama, decoding
 
 
+def _report_speculation(llama: Llama) -> None:
+    """Says on stderr what a draft was good for; nothing where there is none."""
+    counters = llama._engine.counters
+    counts = counters.speculation
+    if counts.steps and dist.get_rank() == 0:
+        per_step = counters.decoded / counts.steps
+        print(
+            f"({per_step:.2f} tokens a step: {counts.accepted} of {counts.proposed} proposals accepted)",
+            file=sys.stderr,
+        )
+
+
 @_text_command
 @_takes(DecodingOptions, *STREAMED)
 @_takes(load)
@@ -171,6 +188,7 @@ def chat(*, system: str | None = None, **options: Any) -> None:
     if keyboard.tty:
         show("/help lists the commands, /quit leaves.\n")
     talk(Conversation(llama, system, **decoding), keyboard)
+    _report_speculation(llama)
 
 
 @_text_command
@@ -189,6 +207,7 @@ def complete(text: str, **options: Any) -> None:
     show("\n")
     if piece is None:
         print("(the model adds nothing, or there is no room for more)", file=sys.stderr)
+    _report_speculation(llama)
 
 
 @_text_command

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,6 +22,7 @@ from llama.huggingface import open_checkpoint
 from llama.loading import load_weights
 from llama.model import Transformer
 from llama.options import DecodingOptions, per_prompt
+from llama.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 
@@ -29,6 +31,7 @@ class CompletionPrediction(TypedDict, total=False):
     tokens: list[str]  # with logprobs=True: the text of each token,
     logprobs: list[float]  # and its natural-log probability
     top_logprobs: TopLogprobs  # with top_logprobs=k
+    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
 
 
 class ChatPrediction(TypedDict, total=False):
@@ -36,6 +39,7 @@ class ChatPrediction(TypedDict, total=False):
     tokens: list[str]
     logprobs: list[float]
     top_logprobs: TopLogprobs
+    speculation: dict[str, int]
 
 
 class Llama:
@@ -52,6 +56,7 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        draft: str | os.PathLike | None = None,
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
@@ -68,6 +73,9 @@ class Llama:
             seed: what the random numbers of calls without a seed of their own come from.
             device: "cuda", "mps", "cpu"; the first of these that is there when None.
             dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
+            draft: what proposes tokens, for the model to check several at a time: the same answers, sooner. The
+                directory of a smaller model with the same tokenizer, or "ngram", which looks the last tokens up in
+                prompt and answer (`llama.speculative`). Beam searches do without.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
@@ -79,18 +87,26 @@ class Llama:
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
+        if not isinstance(draft, (str, os.PathLike, type(None))):
+            raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
         device = parallel.pick_device(device)
         dtype = _as_dtype(dtype)
+        proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
         with parallel.fail_together():
             tokenizer, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
+            if is_model := draft not in (None, "ngram"):
+                draft_model, draft_checkpoint = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
             try:
                 with torch.device("meta"):
                     model = Transformer(checkpoint.args)
                 dtype = dtype or parallel.pick_dtype(checkpoint.dtype, device)
                 loaded = load_weights(model, checkpoint, dtype, device)
                 model.allocate_cache()
+                if is_model:
+                    load_weights(draft_model, draft_checkpoint, dtype, device)
+                    proposer = DraftModel(draft_model)
             except RuntimeError as error:  # PyTorch has no class of its own for a CPU out of memory
                 if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -100,16 +116,16 @@ class Llama:
                 ) from error
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
-        return Llama(model, tokenizer, seed)
+        return Llama(model, tokenizer, seed, proposer)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, proposer: Proposer | None = None):
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
         self.seed = seed
         if model.cache is None:
             model.allocate_cache()
-        self._engine = Engine(model)
+        self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
         self._answerer = Answerer(self._engine, tokenizer)
         self._n_calls = 0
 
@@ -269,10 +285,13 @@ class Llama:
         """The keys of a prediction that are there when asked for. The text of a token has its leading space."""
         top = options.get("top_logprobs")
         asked_for_top = any(top) if isinstance(top, (list, tuple)) else bool(top)
+        details: dict = {}
+        if isinstance(self._engine, SpeculativeEngine):
+            details["speculation"] = asdict(answer.speculation)
         if not logprobs and not asked_for_top:
-            return {}
+            return details
         tokens = prompt + answer.tokens if echo else answer.tokens
-        details: dict = {"tokens": [self.token_text(token) for token in tokens]}
+        details["tokens"] = [self.token_text(token) for token in tokens]
         details["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
         if asked_for_top:
             details["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs
