@@ -281,8 +281,12 @@ def test_a_long_prompt_reaches_the_draft_in_pieces(build):
     prompts = [torch.randint(0, 256, (PREFILL_TOKENS + 900,)).tolist(), [1, 2, 3]]
     expected, _ = build(None, 2, 6000).generate(prompts, 20, temperature=0)
     llama = build("target", 2, 6000)
+    draft = llama._engine.proposer.model
+    hidden_states, sizes = draft.hidden_states, []
+    draft.hidden_states = lambda tokens, *where: (sizes.append(tokens.numel()), hidden_states(tokens, *where))[1]
     assert llama.generate(prompts, 20, temperature=0)[0] == expected
     assert llama._engine.counters.speculation.accepted > 10
+    assert max(sizes) <= PREFILL_TOKENS
 
 
 def test_the_model_as_its_own_draft_has_every_proposal_accepted(build):
@@ -354,6 +358,7 @@ def test_a_step_that_breaks_off_leaves_the_next_call_right(build, which):
     broken.hidden_states = fails
     with pytest.raises(MemoryError, match="none left"):
         llama.generate(PROMPTS[:5], 12, temperature=0)
+    assert not any(llama._engine.slots.tokens + llama._engine.proposer.slots.tokens)  # may be half written
     broken.hidden_states = hidden_states
     assert llama.generate(PROMPTS[:5], 12, temperature=0) == expected
 
