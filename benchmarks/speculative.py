@@ -88,22 +88,22 @@ def acceptance(max_gen_len: int = 100) -> None:
         prompts = [plain.tokenizer.encode(text, bos=True) for text in OPENINGS * 4]
         stories, _ = plain.generate(prompts[:8], 20, temperature=0)
         repeating = [p[:1] + 3 * (p[1:] + s) + p[1:] for p, s in zip(prompts, stories)]  # a beginning, three times
-        for label, prompts, proposers in (
+        for label, texts, proposers in (
             ("stories", prompts, drafts | {"n-grams": "ngram"}),
             ("repetitive text", repeating * 4, {"n-grams": "ngram"}),
         ):
             for setting, options in SETTINGS.items():
-                expected, _ = plain.generate(prompts, max_gen_len, seed=1, **options)
+                expected, _ = plain.generate(texts, max_gen_len, seed=1, **options)
                 for what, draft in proposers.items():
                     llama = Llama.build(DEMO, draft=draft, **size)
                     llama.tokenizer.stop_tokens = set()
-                    same = llama.generate(prompts, max_gen_len, seed=1, **options)[0] == expected
+                    same = llama.generate(texts, max_gen_len, seed=1, **options)[0] == expected
                     counters, counts = llama._engine.counters, llama._engine.counters.speculation
                     line = f"{label}, {setting}, {what}: {counters.decoded / counts.steps:.2f} tokens a step, "
                     line += f"{counts.accepted} of {counts.proposed} proposals accepted"
                     if draft != "ngram":
-                        whole = [prompt + answer for prompt, answer in zip(prompts, expected)]
-                        starts = [len(prompt) for prompt in prompts]
+                        whole = [prompt + answer for prompt, answer in zip(texts, expected)]
+                        starts = [len(prompt) for prompt in texts]
                         both = both_acceptances(llama, llama._engine.proposer.model, whole, starts, options)
                         line += f"; of single tokens {both[0]:.1%}, by Leviathan's rule {both[1]:.1%}"
                     print(line + f"; answers {'the same' if same else 'DIFFERENT'}")
@@ -153,7 +153,7 @@ def speed(rounds: int = 3, acceptance: float = 0.8, new_tokens: int = 96) -> Non
     tokenizer.stop_tokens = set()
     for rows in (1, 4):
         target = Transformer(ModelArgs(dim=1024, n_layers=14, n_heads=16, max_batch_size=rows, **common))
-        draft = Transformer(ModelArgs(dim=512, n_layers=6, n_heads=8, max_batch_size=rows, **common))
+        draft = Transformer(ModelArgs(dim=512, n_layers=5, n_heads=8, max_batch_size=rows, **common))
         for model in (target, draft):
             model.init_weights(generator=generator)
             model.requires_grad_(False)
@@ -177,8 +177,9 @@ def speed(rounds: int = 3, acceptance: float = 0.8, new_tokens: int = 96) -> Non
         per_step = counters.decoded / counters.speculation.steps
         print(
             f"target {_parameters(target) / 1e6:.0f} M, draft {_parameters(draft) / 1e6:.0f} M parameters, "
-            f"{rows} row(s), {acceptance:.0%} right: {rates['none']:.1f} tokens/s without, {rates['speculative']:.1f} with "
-            f"({rates['speculative'] / rates['none']:.2f} x), {per_step:.2f} tokens a step"
+            f"{rows} row(s), {acceptance:.0%} right: {rates['none']:.1f} tokens/s without, "
+            f"{rates['speculative']:.1f} with ({rates['speculative'] / rates['none']:.2f} x), "
+            f"{per_step:.2f} tokens a step"
         )
 
 
