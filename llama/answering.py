@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llama import parallel
 from llama.answer_text import AnswerText
 from llama.beam_search import BeamSearch, run_beams
-from llama.engine import Engine, Sequence
+from llama.engine import Engine, Sequence, Speculation
 from llama.options import DecodingOptions
 from llama.sampling import RandomStream, process_logits
 from llama.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ class Answer:
         token_logprobs, top_logprobs: of each token, as asked for.
         prompt_token_logprobs, prompt_top_logprobs: of each token of the prompt, as asked for.
         score: of a beam search.
+        speculation: what came of the tokens proposed for it, where there was a draft.
     """
 
     tokens: list[int]
@@ -49,6 +50,7 @@ class Answer:
     prompt_token_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: TopLogprobs = field(default_factory=list)
     score: float | None = None
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 @dataclass(eq=False)
@@ -257,6 +259,7 @@ class Answerer:
             sequence.top_logprobs[:n],
             sequence.prompt_token_logprobs,
             sequence.prompt_top_logprobs,
+            speculation=sequence.speculation,
         )
 
     def _search(self, jobs: Iterator[Job | None]) -> Iterator[tuple[Job, list[Answer]]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fire
+import torch.distributed as dist
 from fire.decorators import SetParseFns
 
 from llama import GenerationError, Llama, parallel
@@ -101,6 +102,9 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     model_parallel_size: int | None = None,
+    compile: bool = False,
+    quantize: str | None = None,
+    draft: str | None = None,
 ) -> Llama:
     """Builds the model of a command; what there is to say of it goes to stderr.
 
@@ -112,6 +116,9 @@ def load(
         device: "cuda", "mps" or "cpu"; the first of these that is there when left out.
         dtype: of weights and computation, such as "bfloat16"; the checkpoint's when left out.
         model_parallel_size: over how many processes the model is split; all of them when left out.
+        compile: whether to compile the decoding step: a minute the first time, a little faster then.
+        quantize: "int8" or "int4" rounds the matrices while they are loaded.
+        draft: the directory of a smaller model that proposes tokens, or "ngram": the same answers, sooner.
     """
     if ckpt_dir is None and not DEMO.is_dir():
         raise FileNotFoundError(
@@ -122,7 +129,7 @@ def load(
     with contextlib.redirect_stdout(sys.stderr):
         llama = Llama.build(
             *(ckpt_dir or DEMO, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size),
-            **{"device": device, "dtype": dtype},
+            **{"device": device, "dtype": dtype, "compile": compile, "quantize": quantize, "draft": draft},
         )
     parallel.silence_other_ranks()  # again: the end of the redirection undid it
     for stream in (sys.stdin, sys.stdout):
@@ -153,7 +160,19 @@ def _text_command(command: Callable) -> Callable:
     parameters = list(inspect.signature(command).parameters.values())
     command.__signature__ = inspect.Signature(parameters[:-1])
     texts = ("scorer", "prompts", "judge_template", "judge_answer", "plot")
-    texts += ("text", "source", "target", "template", "system", "ckpt_dir", "tokenizer_path", "device", "dtype")
+    texts += (
+        "text",
+        "source",
+        "target",
+        "template",
+        "system",
+        "ckpt_dir",
+        "tokenizer_path",
+        "device",
+        "dtype",
+        "draft",
+        "quantize",
+    )
     return SetParseFns(str, stop=_stops, **dict.fromkeys(texts, str))(command)
 
 
@@ -174,6 +193,18 @@ def _split(options: dict[str, Any]) -> tuple[Llama, dict[str, Any]]:
     return llama, decoding
 
 
+def _report_speculation(llama: Llama) -> None:
+    """Says on stderr what a draft was good for; nothing where there is none."""
+    counters = llama._engine.counters
+    counts = counters.speculation
+    if counts.steps and dist.get_rank() == 0:
+        per_step = counters.decoded / counts.steps
+        print(
+            f"({per_step:.2f} tokens a step: {counts.accepted} of {counts.proposed} proposals accepted)",
+            file=sys.stderr,
+        )
+
+
 @_text_command
 @_takes(DecodingOptions, *STREAMED)
 @_takes(load)
@@ -188,6 +219,7 @@ def chat(*, system: str | None = None, **options: Any) -> None:
     if keyboard.tty:
         show("/help lists the commands, /quit leaves.\n")
     talk(Conversation(llama, system, **decoding), keyboard)
+    _report_speculation(llama)
 
 
 @_text_command
@@ -206,6 +238,7 @@ def complete(text: str, **options: Any) -> None:
     show("\n")
     if piece is None:
         print("(the model adds nothing, or there is no room for more)", file=sys.stderr)
+    _report_speculation(llama)
 
 
 @_text_command

@@ -35,6 +35,20 @@ UNUSABLE_LOGITS = "the model's logits are NaN or infinite: look for damaged weig
 LOGITS_CHUNK = 256
 
 
+@dataclass
+class Speculation:
+    """How often proposed tokens were right (`llama.speculative`); all 0 where none were made.
+
+    Attributes:
+        steps: passes of the model after the prefill, of all sequences counted.
+        proposed, accepted: tokens proposed to it, and those of them that it chose too.
+    """
+
+    steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+
 @dataclass(eq=False)
 class Sequence:
     """A prompt and its answer so far.
@@ -53,6 +67,7 @@ class Sequence:
         top_logprobs, prompt_top_logprobs: `options.top_logprobs` (id, log-probability) for each of them, best first.
         finish_reason: "stop", "length" or "error" once it has ended.
         error, cause: what went wrong, for "error", and the exception of the caller's own code behind it.
+        speculation: what came of the tokens proposed for it.
     """
 
     prompt: list[int]
@@ -71,6 +86,7 @@ class Sequence:
     finish_reason: str | None = None
     error: str | None = None
     cause: BaseException | None = None
+    speculation: Speculation = field(default_factory=Speculation)
 
     def append(self, token: int) -> bool:
         """Takes the next token; False if it ended the answer instead of joining it."""
@@ -96,6 +112,7 @@ class Counters:
     prefilled: int = 0
     reused: int = 0
     decoded: int = 0
+    speculation: Speculation = field(default_factory=Speculation)  # of all sequences
 
 
 class Engine:
@@ -299,8 +316,8 @@ class Engine:
     def _forward(self, tokens: torch.Tensor, starts: list[int], first_slot: int) -> torch.Tensor:
         return self.model.hidden_states(tokens, starts, slice(first_slot, first_slot + len(starts)))
 
-    def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Chooses each sequence's next token from its logits, [B, vocab_size]."""
+    def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
+        """Chooses each sequence's next token from the last logits, [B, vocab_size], and returns them."""
         if logits.device.type == "mps":  # which has no float64
             logits = logits.cpu()
         peaks = logits.amax(dim=-1).tolist()
@@ -319,20 +336,15 @@ class Engine:
             if processed is not None:
                 chosen_from = logits.clone() if chosen_from is logits else chosen_from
                 chosen_from[row] = processed
-        # The position of the token to come, counted from the start of the prompt.
-        seeds = torch.tensor([s.random.seed(len(s.prompt) + len(s.tokens)) for s in sequences], device=logits.device)
-        n = logits.shape[-1]
-        settings = [
-            (o.temperature, min(o.top_k or 0, n), o.top_p, o.min_p or 0) for o in (s.options for s in sequences)
-        ]
-        columns = torch.tensor(settings, dtype=torch.float64).T.to(logits.device)
-        chosen = next_tokens(chosen_from, seeds, *columns)
+        chosen = draw(sequences, chosen_from)
         logprobs = token_logprobs(logits, chosen).tolist() if any(s.logprobs for s in sequences) else None
-        for row, (sequence, token) in enumerate(zip(sequences, chosen.tolist())):
+        tokens = chosen.tolist()
+        for row, (sequence, token) in enumerate(zip(sequences, tokens)):
             if sequence.finish_reason is None and sequence.append(token) and sequence.logprobs:
                 sequence.token_logprobs.append(logprobs[row])
                 if sequence.options.top_logprobs:
                     sequence.top_logprobs += _top_logprobs(logits[row : row + 1], sequence.options.top_logprobs)
+        return tokens
 
     # Slots
 
@@ -406,6 +418,26 @@ def _interrupt_afterwards() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupted:
         raise _Interrupted
+
+
+def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
+    """One token for each sequence, by its options and the random numbers of its next position, or one `ahead` of that.
+
+    Args:
+        sequences: B of them.
+        logits: float32 [B, vocab_size], after the penalties.
+        ahead: how many tokens, not yet in the sequences, come before.
+
+    Returns:
+        ids, int64 [B].
+    """
+    # The position of the token to come, counted from the start of the prompt.
+    positions = [len(s.prompt) + len(s.tokens) + ahead for s in sequences]
+    seeds = torch.tensor([s.random.seed(p) for s, p in zip(sequences, positions)], device=logits.device)
+    n = logits.shape[-1]
+    settings = [(o.temperature, min(o.top_k or 0, n), o.top_p, o.min_p or 0) for o in (s.options for s in sequences)]
+    columns = torch.tensor(settings, dtype=torch.float64).T.to(logits.device)
+    return next_tokens(logits, seeds, *columns)
 
 
 def _process(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,6 +25,7 @@ from llama.model import Transformer
 from llama.open_turns import OpenDialog
 from llama.options import DecodingOptions, per_prompt
 from llama.products import KINDS
+from llama.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 
@@ -32,6 +34,7 @@ class CompletionPrediction(TypedDict, total=False):
     tokens: list[str]  # with logprobs=True: the text of each token,
     logprobs: list[float]  # and its natural-log probability
     top_logprobs: TopLogprobs  # with top_logprobs=k
+    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
 
 
 class ChatPrediction(TypedDict, total=False):
@@ -40,6 +43,7 @@ class ChatPrediction(TypedDict, total=False):
     tokens: list[str]
     logprobs: list[float]
     top_logprobs: TopLogprobs
+    speculation: dict[str, int]
 
 
 class Llama:
@@ -58,6 +62,7 @@ class Llama:
         dtype: torch.dtype | str | None = None,
         compile: bool = False,
         quantize: str | None = None,
+        draft: str | os.PathLike | None = None,
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
@@ -78,6 +83,9 @@ class Llama:
             quantize: "int8" or "int4" rounds the matrices while they are loaded, to a half or a quarter of bfloat16's
                 bytes (`llama.products.quantize`); the embedding and the norms stay. The computation is in bfloat16
                 unless `dtype` says otherwise, which has the fast kernels.
+            draft: what proposes tokens, for the model to check several at a time: the same answers, sooner. The
+                directory of a smaller model with the same tokenizer, or "ngram", which looks the last tokens up in
+                prompt and answer (`llama.speculative`). Beam searches do without.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
@@ -91,18 +99,26 @@ class Llama:
                 raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
         if quantize not in (None, *KINDS):
             raise ValueError(f"quantize = {quantize!r}: expected {' or '.join(map(repr, KINDS))}, or None")
+        if not isinstance(draft, (str, os.PathLike, type(None))):
+            raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
         device = parallel.pick_device(device)
         dtype = _as_dtype(dtype) or (parallel.pick_dtype(torch.bfloat16, device) if quantize else None)
+        proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
         with parallel.fail_together():
             tokenizer, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
+            if is_model := draft not in (None, "ngram"):
+                draft_model, draft_checkpoint = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
             try:
                 with torch.device("meta"):
                     model = Transformer(checkpoint.args)
                 dtype = dtype or parallel.pick_dtype(checkpoint.dtype, device)
                 loaded = load_weights(model, checkpoint, dtype, device, quantize)
                 model.allocate_cache()
+                if is_model:
+                    load_weights(draft_model, draft_checkpoint, dtype, device)
+                    proposer = DraftModel(draft_model)
             except RuntimeError as error:  # PyTorch has no class of its own for a CPU out of memory
                 if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -112,16 +128,23 @@ class Llama:
                 ) from error
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
-        return Llama(model, tokenizer, seed, compile=compile)
+        return Llama(model, tokenizer, seed, proposer, compile)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, *, compile: bool = False):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        seed: int = 1,
+        proposer: Proposer | None = None,
+        compile: bool = False,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
         self.seed = seed
         if model.cache is None:
             model.allocate_cache()
-        self._engine = Engine(model)
+        self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
         if compile:
             with parallel.fail_at_once():
                 took = self._engine.compile()
@@ -328,10 +351,13 @@ class Llama:
         """The keys of a prediction that are there when asked for. The text of a token has its leading space."""
         top = options.get("top_logprobs")
         asked_for_top = any(top) if isinstance(top, (list, tuple)) else bool(top)
+        details: dict = {}
+        if isinstance(self._engine, SpeculativeEngine):
+            details["speculation"] = asdict(answer.speculation)
         if not logprobs and not asked_for_top:
-            return {}
+            return details
         tokens = prompt + answer.tokens if echo else answer.tokens
-        details: dict = {"tokens": [self.token_text(token) for token in tokens]}
+        details["tokens"] = [self.token_text(token) for token in tokens]
         details["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
         if asked_for_top:
             details["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs

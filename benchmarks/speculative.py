@@ -1,0 +1,187 @@
+"""Speculative decoding: tokens a step on the embedded checkpoint, and tokens/s with a target eight times its draft.
+
+    python -m benchmarks.speculative acceptance
+    python -m benchmarks.speculative speed [--rounds 3] [--acceptance 0.8]
+
+`acceptance`: drafts that are the first layers of the embedded checkpoint with its last norm and output, and n-grams on
+repetitive text. Beside the tokens a step: how probable it is, at a position of the answers, that the draft's token is
+accepted, and that it would be by the rule of Leviathan et al. (sum(min(p, q))), both worked out from the distributions.
+
+`speed`: random float32 weights; the draft runs for its cost, and each of its proposals is then replaced by the token
+that the target is known to choose, with the probability asked for, else by another. The two ways take turns.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import fire
+import torch
+
+from benchmarks.shapes import write_tokenizer
+from llama import Llama, ModelArgs, Transformer, parallel
+from llama.cli import DEMO
+from llama.engine import Counters, Sequence
+from llama.sampling import filtered
+from llama.speculative import DraftModel
+
+OPENINGS = ["Once upon a time", "One day", "The fox", "A king", "In the morning", "The little dog", "There was", "Anna"]
+SETTINGS = {"greedy": {"temperature": 0}, "temperature 0.8, top_p 0.95": {"temperature": 0.8, "top_p": 0.95}}
+
+
+def write_first_layers(folder: Path, n_layers: int) -> Path:
+    """The embedded checkpoint without its last layers, as a directory of its own."""
+    folder.mkdir()
+    state = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
+    last = {f"layers.{i}." for i in range(n_layers)}
+    kept = {k: v for k, v in state.items() if not k.startswith("layers.") or k[: k.index(".", 7) + 1] in last}
+    torch.save(kept, folder / "consolidated.00.pth")
+    params = json.loads((DEMO / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps(params | {"n_layers": n_layers}))
+    (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
+    return folder
+
+
+def both_acceptances(target: Llama, draft: Transformer, texts: list[list[int]], starts: list[int], options: dict):
+    """The mean probability of acceptance over the positions from `starts` on: coupled, and sum(min(p, q))."""
+    coupled, best = [], []
+    cache, target.model.cache = target.model.cache, None
+    draft_cache, draft.cache = draft.cache, None
+    for ids, start in zip(texts, starts):
+        tokens = torch.tensor([ids])
+        p, q = (_distributions(m(tokens)[0, start - 1 : -1], options) for m in (target.model, draft))
+        best.append(torch.minimum(p, q).sum(-1))
+        # Both races are won by i where no j arrives before: 1 / sum_j max(p_j / p_i, q_j / q_i).
+        for row_p, row_q in zip(p, q):
+            both = ((row_p > 0) & (row_q > 0)).nonzero()
+            slower = torch.maximum(row_p[None] / row_p[both], row_q[None] / row_q[both]).sum(-1)
+            coupled.append((1 / slower).sum())
+    target.model.cache, draft.cache = cache, draft_cache
+    return torch.stack(coupled).mean().item(), torch.cat(best).mean().item()
+
+
+def _distributions(logits: torch.Tensor, options: dict) -> torch.Tensor:
+    """What is drawn from, [T, vocab_size] float64."""
+    if options["temperature"] == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    probs = torch.softmax(logits / options["temperature"], -1)
+    settings = (torch.tensor([value], dtype=torch.float64) for value in (0.0, options["top_p"], 0.0))
+    weights, ids = filtered(probs, *settings)
+    weights = torch.zeros_like(probs, dtype=torch.float64).scatter(-1, ids, weights)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+@torch.inference_mode()
+def acceptance(max_gen_len: int = 100) -> None:
+    """Tokens a step and acceptance on the embedded checkpoint.
+
+    Args:
+        max_gen_len: tokens of each answer.
+    """
+    size = {"max_seq_len": 256, "max_batch_size": 8, "device": "cpu", "dtype": "float32"}
+    with tempfile.TemporaryDirectory() as name:
+        drafts = {f"first {n} of 5 layers": write_first_layers(Path(name) / str(n), n) for n in (1, 2, 3, 4)}
+        plain = Llama.build(DEMO, **size)
+        plain.tokenizer.stop_tokens = set()
+        prompts = [plain.tokenizer.encode(text, bos=True) for text in OPENINGS * 4]
+        stories, _ = plain.generate(prompts[:8], 20, temperature=0)
+        repeating = [p[:1] + 3 * (p[1:] + s) + p[1:] for p, s in zip(prompts, stories)]  # a beginning, three times
+        for label, texts, proposers in (
+            ("stories", prompts, drafts | {"n-grams": "ngram"}),
+            ("repetitive text", repeating * 4, {"n-grams": "ngram"}),
+        ):
+            for setting, options in SETTINGS.items():
+                expected, _ = plain.generate(texts, max_gen_len, seed=1, **options)
+                for what, draft in proposers.items():
+                    llama = Llama.build(DEMO, draft=draft, **size)
+                    llama.tokenizer.stop_tokens = set()
+                    same = llama.generate(texts, max_gen_len, seed=1, **options)[0] == expected
+                    counters, counts = llama._engine.counters, llama._engine.counters.speculation
+                    line = f"{label}, {setting}, {what}: {counters.decoded / counts.steps:.2f} tokens a step, "
+                    line += f"{counts.accepted} of {counts.proposed} proposals accepted"
+                    if draft != "ngram":
+                        whole = [prompt + answer for prompt, answer in zip(texts, expected)]
+                        starts = [len(prompt) for prompt in texts]
+                        both = both_acceptances(llama, llama._engine.proposer.model, whole, starts, options)
+                        line += f"; of single tokens {both[0]:.1%}, by Leviathan's rule {both[1]:.1%}"
+                    print(line + f"; answers {'the same' if same else 'DIFFERENT'}")
+
+
+class KnownAnswer:
+    """Runs a draft, and puts the known answer of each sequence in place of its proposals with some probability."""
+
+    def __init__(self, draft: Transformer, probability: float, vocab_size: int):
+        self.draft = DraftModel(draft)
+        self.probability, self.vocab_size = probability, vocab_size
+        self.answers: dict[tuple[int, ...], list[int]] = {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
+        proposals = self.draft.propose(sequences, limits)
+        for sequence, ids in zip(sequences, proposals):
+            known = self.answers[tuple(sequence.prompt)][len(sequence.tokens) :]
+            right = torch.rand(len(ids), generator=self.generator) < self.probability
+            ids[:] = [a if r else (a + 1) % self.vocab_size for a, r in zip(known, right.tolist())]
+        return proposals
+
+    def forget(self) -> None:
+        self.draft.forget()
+
+
+def _parameters(model: Transformer) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def speed(rounds: int = 3, acceptance: float = 0.8, new_tokens: int = 96) -> None:
+    """Tokens/s with proposals that are right with a known probability, beside none.
+
+    Args:
+        rounds: how often each takes its turn.
+        acceptance: the probability that a proposed token is right.
+        new_tokens: tokens of each answer.
+    """
+    parallel.initialize(device=torch.device("cpu"))
+    common = {"vocab_size": 8_192, "multiple_of": 64, "max_seq_len": 256}
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        write_tokenizer(Path(name) / "tokenizer.model", common["vocab_size"] - 256)
+        from llama import Tokenizer
+
+        tokenizer = Tokenizer(Path(name) / "tokenizer.model")
+    tokenizer.stop_tokens = set()
+    for rows in (1, 4):
+        target = Transformer(ModelArgs(dim=1024, n_layers=14, n_heads=16, max_batch_size=rows, **common))
+        draft = Transformer(ModelArgs(dim=512, n_layers=5, n_heads=8, max_batch_size=rows, **common))
+        for model in (target, draft):
+            model.init_weights(generator=generator)
+            model.requires_grad_(False)
+        proposer = KnownAnswer(draft, acceptance, common["vocab_size"])
+        ways = {"none": Llama(target, tokenizer), "speculative": Llama(target, tokenizer, proposer=proposer)}
+        prompts = torch.randint(0, 7_000, (rows, 16), generator=generator).tolist()
+        answers, _ = ways["none"].generate(prompts, new_tokens, temperature=0)
+        proposer.answers = {tuple(prompt): answer for prompt, answer in zip(prompts, answers)}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(rounds + 1):  # the first to warm up
+            for way, llama in ways.items():
+                llama._engine.counters = Counters()
+                llama._engine.slots.forget()
+                started = time.perf_counter()
+                if llama.generate(prompts, new_tokens, temperature=0)[0] != answers:
+                    raise RuntimeError(f"{way} gave other answers")
+                if turn:
+                    seconds[way].append(time.perf_counter() - started)
+        rates = {way: rows * new_tokens / statistics.median(times) for way, times in seconds.items()}
+        counters = ways["speculative"]._engine.counters
+        per_step = counters.decoded / counters.speculation.steps
+        print(
+            f"target {_parameters(target) / 1e6:.0f} M, draft {_parameters(draft) / 1e6:.0f} M parameters, "
+            f"{rows} row(s), {acceptance:.0%} right: {rates['none']:.1f} tokens/s without, "
+            f"{rates['speculative']:.1f} with ({rates['speculative'] / rates['none']:.2f} x), "
+            f"{per_step:.2f} tokens a step"
+        )
+
+
+if __name__ == "__main__":
+    fire.Fire({"acceptance": acceptance, "speed": speed})
