@@ -371,6 +371,7 @@ def _answers(run: _Run, work: Work) -> Iterator[None]:
                     except ValueError as error:  # the dialog has become too long
                         result |= {"finish_reason": "error", "error": str(error)}
                 result |= {"turns": line.turns, "messages": line.dialog.messages}
+                result["answer_tokens"] = sum(turn["answer_tokens"] for turn in line.turns)
         work.give(result)
         yield
 
