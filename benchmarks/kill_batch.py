@@ -4,8 +4,8 @@
 
 Random float32 weights of a tiny shape; lines of every kind, sampled, some of them broken. Each kill is SIGKILL, when
 the output has a random number of lines: to the one process of a run, or, every third time, beginning with the second,
-to a random one of four (two replicas of two). Then the run is started again with the same command. In the end every id
-must be there once, and the lines, sorted, must be those of the run left alone.
+to a random one of four (two replicas of two). Then the run is started again with the same command; the last time, four
+processes complete it. In the end every id must be there once, and the lines, sorted, must be those of the run left alone.
 """
 
 import json
@@ -113,7 +113,7 @@ def main(n_lines: int = 2000, n_kills: int = 5, seed: int = 0) -> dict:
         for n, after in enumerate(sorted(chance.sample(range(1, n_lines * 9 // 10), n_kills))):
             n_processes = 4 if n % 3 == 1 else 1
             moments.append((kill_once(folder, out, n_processes, max(after, n_written(out) + 1), chance), n_processes))
-        finish(folder, out, 1)
+        finish(folder, out, 4)
         expected, lines = ((folder / f"{name}.jsonl").read_bytes().splitlines() for name in ("alone", "killed"))
     records = [json.loads(line) for line in lines]
     found = {

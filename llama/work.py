@@ -32,7 +32,8 @@ class Work:
         self._tasks = tasks
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._n_out = 0  # tasks that have been handed out and whose results have not been collected
-        self._n_asking = parallel.n_replicas() - 1  # other replicas that have not been told that there is no more
+        # On rank 0: how many of the other replicas have not been told that there is no more.
+        self._n_asking = parallel.n_replicas() - 1 if dist.get_rank() == 0 else 0
         self._lock = threading.Lock()
         self._listener: Listener | None = None
         self._links: list[Connection] = []
