@@ -5,7 +5,8 @@
 Random float32 weights of a tiny shape; lines of every kind, sampled, some of them broken. Each kill is SIGKILL, when
 the output has a random number of lines: to the one process of a run, or, every third time, beginning with the second,
 to a random one of four (two replicas of two). Then the run is started again with the same command; the last time, four
-processes complete it. In the end every id must be there once, and the lines, sorted, must be those of the run left alone.
+processes complete it. In the end every id must be there once, and the lines, sorted, must be those of the run
+left alone.
 """
 
 import json
