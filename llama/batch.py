@@ -211,9 +211,7 @@ class _Run:
         options = dict(self.options)
         if (processor := options.pop("logits_processor", None)) is not None:
             options["logits_processor"] = getattr(processor, "__qualname__", type(processor).__qualname__)
-        options["logit_bias"] = {str(token): bias for token, bias in (options.get("logit_bias") or {}).items()}
-        defaults = vars(DecodingOptions())
-        options = {name: value for name, value in options.items() if value and value != defaults[name]}
+        options = {name: options.get(name, value) for name, value in vars(DecodingOptions()).items() if name != "seed"}
         template = None if self.template is None else self.template.content
         run = {"seed": self.seed, "logprobs": self.logprobs, "template": template}
         return {"model": identity(self.llama), "options": options, **run}
@@ -373,6 +371,7 @@ def _answers(run: _Run, work: Work) -> Iterator[None]:
                     except ValueError as error:  # the dialog has become too long
                         result |= {"finish_reason": "error", "error": str(error)}
                 result |= {"turns": line.turns, "messages": line.dialog.messages}
+                result["answer_tokens"] = sum(turn["answer_tokens"] for turn in line.turns)
         work.give(result)
         yield
 

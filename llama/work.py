@@ -32,6 +32,8 @@ class Work:
         self._tasks = tasks
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._n_out = 0  # tasks that have been handed out and whose results have not been collected
+        # On rank 0: how many of the other replicas have not been told that there is no more.
+        self._n_asking = parallel.n_replicas() - 1 if dist.get_rank() == 0 else 0
         self._lock = threading.Lock()
         self._listener: Listener | None = None
         self._links: list[Connection] = []
@@ -74,7 +76,7 @@ class Work:
         Raises:
             RankFailed: another rank has failed, while waiting.
         """
-        while self._n_out:
+        while self._n_out or (wait and self._n_asking):
             try:
                 result = self._results.get(timeout=0.5) if wait else self._results.get_nowait()
             except queue.Empty:
@@ -84,6 +86,9 @@ class Work:
                 continue
             if isinstance(result, Exception):
                 raise result
+            if result is None:  # a replica has been told that there is no more
+                self._n_asking -= 1
+                continue
             with self._lock:
                 self._n_out -= 1
             yield result
@@ -142,5 +147,7 @@ class Work:
                     self._results.put(error)
                     task = None
                 link.send_bytes(json.dumps(task).encode())
+                if task is None:
+                    self._results.put(None)
         except (EOFError, OSError):  # gone: the lifeline ends the run, if it was not done
             return

@@ -1,0 +1,45 @@
+"""The commands of docs/guide.md run, and print what it says."""
+
+import re
+import shlex
+
+import pytest
+from conftest import DEMO, ROOT
+
+from llama import cli
+
+GUIDE = ROOT / "docs" / "guide.md"
+
+
+def sessions() -> list[tuple[str, str]]:
+    """The commands of the guide in their order, each with what it shows."""
+    blocks = re.findall(r"(?:^    .*\n)+", GUIDE.read_text(), re.M)
+    text = "".join(line[4:] + "\n" for block in blocks if block.startswith("    $ ") for line in block.splitlines())
+    return re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", text, re.M)
+
+
+def run(command: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        cli.main([*shlex.split(command.removeprefix("python -m llama ")), "--device", "cpu"])
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="only a clone has the embedded checkpoint")
+def test_the_commands_of_the_guide_print_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    n_shown = 0
+    for command, shown in sessions():
+        if command.startswith("cat ") and not (path := tmp_path / command.removeprefix("cat ")).exists():
+            path.write_text(shown)
+        elif command.startswith("cat "):
+            assert path.read_text() == shown
+            n_shown += 1
+        else:
+            if shown.startswith("llama: "):
+                with pytest.raises(SystemExit):
+                    run(command)
+            else:
+                run(command)
+            err = capsys.readouterr().err
+            assert all(line in err for line in shown.splitlines()), err
+    assert n_shown == 3
