@@ -46,8 +46,7 @@ def continuation_logprobs(llama: "Llama", pairs: Sequence[Pair]) -> list[tuple[f
     contexts = sorted(by_context, key=lambda c: (-len(c), c))
     mine = contexts[parallel.replica() :: parallel.n_replicas()]
     results: list[tuple[int, tuple[float, bool]]] = []
-    with parallel.fail_at_once():
-        first = llama._engine.reserve()
+    with parallel.fail_at_once(), llama._engine.reserve() as first:
         n_slots = len(llama._engine.slots) - first
         if n_slots == 0:
             raise ValueError("every slot is held by a stream: close one first, or build with a larger max_batch_size")
