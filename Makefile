@@ -1,5 +1,6 @@
 # make demo: the model answers the four dialogs of example_chat_completion.py.
 # make test: the tests.   make check: format and lint.   make clean: forget the virtual environment.
+# make bench: tokens/s beside Transformers and llama.cpp, if that is there: BENCH="--shape llama-3.1-8b" and the like.
 #
 # Everything is installed into .venv here, once. PYTHON=python3.12 chooses the interpreter.
 
@@ -10,7 +11,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 EDITABLE := --config-settings editable_mode=compat
 TORCH := $(shell grep ^torch== constraints.txt)
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: $(VENV)/.runtime
 	$(VENV)/bin/python example_chat_completion.py
@@ -21,6 +22,9 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+
+bench: $(VENV)/.dev
+	$(VENV)/bin/python -m benchmarks.decode $(BENCH)
 
 clean:
 	rm -rf $(VENV)

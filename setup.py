@@ -17,7 +17,19 @@ setup(
     extras_require={
         "llama2": ["sentencepiece"],
         "hf": ["safetensors"],
-        "test": ["pytest", "sentencepiece", "safetensors", "transformers"],
+        "data": ["pyarrow"],
+        "plot": ["matplotlib"],
+        "eval": ["lm-eval"],
+        "test": [
+            "pytest",
+            "sentencepiece",
+            "safetensors",
+            "transformers",
+            "pyarrow",
+            "matplotlib",
+            "lm-eval",
+            "accelerate",
+        ],
         "dev": ["ruff"],
     },
 )

@@ -20,7 +20,10 @@ PARAMS = {
     "llama-3.2-3b": {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0, "multiple_of": 256},
     "llama-3.1-8b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
     "llama-3.1-70b": {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096},
+    "llama-3.1-405b": {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096},
 }
+# As many bytes, in matrices as wide, as one of eight processes holds of the 70B.
+PARAMS["llama-3.1-70b-eighth"] = PARAMS["llama-3.1-70b"] | {"n_layers": 10}
 PARAMS = {name: params | LLAMA_3 for name, params in PARAMS.items()}
 TIED = ("llama-3.2-1b", "llama-3.2-3b")  # their files have no output.weight
 N_RANKS = 128000  # of the tokenizer, before its 256 special tokens

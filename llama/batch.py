@@ -390,11 +390,9 @@ def identity(llama: Llama) -> dict[str, Any]:
     total = torch.zeros((), dtype=torch.int64)
     for layer in {model.layers[0], model.layers[-1]}:
         for module in (layer.attention.wq, layer.feed_forward.w2):
-            weight = module.weight.detach()
-            weight = weight.to_dense() if weight.is_mkldnn else weight
-            if weight.is_floating_point():
-                weight = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-            total += weight.sum(dtype=torch.int64).cpu()
+            weight = module.dense().contiguous()
+            bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+            total += bits.sum(dtype=torch.int64).cpu()
     if model.rotary.is_cuda:  # where the group is NCCL's
         total = total.cuda()
     dist.all_reduce(total, group=model.output.group)

@@ -273,10 +273,14 @@ class Linear(nn.Module):
     def product(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., rows of the matrix]
         return F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
 
+    def dense(self) -> torch.Tensor:
+        """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
+        return self.weight.detach() if self.layout is None else self.layout.to_dense()[self.rows]
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout is not None:
-            destination[prefix + "weight"] = self.layout.to_dense()[self.rows]
+            destination[prefix + "weight"] = self.dense()
 
 
 def products(x: torch.Tensor, *linears: "ColumnParallelLinear") -> tuple[torch.Tensor, ...]:
