@@ -26,7 +26,9 @@ class Ours:
         from llama import Llama
 
         llama = Llama.build(
-            folder, max_seq_len=max(room.values()), max_batch_size=max(room), seed=1, device=device, **build
+            # Some slots more than rows, in which the long contexts stay.
+            *(folder, None, max(room.values()), max(room) + 3),
+            **{"device": device, **build},
         )
         self.engine = llama._engine
 
@@ -34,8 +36,11 @@ class Ours:
         self.prefill(n_tokens)
 
     def prefill(self, n_tokens: int) -> float:
-        self.engine.slots.forget()
-        return self._run(1, n_tokens, 1)[0]
+        self.engine.reuse_prefixes = False
+        try:
+            return self._run(1, n_tokens, 1)[0]
+        finally:
+            self.engine.reuse_prefixes = True
 
     def decode(self, batch: int, context: int, n_tokens: int) -> list[float]:
         return self._run(batch, context, n_tokens)[-n_tokens:]
@@ -194,7 +199,8 @@ CONTESTANTS = {
 
 
 def token_ids(n: int) -> list[int]:
-    return [1 + 7 * i % 1000 for i in range(n)]
+    """Ids of a prompt; those of different lengths begin differently, so that each keeps its own keys in the cache."""
+    return [1 + (n + 7 * i) % 1000 for i in range(n)]
 
 
 def synchronize(device: str) -> None:

@@ -216,6 +216,8 @@ class MetaCheckpoint:
             between shards or are not finite.
     """
 
+    quantization: str | None = None  # "int8" or "int4" in directories that `llama quantize` has written
+
     def __init__(self, ckpt_dir: Path, args: ModelArgs, check: bool = True):
         self.args = args
         self.paths = find_shards(ckpt_dir)

@@ -93,17 +93,18 @@ class PthFile:
     Args:
         path: the file to make.
         shapes: of the tensors by name, all of which are then to be written, in any order.
-        dtype: of all of them.
+        dtype: of all of them, or of each by its name.
     """
 
     ALIGNMENT = 64  # of each record, so that it can be used as it lies in the file
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype | dict[str, torch.dtype]):
+        dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
         self._file = path.open("wb")
         self._archive = zipfile.ZipFile(self._file, "w")
         self._prefix = path.stem
         self._keys = {name: str(key) for key, name in enumerate(shapes)}
-        tensors = OrderedDict((name, _Tensor(self._keys[name], shape, dtype)) for name, shape in shapes.items())
+        tensors = OrderedDict((name, _Tensor(self._keys[name], shape, dtypes[name])) for name, shape in shapes.items())
         with self._open_record("data.pkl") as record:
             _TensorPickler(record, protocol=2).dump(tensors)
         for name, content in (("byteorder", b"little"), ("version", b"3\n")):
@@ -139,6 +140,7 @@ class _Storage:
     def __init__(self, key: str, dtype: torch.dtype, size: int):
         kinds = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage}
         kinds |= {torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
+        kinds |= {torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage}
         self.persistent_id = ("storage", kinds[dtype], key, "cpu", size)
 
 

@@ -94,6 +94,20 @@ def convert(src: str, dst: str, to: str, shards: int | None = None, dtype: str |
     print(f"wrote {dst}")
 
 
+def quantize(src: str, dst: str, to: str) -> None:
+    """Writes a checkpoint directory again with its matrices in 8 or 4 bits, for `--ckpt_dir`.
+
+    Args:
+        src: the directory to read, Meta's or Hugging Face's.
+        dst: the directory to make.
+        to: "int8" or "int4".
+    """
+    from llama.convert import quantize
+
+    quantize(src, dst, to)
+    print(f"wrote {dst}")
+
+
 def load(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
@@ -445,6 +459,7 @@ COMMANDS = {
     "info": info,
     "verify": verify,
     "convert": convert,
+    "quantize": quantize,
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llama import products
 from llama.checkpoint import COLUMNS, ROWS, MetaCheckpoint, partition_dim, slice_of_rank
 from llama.checkpoint_writer import (
     SAFETENSORS_DTYPES,
@@ -34,6 +35,9 @@ from llama.huggingface import (
     rows_in_halves,
 )
 from llama.huggingface_config import config_json, params_json, read_json
+from llama.loading import drop_pages, pieces
+from llama.products import KINDS
+from llama.quantized_checkpoint import is_matrix, packed, scales_of, stored, zeros_of
 from llama.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, Tokenizer
 from llama.tokenizer_json import tokenizer_json
 
@@ -92,6 +96,7 @@ def convert(
     if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
         raise ValueError(f"shards = {shards!r}: expected an integer of at least 1, or None")
     tokenizer, source = open_checkpoint(src)
+    _refuse_quantised(src, source)
     dtype = dtype or source.dtype
     n_bytes = dtype.itemsize * sum(math.prod(shape) for shape in source.shapes.values())
     with appear_whole(dst, n_bytes) as folder:
@@ -104,6 +109,73 @@ def convert(
                 _write_hugging_face_texts(src, folder, tokenizer, source, dtype)
                 _write_safetensors_files(folder, source, shards, dtype, advance)
         write_checklist(folder)
+
+
+def quantize(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
+    """Writes a checkpoint with its matrices in 8 or 4 bits, as `Llama.build(src, quantize=to)` would round them.
+
+    `Llama.build(dst)` then reads a half or a quarter of the bytes, on any number of processes. Everything else is as in
+    `convert`.
+
+    Args:
+        src: Meta's directory or Hugging Face's.
+        dst: the directory to make; it may be there if it is empty.
+        to: "int8" or "int4".
+
+    Raises:
+        As `convert`; ValueError also for numbers that are not finite.
+    """
+    src, dst = Path(src), Path(dst)
+    if to not in KINDS:
+        raise ValueError(f"to = {to!r}: expected {' or '.join(map(repr, KINDS))}")
+    tokenizer, source = open_checkpoint(src)
+    _refuse_quantised(src, source)
+    tensors: dict[str, Any] = {}
+    for name, shape in source.shapes.items():
+        tensors |= stored(name, shape, to, source.dtype)
+    n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    with appear_whole(dst, n_bytes) as folder:
+        _write_meta_tokenizer(src, folder, tokenizer)
+        _write_json(folder / "params.json", params_json(source.args) | {"quantization": {"kind": to}})
+        shapes = {name: shape for name, (shape, _) in tensors.items()}
+        dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
+        path = folder / "consolidated.00.pth"
+        with progress(n_bytes, f"{dst.name} ({to})") as advance, PthFile(path, shapes, dtypes) as file:
+            for name, (n_rows, *_) in source.shapes.items():
+                if not is_matrix(name):
+                    file.write(name, _bytes(source.read(name), advance))
+                    continue
+                rounded: dict[str, list[torch.Tensor]] = {scales_of(name): [], zeros_of(name): []}
+                # Rows are rounded by themselves, so that a matrix can be in pieces.
+                file.write(name, _rounded(pieces(source, name, 0, 0, n_rows), to, rounded, name, advance))
+                for other, parts in rounded.items():
+                    if other in tensors:
+                        file.write(other, _bytes(torch.cat(parts).bfloat16(), advance))
+        write_checklist(folder)
+
+
+def _rounded(pieces: Iterator[tuple], kind: str, rounded: dict, name: str, advance: Advance) -> Iterator[memoryview]:
+    """The codes of a matrix, piece by piece; their scales and zeros go into `rounded`."""
+    for *_, piece in pieces:
+        try:
+            matrix = products.quantize(piece, kind)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        drop_pages(piece)
+        rounded[scales_of(name)].append(matrix.scales)
+        if matrix.zeros is not None:
+            rounded[zeros_of(name)].append(matrix.zeros)
+        yield from _bytes(packed(matrix), advance)
+
+
+def _bytes(tensor: torch.Tensor, advance: Advance) -> Iterator[memoryview]:
+    yield memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    advance(tensor.nbytes)
+
+
+def _refuse_quantised(src: Path, source: Source) -> None:
+    if source.quantization is not None:
+        raise ValueError(f"{src} is quantised to {source.quantization}: expected the checkpoint that it was made of")
 
 
 def _pieces(

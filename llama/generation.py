@@ -102,7 +102,7 @@ class Llama:
         if not isinstance(draft, (str, os.PathLike, type(None))):
             raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
         device = parallel.pick_device(device)
-        dtype = _as_dtype(dtype) or (parallel.pick_dtype(torch.bfloat16, device) if quantize else None)
+        dtype = _as_dtype(dtype)
         proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
@@ -111,9 +111,15 @@ class Llama:
             if is_model := draft not in (None, "ngram"):
                 draft_model, draft_checkpoint = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
             try:
+                if checkpoint.quantization and quantize not in (None, checkpoint.quantization):
+                    raise ValueError(
+                        f"quantize = {quantize!r}, but {ckpt_dir} is quantised to {checkpoint.quantization} already: "
+                        "pass None, or the checkpoint that it was made of"
+                    )
                 with torch.device("meta"):
                     model = Transformer(checkpoint.args)
-                dtype = dtype or parallel.pick_dtype(checkpoint.dtype, device)
+                rounded = quantize or checkpoint.quantization
+                dtype = dtype or parallel.pick_dtype(torch.bfloat16 if rounded else checkpoint.dtype, device)
                 loaded = load_weights(model, checkpoint, dtype, device, quantize)
                 model.allocate_cache()
                 if is_model:

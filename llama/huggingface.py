@@ -21,6 +21,7 @@ from llama.checkpoint import model_args as meta_model_args
 from llama.checkpoint_writer import SAFETENSORS_DTYPES
 from llama.huggingface_config import model_args, read_json
 from llama.model import ModelArgs
+from llama.quantized_checkpoint import QuantizedCheckpoint
 from llama.tokenizer import Tokenizer
 
 FILE_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
@@ -120,6 +121,8 @@ class HuggingFaceCheckpoint:
         ValueError: a file is broken, or a tensor is missing, too many, or of another shape or dtype.
         ImportError: the safetensors package is not installed.
     """
+
+    quantization: str | None = None
 
     def __init__(self, ckpt_dir: Path, args: ModelArgs, reward_head: bool = False):
         self.args = args
@@ -248,4 +251,6 @@ def open_checkpoint(
     tokenizer = Tokenizer(find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
     read_args = meta_model_args if is_meta else model_args
     args = read_args(config, ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
+    if is_meta and "quantization" in config:
+        return tokenizer, QuantizedCheckpoint(ckpt_dir, args, config)
     return tokenizer, (MetaCheckpoint if is_meta else HuggingFaceCheckpoint)(ckpt_dir, args)

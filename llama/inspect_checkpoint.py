@@ -73,6 +73,7 @@ def info(
     n_parameters = sum(map(math.prod, checkpoint.shapes.values()))
     name, context = family(args)
     n_files, kind = len(checkpoint.paths), "Meta" if isinstance(checkpoint, MetaCheckpoint) else "Hugging Face"
+    bits = f", matrices {checkpoint.quantization}" if checkpoint.quantization else ""
     shared = (
         "as many of keys and values" if args.n_kv_heads == args.n_heads else f"{args.n_kv_heads} of keys and values"
     )
@@ -82,12 +83,14 @@ def info(
         ("layers", f"{args.n_layers} of dim {args.dim}, hidden {args.hidden_dim}"),
         ("heads", f"{args.n_heads} of {args.head_dim}, {shared}"),
         ("vocabulary", f"{args.vocab_size:,}"),
-        ("dtype", str(checkpoint.dtype).removeprefix("torch.")),
+        ("dtype", str(checkpoint.dtype).removeprefix("torch.") + bits),
         ("files", f"{n_files} ({kind}), {_size(sum(path.stat().st_size for path in checkpoint.paths))}"),
         ("context", f"{context:,} tokens" if context else "not known: the files do not say"),
     ]
     for n_ranks in [n for n in args.model_parallel_sizes if n <= 16]:
         parts = memory(args, n_parameters, itemsize, n_ranks)
+        if bits:
+            parts["weights"] = sum(tensor.nbytes for tensor in checkpoint.shards[0].values()) // n_ranks
         text = _size(sum(parts.values()))
         if n_ranks == 1:
             text += f" = {' + '.join(f'{part} {_size(size)}' for part, size in parts.items())}"
@@ -199,8 +202,8 @@ def _salvage(
         try:
             tokenizer = Tokenizer(find_tokenizer(folder) if tokenizer_path is None else tokenizer_path)
             args = model_args(read_params(folder), folder, tokenizer.n_words, 2048, 1)
-            checkpoint = MetaCheckpoint(folder, args, check=False)
-            problems += checkpoint.problems()
+            if "quantization" not in read_params(folder):  # else what was said on opening it is all there is to say
+                problems += MetaCheckpoint(folder, args, check=False).problems()
         except (OSError, ValueError, ImportError) as error:
             problems.append(str(error))
     return problems, (item for path, shard in shards.items() for item in _tensors_of_shard(path, shard))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from llama.checkpoint import MetaCheckpoint, partition_dim, slice_of_rank
 from llama.model import Transformer
 from llama.parallel import Linear, raise_if_a_rank_failed
-from llama.products import lay_out
+from llama.products import Quantized, lay_out
 
 # How much a load copies at a time; on CUDA there are two pinned buffers of this size.
 CHUNK_BYTES = 64 << 20
@@ -55,8 +55,9 @@ def load_weights(
     """Gives a model built on the meta device its tensors, this rank's slices of the checkpoint's.
 
     On the CPU, a slice that is one piece of a file and has the right dtype stays mapped and takes no memory of its own.
-    Everything else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", matrices are rounded as soon as
-    those that belong together are there, and only few are there as they were at any time.
+    Everything else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", or where the checkpoint is
+    quantised, matrices are laid out as soon as those that belong together are there, so that only few are there as they
+    were at any time.
 
     Raises:
         RankFailed: another rank has failed meanwhile (inside `parallel.fail_together`).
@@ -72,7 +73,9 @@ def load_weights(
         math.prod(full) // full[dim] * (stop - start) * dtype.itemsize
         for full, (dim, start, stop) in zip(checkpoint.shapes.values(), slices.values())
     )
+    quantize = checkpoint.quantization or quantize
     copier = StagedCopy(device) if device.type == "cuda" else None
+    parts: dict[Linear, torch.Tensor | Quantized] = {}
     loaded, together = Loaded(), {linear: group for group in model.matrices() for linear in group}
     with tqdm(
         desc="Loading",
@@ -84,27 +87,30 @@ def load_weights(
     ) as bar:
         for name in [name for name, _ in model.named_parameters()]:  # each once, though two modules may share it
             raise_if_a_rank_failed()
-            if device.type == "cpu" and checkpoint.dtype == dtype:
-                read = checkpoint.read(name, *slices[name])
-                tensor = read.contiguous()
-            else:
-                read = tensor = _copy(checkpoint, name, *slices[name], dtype, device, copier)
-            bar.update(tensor.nbytes)
             module = model.get_submodule(name.removesuffix(".weight"))
-            module.weight = nn.Parameter(tensor, requires_grad=False)
-            if quantize and module in together and not any(linear.weight.is_meta for linear in together[module]):
+            if checkpoint.quantization and module in together:
+                part = checkpoint.read(name, *slices[name]).to(device)
+            elif device.type == "cpu" and checkpoint.dtype == dtype:
+                part = checkpoint.read(name, *slices[name]).contiguous()
+            else:
+                part = _copy(checkpoint, name, *slices[name], dtype, device, copier)
+            bar.update(math.prod(checkpoint.shapes[name]) * dtype.itemsize // n_ranks)
+            if not quantize or module not in together:
+                module.weight = nn.Parameter(part, requires_grad=False)
+                loaded.n_bytes += part.nbytes
+                loaded.n_mapped += part.nbytes if _is_mapped(part) else 0
+                continue
+            parts[module] = part
+            if all(linear in parts for linear in together[module]):
                 if copier is not None:
                     copier.wait()
-                loaded.n_bytes += _lay_out(together[module], quantize)
-            elif not quantize or module not in together:
-                loaded.n_bytes += tensor.nbytes
-                loaded.n_mapped += tensor.nbytes if _is_mapped(tensor) else 0
+                loaded.n_bytes += _lay_out({linear: parts.pop(linear) for linear in together[module]}, quantize, dtype)
         if copier is not None:
             copier.finish()
     if model.args.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
         if quantize:
-            loaded.n_bytes += _lay_out((model.output,), quantize)
+            loaded.n_bytes += _lay_out({model.output: model.output.weight}, quantize, dtype)
     model.to(device)  # the rotary table; the parameters are there
     return loaded
 
@@ -153,20 +159,21 @@ def pack(model: Transformer) -> None:
     """
     for linears in model.matrices():
         if all(linear.layout is None for linear in linears):
-            _lay_out(linears)
+            _lay_out({linear: linear.weight for linear in linears}, None, linears[0].weight.dtype)
 
 
-def _lay_out(linears: tuple[Linear, ...], quantize: str | None = None) -> int:
+def _lay_out(parts: "dict[Linear, torch.Tensor | Quantized]", quantize: str | None, dtype: torch.dtype) -> int:
     """Lays matrices with the same input out together, if there is a layout for them; returns its bytes."""
-    weights = [linear.weight for linear in linears]
-    layout = lay_out(weights, quantize, weights[0].dtype)
+    layout = lay_out(list(parts.values()), quantize, dtype)
     if layout is None:
         return 0
     start = 0
-    for linear, weight in zip(linears, weights):
-        linear.layout, linear.rows, linear.weight = layout, slice(start, start + len(weight)), None
-        start += len(weight)
-        drop_pages(weight)
+    for linear, part in parts.items():
+        n_rows = len(part.codes if isinstance(part, Quantized) else part)
+        linear.layout, linear.rows, linear.weight = layout, slice(start, start + n_rows), None
+        start += n_rows
+        if isinstance(part, torch.Tensor):
+            drop_pages(part)
     return layout.n_bytes
 
 

@@ -123,6 +123,10 @@ class Quantized:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> "Quantized":
+        moved = (None if t is None else t.to(device) for t in (self.codes, self.scales, self.zeros))
+        return Quantized(self.kind, self.in_features, *moved)
+
     def to_dense(self) -> torch.Tensor:
         """The float32 values it stands for, [out_features, in_features]."""
         if self.zeros is None:

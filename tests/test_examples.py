@@ -1,4 +1,4 @@
-"""What a newcomer runs first: the two examples and the README's Python."""
+"""What a newcomer runs first: the examples and the README's Python."""
 
 import os
 import re
@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, run_python, torchrun
 
 CHAT, TEXT = ROOT / "example_chat_completion.py", ROOT / "example_text_completion.py"
+SAMPLING = ROOT / "example_rejection_sampling.py"
 
 
 def run(script, *args: str) -> subprocess.CompletedProcess:
@@ -38,6 +39,15 @@ def test_the_text_example_runs_under_torchrun_as_in_a_plain_python(n_processes):
     assert parallel.stdout.count("\n> ") == 4  # rank 0 alone prints
     if n_processes == 1:
         assert parallel.stdout.splitlines()[1:] == plain.stdout.splitlines()[1:]
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_the_rejection_sampling_example_draws_a_rising_curve(n_processes):
+    args = ("--n", "8", "--n_prompts", "12")
+    result = run(SAMPLING, *args) if n_processes == 1 else torchrun(n_processes, SAMPLING, "-n", *args[1:])
+    assert result.returncode == 0, result.stderr
+    curve = [float(value) for value in re.findall(r"^ +[1248] \| ([\d.]+) ±", result.stdout, re.M)]
+    assert len(curve) == 4 and curve == sorted(curve) and curve[0] < 0.75 < curve[-1]
 
 
 @pytest.mark.parametrize(

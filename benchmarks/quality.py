@@ -1,0 +1,61 @@
+"""What int8 and int4 cost in perplexity: `python -m benchmarks.quality`.
+
+On the embedded checkpoint, texts that its generator makes with a fresh seed; on stories260K, where ../shared has it,
+texts that the model itself samples in float32. Perplexity is over all tokens together.
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+import fire
+
+from demo import corpus
+from demo.train import encode
+from llama import ChatFormat, Llama, Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo" / "checkpoint"
+STORIES = ROOT.parent / "shared" / "checkpoints" / "stories260K"
+SEED = 2_000_000_011  # not of the training's chunks
+
+
+def demo_texts(n: int) -> list[list[int]]:
+    """Documents as the embedded checkpoint was trained on, as ids."""
+    tokenizer = Tokenizer(DEMO / "tokenizer.model")
+    chat = ChatFormat(tokenizer)
+    texts = (encode(document, tokenizer, chat)[0] for document in corpus.documents(SEED))
+    return list(itertools.islice((text for text in texts if 2 <= len(text) <= 256), n))
+
+
+def stories_texts(n: int) -> list[list[int]]:
+    llama = build(STORIES, dtype="float32")
+    prompt = [llama.tokenizer.bos_id]
+    tokens, _ = llama.generate([prompt], 255, temperature=1, top_p=1, num_return_sequences=n, seed=1)
+    return [prompt + answer for answer in tokens]
+
+
+def build(folder: Path, **options) -> Llama:
+    return Llama.build(folder, max_seq_len=512, max_batch_size=8, device="cpu", **options)
+
+
+def perplexity(llama: Llama, texts: list[list[int]]) -> float:
+    logprobs = [value for score in llama.score(texts) for value in score["logprobs"][1:]]
+    return math.exp(-math.fsum(logprobs) / len(logprobs))
+
+
+def main(n: int = 200) -> None:
+    for name, folder, make in (("embedded", DEMO, demo_texts), ("stories260K", STORIES, stories_texts)):
+        if not folder.is_dir():
+            print(f"{name}: absent")
+            continue
+        texts = make(n)
+        plain = perplexity(build(folder, dtype="bfloat16"), texts)
+        print(f"{name}: {n} texts of {sum(map(len, texts)):,} tokens, perplexity in bfloat16 {plain:.4f}")
+        for kind in ("int8", "int4"):
+            rounded = perplexity(build(folder, dtype="bfloat16", quantize=kind), texts)
+            print(f"{name}: {kind} {rounded:.4f} ({100 * (rounded / plain - 1):+.2f} %)")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
