@@ -255,6 +255,9 @@ def plot(results: dict, path: Path) -> None:
         by_batch.plot(*zip(*across), style, label=name, markersize=4)
     for axes, label in ((by_context, "tokens of context, one row"), (by_batch, "rows, 128 tokens of context each")):
         axes.set(xlabel=label, ylabel="tokens/s in all", xscale="log", ylim=(0, None))
+        ticks = sorted({x for line in axes.get_lines() for x in line.get_xdata()})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     by_batch.legend(fontsize=7)
     figure.suptitle(f"{results['shape']}, {results['machine']}", fontsize=8)

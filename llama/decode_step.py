@@ -59,14 +59,14 @@ class DecodeStep:
         if not self.compiled:
             rows = torch.tensor(tokens, device=self.device)[:, None]
             return self.model.logits(self.model.hidden_states(rows, positions)[:, -1])
-        return self._step(*self._inputs(tokens, positions))
+        return self._step(*self._inputs(tokens, positions), exact=len(tokens) == 1 and positions[0] > 0)
 
     def warm_up(self) -> str:
         """Compiles for one row and for several, which are two programs; says how long it took."""
         started = time.perf_counter()
         with torch.inference_mode():
             for n_rows in {1, min(2, self.model.args.max_batch_size)}:
-                self([0] * n_rows, [0] * n_rows, lambda row: 0)
+                self([0] * n_rows, [1] * n_rows, lambda row: 1)
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(
             tempfile.gettempdir(), f"torchinductor_{getuser()}"
         )

@@ -284,19 +284,22 @@ class Transformer(nn.Module):
         """`forward` up to the last norm, [B, T, dim]; `slots` are the rows of the cache, the first B when None."""
         return self._run(tokens, *self._locate(tokens, start_pos, slots))
 
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+    def step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor, exact: bool = False
+    ) -> torch.Tensor:
         """One token of each of the first B rows of the cache, without a decision that depends on what a tensor holds.
 
         Args:
             tokens: ids, [B, 1].
             positions: where each goes, [B].
             key_positions: 0, 1, … up to the last position of the longest row at least.
+            exact: whether they end where every row does, so that there is nothing to mask.
 
         Returns:
             Logits of the tokens that follow, float32 [B, vocab_size].
         """
         positions = positions[:, None]
-        mask = (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]
+        mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]
         cache = CacheView(self.cache, slice(0, tokens.shape[0]), positions, key_positions.shape[0])
         return self.logits(self._run(tokens, self.rotary[positions], mask, cache)[:, -1])
 
