@@ -105,7 +105,7 @@ def test_the_model_is_never_there_in_bfloat16(write_checkpoint, tmp_path, kind, 
     assert result.returncode == 0, result.stderr
     peak, left = json.loads(result.stdout.splitlines()[-1])
     assert n_bytes > 90e6
-    assert left < (share + 0.2) * n_bytes  # with the embedding, and modules that were imported meanwhile
+    assert left < share * n_bytes + 32e6  # with the embedding, and some 20 MB of modules that are imported meanwhile
     assert peak < left + 25e6  # some matrices in float32
 
 
