@@ -1,7 +1,8 @@
 """One new token for each running sequence: as PyTorch runs it, compiled, or replayed from a CUDA graph.
 
-All three are `Transformer.step`. A step reads every weight once, so what can be saved is the time between the kernels:
-a graph launches them all at once, and a compiler makes fewer of them. Knows nothing of sequences or sampling.
+The last two are `Transformer.step`, the first a plain forward pass. A step reads every weight once, so what can be
+saved is the time between the kernels: a graph launches them all at once, and a compiler makes fewer of them. Knows
+nothing of sequences or sampling.
 """
 
 import bisect
