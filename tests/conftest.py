@@ -108,9 +108,9 @@ def torchrun(n_processes: int, script: Path, *args: object, timeout: float = 120
     )
 
 
-def run_python(code: str, *args: object, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs a piece of Python in a plain process of its own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run_python(code: str, *args: object, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a piece of Python in a plain process of its own, with further environment variables."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
