@@ -111,7 +111,7 @@ class Quantized:
     """A matrix in few bits: weight[i, j] stands for codes[i, j] * scales[i, j // group] + zeros[i, j // group].
 
     Attributes:
-        kind: "int8": codes from -127 to 127, one group a row, no zeros; "int4": codes from -8 to 7.
+        kind: "int8": codes from -127 to 127, one group a row, no zeros; "int4": codes from -8 to 7, in groups.
         in_features: how many columns the matrix has; for int4, there may be more codes, for whole groups.
         codes: int8 [out_features, at least in_features].
         scales, zeros: float32 [out_features, groups]; zeros is None for int8.
@@ -140,12 +140,13 @@ def quantize(weight: torch.Tensor, kind: str) -> Quantized:
 
     Args:
         weight: [out_features, in_features] of any floating dtype.
-        kind: "int8" or "int4".
+        kind: "int8" or "int4"; short rows get 8 bits in both (`kind_of_rows`).
 
     Raises:
         ValueError: the weight has values that are not finite.
     """
     in_features = weight.shape[1]
+    kind = kind_of_rows(kind, in_features)
     weight = weight.detach().float()
     if not bool(weight.isfinite().all()):
         raise ValueError("a matrix has NaN or infinite values: look for damaged weights with `llama verify`")
@@ -160,6 +161,15 @@ def quantize(weight: torch.Tensor, kind: str) -> Quantized:
     zeros = (low + 8 * scales).bfloat16().float()
     codes = ((grouped - zeros[:, :, None]) / scales[:, :, None]).round().clamp(-8, 7)
     return Quantized(kind, in_features, codes.flatten(1).to(torch.int8), scales, zeros)
+
+
+def kind_of_rows(kind: str, in_features: int) -> str:
+    """What a matrix is rounded to: rows that do not fill one group stay at 8 bits.
+
+    Only toys have such rows. They gain little from 4 bits, and lose most: in stories260K, of 64 columns, int4
+    throughout costs 14 % of perplexity, and in groups of 16 still 7 %.
+    """
+    return "int8" if in_features < GROUP_SIZE else kind
 
 
 def group_size(in_features: int) -> int:
@@ -177,7 +187,7 @@ def lay_out(parts: "list[torch.Tensor | Quantized]", kind: str | None, dtype: to
     """
     if kind is not None:
         quantized = [part if isinstance(part, Quantized) else quantize(part, kind) for part in parts]
-        return (Int8 if kind == "int8" else Int4)(_stacked(quantized), dtype)
+        return (Int8 if quantized[0].kind == "int8" else Int4)(_stacked(quantized), dtype)
     if any(part.requires_grad for part in parts):
         return None
     if Packed.serves(parts[0]):

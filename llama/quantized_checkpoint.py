@@ -2,7 +2,8 @@
 
 As Meta's with one consolidated.00.pth, in which a matrix NAME.weight is its codes, beside NAME.scales and, in 4 bits,
 NAME.zeros (`products.Quantized`); two codes of 4 bits share a byte, the even column's in the lower half. params.json
-says so under "quantization". A tied output matrix is not there: it is rounded while it is loaded.
+says so under "quantization"; matrices of short rows have 8 bits in both (`products.kind_of_rows`). A tied output matrix
+is not there: it is rounded while it is loaded.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 
 from llama.checkpoint import COLUMNS, MetaCheckpoint, find_shards, full_shapes, open_shard, partition_dim
 from llama.model import ModelArgs
-from llama.products import KINDS, Quantized, group_size
+from llama.products import KINDS, Quantized, group_size, kind_of_rows
 
 Kept = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype
 
@@ -71,7 +72,7 @@ class QuantizedCheckpoint(MetaCheckpoint):
             dim, start, stop = 0, 0, out_features
         rows = slice(start, stop) if dim != COLUMNS else slice(None)
         codes, scales = shard[name][rows], shard[scales_of(name)][rows].float()
-        if self.quantization == "int8":
+        if kind_of_rows(self.quantization, in_features) == "int8":
             if dim == COLUMNS:
                 codes = codes[:, start:stop]
             return Quantized("int8", codes.shape[1], codes, scales)
@@ -104,7 +105,7 @@ def stored(name: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype | No
     if not is_matrix(name):
         return {name: (shape, dtype)}
     out_features, in_features = shape
-    if kind == "int8":
+    if kind_of_rows(kind, in_features) == "int8":
         return {name: (shape, torch.int8), scales_of(name): ((out_features, 1), torch.bfloat16)}
     group = group_size(in_features)
     n_groups = -(-in_features // group)

@@ -8,9 +8,11 @@ from conftest import DEMO, random_model, run_python, split_checkpoint, torchrun
 
 from llama import Llama, cli
 from llama.convert import convert, quantize
+from llama.huggingface import open_checkpoint
 from llama.inspect_checkpoint import info, verify
 
 PROMPTS = [[1, 2, 3, 4, 5], [7, 200, 9]]
+WIDE = {"dim": 128, "dtype": torch.bfloat16}  # rows long enough for 4 bits; hidden 352, in groups of 32
 
 
 def build(folder, **options) -> Llama:
@@ -25,7 +27,7 @@ def logits(llama: Llama) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_saved_model_is_the_one_that_is_rounded_while_loading(write_checkpoint, tmp_path, kind, tied):
-    folder = write_checkpoint(dtype=torch.bfloat16, tied_embeddings=tied)
+    folder = write_checkpoint(tied_embeddings=tied, **WIDE)
     cli.main(["quantize", str(folder), str(tmp_path / "saved"), "--to", kind])
     rounded, saved = build(folder, quantize=kind), build(tmp_path / "saved")
     assert torch.equal(logits(rounded), logits(saved))
@@ -37,10 +39,25 @@ def test_a_saved_model_is_the_one_that_is_rounded_while_loading(write_checkpoint
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_hugging_face_directory_is_quantised_alike(write_checkpoint, tmp_path, kind):
-    folder = write_checkpoint(dtype=torch.bfloat16)
+    folder = write_checkpoint(**WIDE)
     convert(folder, tmp_path / "hf", to="hf")
     quantize(tmp_path / "hf", tmp_path / "saved", kind)
     assert torch.equal(logits(build(folder, quantize=kind)), logits(build(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize(("kind", "kinds"), [("int8", {"int8"}), ("int4", {"int4", "int8"})])
+def test_pieces_are_read_as_they_lie_in_the_whole(write_checkpoint, tmp_path, kind, kinds):
+    quantize(write_checkpoint(n_layers=1, n_heads=12, n_kv_heads=2, dim=96, dtype=torch.bfloat16), tmp_path / "q", kind)
+    checkpoint = open_checkpoint(tmp_path / "q")[1]
+    found = set()
+    for name in ("layers.0.attention.wq.weight", "layers.0.attention.wo.weight", "layers.0.feed_forward.w2.weight"):
+        whole = checkpoint.read(name)
+        found.add(whole.kind)
+        for dim, start, stop in [(0, 16, 48), (1, 32, 64), (1, 33, 65), (1, 64, whole.in_features)]:
+            piece = checkpoint.read(name, dim, start, stop)
+            values = piece if isinstance(piece, torch.Tensor) else piece.to_dense()
+            assert torch.equal(values, whole.to_dense().narrow(dim, start, stop - start)), (name, dim, start)
+    assert found == kinds  # rows of 96 stay at 8 bits, those of 256 go to 4
 
 
 SCRIPT = """
@@ -113,7 +130,7 @@ def test_the_model_is_never_there_in_bfloat16(write_checkpoint, tmp_path, kind, 
 
 
 def test_info_and_verify_know_quantised_directories(write_checkpoint, tmp_path):
-    folder = write_checkpoint(dtype=torch.bfloat16)
+    folder = write_checkpoint(**WIDE)
     quantize(folder, tmp_path / "saved", "int4")
     assert ("dtype", "bfloat16, matrices int4") in info(tmp_path / "saved")
     assert not verify(tmp_path / "saved").problems
