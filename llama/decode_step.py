@@ -37,6 +37,8 @@ class DecodeStep:
             # On CUDA the compiler makes and tunes the kernels; on a CPU the products stay oneDNN's or PyTorch's own,
             # which are as fast as the memory there, and what is between them is fused.
             options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else {}
+            # The model stays as it is: no look at each of its modules before each step.
+            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
             # In a region of its own: PyTorch counts the programs of all models together otherwise, and stops at eight.
             self._step = torch.compile(model.step, fullgraph=True, isolate_recompiles=True, options=options)
         self._graphs: dict[tuple[int, int], _Graph] = {}

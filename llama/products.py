@@ -62,8 +62,7 @@ class Packed(Layout):
         self.out_features, self.in_features = weight.shape
         # The number of rows of x is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
-        self.number = next(_numbers)
-        _packed[self.number] = self
+        self.number = _numbered(self)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():  # the compiler knows no opaque tensors, but numbers
@@ -90,10 +89,17 @@ class Packed(Layout):
 
 
 # The packed matrices by their numbers, in the order they were made, which is the same in each run of a program.
-_packed: "weakref.WeakValueDictionary[int, Packed]" = weakref.WeakValueDictionary()
+_packed: "weakref.WeakValueDictionary[int, Packed | PackedInt8]" = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 _library = torch.library.Library("llama", "FRAGMENT")
 _library.define("packed_product(Tensor x, int number, int out_features) -> Tensor")
+_library.define("packed_int8_product(Tensor x, int number, int out_features) -> Tensor")
+
+
+def _numbered(layout: "Packed | PackedInt8") -> int:
+    number = next(_numbers)
+    _packed[number] = layout
+    return number
 
 
 @torch.library.impl(_library, "packed_product", "CPU")
@@ -104,6 +110,16 @@ def _packed_product(x: torch.Tensor, number: int, out_features: int) -> torch.Te
 @torch.library.register_fake("llama::packed_product", lib=_library)
 def _packed_product_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.impl(_library, "packed_int8_product", "CPU")
+def _packed_int8_product(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return _integer_product(x, _packed[number].weight)
+
+
+@torch.library.register_fake("llama::packed_int8_product", lib=_library)
+def _packed_int8_product_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32)
 
 
 @dataclass
@@ -187,7 +203,11 @@ def lay_out(parts: "list[torch.Tensor | Quantized]", kind: str | None, dtype: to
     """
     if kind is not None:
         quantized = [part if isinstance(part, Quantized) else quantize(part, kind) for part in parts]
-        return (Int8 if quantized[0].kind == "int8" else Int4)(_stacked(quantized), dtype)
+        matrix = _stacked(quantized)
+        if matrix.kind == "int4":
+            return Int4(matrix, dtype)
+        on_cpu = matrix.codes.device.type == "cpu"
+        return PackedInt8(matrix, dtype) if on_cpu and PackedInt8.serves() else Int8(matrix, dtype)
     if any(part.requires_grad for part in parts):
         return None
     if Packed.serves(parts[0]):
@@ -199,6 +219,70 @@ def _stacked(parts: list[Quantized]) -> Quantized:
     zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts])
     codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
     return Quantized(parts[0].kind, parts[0].in_features, codes, scales, zeros)
+
+
+class PackedInt8(Layout):
+    """Eight bits a weight, in blocks by oneDNN, whose products of integers are as fast as the memory.
+
+    Only weights are in eight bits. A row of x becomes integers of 16 bits (of float32, 24) with a scale; their upper
+    and lower bytes are two rows of one product, which reads the weights once, and the sums are exact.
+    """
+
+    ROWS_AT_A_TIME = 128  # of x: the float32 sums of more no longer stay in the cache
+
+    def __init__(self, matrix: Quantized, dtype: torch.dtype):
+        self.out_features, self.in_features = matrix.codes.shape
+        self.weight = torch.ops.onednn.qlinear_prepack(matrix.codes.contiguous(), [1, self.in_features])
+        self.scales = matrix.scales[:, 0].contiguous()
+        self.sums = matrix.codes.sum(dim=1, dtype=torch.float32)
+        self.shifts = (16, 8, 0) if dtype == torch.float32 else (8, 0)
+        self.number = _numbered(self)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if torch.compiler.is_compiling() or len(rows) <= self.ROWS_AT_A_TIME:
+            y = self._product(rows)
+        else:
+            y = torch.cat([self._product(some) for some in rows.split(self.ROWS_AT_A_TIME)])
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        half = 128 << self.shifts[0]  # added to make bytes without a sign, and taken off again
+        values = rows.float()
+        scales = (values.abs().amax(dim=1, keepdim=True) / (half - 256)).clamp(min=1e-30)
+        integers = (values / scales).round().int() + half
+        parts = torch.stack([integers >> shift & 255 for shift in self.shifts], dim=1).to(torch.uint8)
+        products = torch.ops.llama.packed_int8_product(parts, self.number, self.out_features).unbind(1)
+        y = sum(part * (1 << shift) for part, shift in zip(products, self.shifts)) - half * self.sums
+        return (y * scales * self.scales).to(rows.dtype)
+
+    def to_dense(self) -> torch.Tensor:
+        return self.weight.to_dense().T.float() * self.scales[:, None]
+
+    @staticmethod
+    @functools.cache
+    def serves() -> bool:
+        """Whether the processor's products of integers are exact: without VNNI, or oneDNN, they may not be."""
+        try:
+            weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), [1, 64])
+            y = _integer_product(torch.full((2, 64), 255, dtype=torch.uint8), weight)
+        except (AttributeError, RuntimeError):
+            return False
+        return bool((y == 64 * 255 * 127).all())
+
+
+def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Bytes [..., in_features] times a packed matrix of eight bits -> float32 [..., out_features], exact up to 2^24."""
+    # With its own scales and zeros of rows and columns the kernel is slower than without.
+    return _qlinear()(x, 1.0, 0, weight, _ONE, _ZERO, None, 1.0, 0, torch.float32, "none", (), "")
+
+
+@functools.cache
+def _qlinear() -> Callable[..., torch.Tensor]:  # asked for when it is used: not each platform has it
+    return torch.ops.onednn.qlinear_pointwise.default
+
+
+_ONE, _ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
 
 class Int8(Layout):
