@@ -11,19 +11,23 @@ decode.json, decode.png and RESULTS.md. llama.cpp takes part where llama-cpp-pyt
 import importlib.util
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import fire
 import torch
 
 from benchmarks.contestants import CONTESTANTS, gguf_copy, hugging_face_copy
-from benchmarks.shapes import default_folder, write_random_checkpoint
+from benchmarks.scaling import token
+from benchmarks.shapes import PARAMS, default_folder, write_random_checkpoint
+from llama.model import ModelArgs
 
-# (what is compared, with what, at least): the bars, ratios of tokens/s within one run.
+# (what is compared, with what, where, at least): the bars, ratios of tokens/s within one run; on a CPU, and on a GPU.
 BARS = [
     ("ours compiled", "llama.cpp bf16", "decode 1 @ 128", 1.1),
     ("ours compiled", "Transformers", "decode 1 @ 128", 2.5),
@@ -33,6 +37,18 @@ BARS = [
     ("ours", "llama.cpp bf16", "prefill 512", 1.0),
     ("ours", "Transformers", "prefill 512", 1.0),
 ]
+GPU_BARS = [
+    ("ours compiled", "Transformers", "decode 1 @ 128", 1.0),
+    ("ours", "Transformers", "decode 1 @ 128", 1.0),
+    ("ours int8 compiled", "ours compiled", "decode 1 @ 128", 1.6),
+    ("ours int8", "ours", "decode 1 @ 128", 1.6),
+    ("ours", "Transformers", "prefill 4096", 1.0),
+]
+# At least so many percent of the measured bandwidth, decoding one row.
+BANDWIDTH_BARS = {"cpu": {"ours compiled": 65}, "cuda": {"ours compiled": 85, "ours": 75}}
+# At least so many times one row's tokens/s.
+BATCH_BARS = {"cpu": {"decode 8 @ 128": 4}, "cuda": {"decode 64 @ 128": 30}}
+PREFILL_BAR = 60  # percent of the measured matmul rate, 4,096 tokens on a GPU
 
 
 class Process:
@@ -131,23 +147,26 @@ def main(
         for name in names:
             print(f"starting {name}", file=sys.stderr)
             processes.append(Process(name, path, device, room))
-        results = _measure(processes, device, rounds, tokens, batch_sizes, lengths, prompt_lengths)
-        for process in processes:
-            results["started"][process.name] |= process.ask()
+        for results in _measure(processes, device, rounds, tokens, batch_sizes, lengths, prompt_lengths):
+            for process in processes:
+                results["started"][process.name] |= process.ask()
+            results |= {"shape": shape, "weights_bytes": n_bytes, "device": device}
+            results["machine"] = _machine(device)
+            results["command"] = f"python -m benchmarks.decode {shlex.join(sys.argv[1:])}"
+            _write(results, Path(out))  # after each round: a run that is ended early is not lost
     finally:
         for process in processes:
             process.end()
-    results |= {"shape": shape, "weights_bytes": n_bytes, "device": device, "rounds": rounds}
-    results["machine"] = _machine(device)
-    text = report(results)
-    print(text)
-    target = Path(out)
-    (target / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
-    command = f"python -m benchmarks.decode --shape {shape} --rounds {rounds}" + (f' --only "{only}"' if only else "")
-    note = f"# The last run\n\n    {command}\n\n{results['machine']}\n\n{text}\n\n![decode speed](decode.png)\n"
-    (target / "RESULTS.md").write_text(note)
+    print(report(results))
     if importlib.util.find_spec("matplotlib"):
-        plot(results, target / "decode.png")
+        plot(results, Path(out) / "decode.png")
+
+
+def _write(results: dict, folder: Path) -> None:
+    (folder / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
+    machine = f"{results['machine']}; {results['rounds']} rounds"
+    note = f"    {results['command']}\n\n{machine}\n\n{report(results)}"
+    (folder / "RESULTS.md").write_text(f"# The last run\n\n{note}\n\n![decode speed](decode.png)\n")
 
 
 def _measure(
@@ -158,8 +177,8 @@ def _measure(
     batch_sizes: list[int],
     lengths: list[int],
     prompt_lengths: list[int],
-) -> dict:
-    """Tokens/s of each contestant, by what it did, one figure a round; and the machine's own rates."""
+) -> Iterator[dict]:
+    """Tokens/s of each contestant, by what it did, one figure a round, and the machine's own rates."""
     places = [(1, length) for length in lengths] + [(b, 128) for b in batch_sizes if b > 1]
     speeds: dict[str, dict[str, list[float]]] = {p.name: {} for p in processes}
     bandwidths, rates = [], []
@@ -179,15 +198,17 @@ def _measure(
                 speed = n / process.ask(prompt=n)["seconds"][0]
                 speeds[process.name].setdefault(f"prefill {n}", []).append(speed)
         print(f"round {round_ + 1} of {rounds}", file=sys.stderr)
-    for by_place in speeds.values():
-        for values in by_place.values():
-            del values[0]
-    return {
-        "tokens_per_second": speeds,
-        "read_bytes_per_second": bandwidths,
-        "matmul_per_second": rates,
-        "started": {p.name: p.started for p in processes},
-    }
+        if round_ < 0:
+            for by_place in speeds.values():
+                by_place.clear()
+            continue
+        yield {
+            "tokens_per_second": speeds,
+            "read_bytes_per_second": bandwidths,
+            "matmul_per_second": rates,
+            "started": {p.name: dict(p.started) for p in processes},
+            "rounds": round_ + 1,
+        }
 
 
 def report(results: dict) -> str:
@@ -198,11 +219,13 @@ def report(results: dict) -> str:
     }
     places = list(dict.fromkeys(what for by_place in speeds.values() for what in by_place))
     bandwidth = statistics.median(results["read_bytes_per_second"])
-    rate, n_bytes = statistics.median(results["matmul_per_second"]), results["weights_bytes"]
+    rate = statistics.median(results["matmul_per_second"])
+    cost = token(ModelArgs(**PARAMS[results["shape"]]))
+    read, operations = 2 * cost["weights"], 2 * cost["layers"]  # a token's, decoding and in a prompt
     lines = [
-        f"{results['shape']}: {n_bytes / 1e9:.2f} GB in bfloat16. The machine reads {bandwidth / 1e9:.1f} GB/s "
-        f"({bandwidth / n_bytes:.1f} times these weights) and multiplies at {rate / 1e9:.0f} GFLOP/s "
-        f"({rate / n_bytes:.0f} tokens/s of prefill).",
+        f"{results['shape']}: {results['weights_bytes'] / 1e9:.2f} GB in bfloat16. The machine reads "
+        f"{bandwidth / 1e9:.1f} GB/s ({bandwidth / read:.1f} times what a token reads) and multiplies at "
+        f"{rate / 1e9:.0f} GFLOP/s ({rate / operations:.0f} tokens/s of prefill).",
         "",
         "Tokens/s in all, medians (decode ROWS @ CONTEXT; prefill TOKENS):",
         "",
@@ -215,26 +238,30 @@ def report(results: dict) -> str:
         cells += [f"{started['load']:.1f}", f"{started['first_token']:.1f}", f"{started['peak_bytes'] / 1e9:.1f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "| ratio | measured | at least |", "|---|---|---|"]
-    for ours, peer, place, bar in BARS:
-        if ours in speeds and peer in speeds:
+    device = results["device"]
+    for ours, peer, place, bar in BARS if device == "cpu" else GPU_BARS:
+        by_round = [results["tokens_per_second"].get(name, {}).get(place) for name in (ours, peer)]
+        if all(by_round):
             # Turn by turn, so that a slow spell of the machine falls on both.
-            pairs = zip(results["tokens_per_second"][ours][place], results["tokens_per_second"][peer][place])
-            ratio = statistics.median(a / b for a, b in pairs)
+            ratio = statistics.median(a / b for a, b in zip(*by_round))
             lines.append(f"| {place}: {ours} / {peer} | {ratio:.2f} | {bar} |")
     for name in ("ours", "ours compiled"):
         by_place = speeds.get(name, {})
         one = by_place.get("decode 1 @ 128")
         if one is None:
             continue
-        share = 100 * one * n_bytes / bandwidth
-        bar = "65 %" if name == "ours compiled" else ""
-        lines.append(f"| {name}: of the measured bandwidth, decode 1 @ 128 | {share:.0f} % | {bar} |")
-        for other, bar in (("decode 8 @ 128", "4"), ("decode 64 @ 128", "30")):
+        share, bar = 100 * one * read / bandwidth, BANDWIDTH_BARS[device].get(name)
+        at_least = "" if bar is None else f"{bar} %"
+        lines.append(f"| {name}: of the measured bandwidth, decode 1 @ 128 | {share:.0f} % | {at_least} |")
+        for other, bar in BATCH_BARS[device].items():
             if other in by_place:
                 lines.append(f"| {name}: {other} / decode 1 @ 128 | {by_place[other] / one:.2f} | {bar} |")
         if "decode 1 @ 4096" in by_place:
             slower = one / by_place["decode 1 @ 4096"]
             lines.append(f"| {name}: time of a token at 4,096 / at 128 | {slower:.2f} | at most 1.35 |")
+        if device == "cuda" and "prefill 4096" in by_place:
+            share = 100 * by_place["prefill 4096"] * operations / rate
+            lines.append(f"| {name}: of the measured matmul rate, prefill 4096 | {share:.0f} % | {PREFILL_BAR} % |")
     return "\n".join(lines)
 
 

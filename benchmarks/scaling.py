@@ -21,11 +21,12 @@ READS, MULTIPLIES = 0.85, 0.60  # the shares of these limits that are aimed at
 
 
 def token(args: ModelArgs) -> dict[str, float]:
-    """Of one token: weights that are read, bytes of keys and values, sums over the ranks and bytes of each."""
+    """Of one token: weights read, those of the layers, bytes of keys and values, sums over ranks, bytes of each."""
     kv_dim = args.n_kv_heads * args.head_dim
     layer = 2 * args.dim * args.dim + 2 * args.dim * kv_dim + 3 * args.dim * args.hidden_dim
     return {
         "weights": args.n_layers * layer + args.vocab_size * args.dim,  # the embedding is looked up
+        "layers": args.n_layers * layer,  # all that most tokens of a prompt pass: only the last one needs logits
         "kv_bytes": args.n_layers * 2 * kv_dim * 2,
         "sums": 2 * args.n_layers + 1,  # after wo and w2 of each layer, and of the embedding
         "sum_bytes": args.dim * 2,
@@ -55,7 +56,7 @@ def main(measured: str = "benchmarks/decode.json") -> None:
             reading = 2 * cost["weights"] / n_ranks / (READS * H100_READ)
             cells.append(f"{1 / (reading + (cost['sums'] + 1) * seconds):.0f}")  # one more for the logits
         # Of sums of thousands of positions the bytes count; at 400 GB/s they are a tenth of the time and left out here.
-        prefill = MULTIPLIES * 8 * H100_MULTIPLY / (2 * cost["weights"])
+        prefill = MULTIPLIES * 8 * H100_MULTIPLY / (2 * cost["layers"])
         print(f"| {short} | {' | '.join(cells)} | {prefill:,.0f} |")
     if not Path(measured).is_file():
         return
@@ -70,7 +71,7 @@ def main(measured: str = "benchmarks/decode.json") -> None:
     for what, speeds in results["tokens_per_second"].get("ours compiled", {}).items():
         speed = statistics.median(speeds)
         if what.startswith("prefill"):
-            paper = rate / (2 * cost["weights"])
+            paper = rate / (2 * cost["layers"])
         else:
             _, batch, _, context = what.split()
             read = 2 * cost["weights"] + int(batch) * int(context) * cost["kv_bytes"]

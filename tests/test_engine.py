@@ -204,18 +204,17 @@ def test_nan_logits_end_their_row_and_not_the_others(make):
     llama = make(4)
     prompts = [[1, 2], [77, 3], [4, 5, 6]]
     expected, _ = llama.generate(prompts, 8, temperature=0)
-    logits = llama.model.logits
     engine = llama._engine
+    step = engine.decode_step
 
-    def damaged(hidden):
-        result = logits(hidden)
-        if len(hidden) == len(engine.running):
-            for row, sequence in enumerate(engine.running):
-                if sequence.prompt[0] == 77 and len(sequence.tokens) == 3:
-                    result[row, 5] = float("nan")
-        return result
+    def damaged(*inputs):
+        logits = step(*inputs).clone()
+        for row, sequence in enumerate(engine.running):
+            if sequence.prompt[0] == 77 and len(sequence.tokens) == 3:
+                logits[row, 5] = float("nan")
+        return logits
 
-    llama.model.logits = damaged
+    engine.decode_step = damaged
     with pytest.raises(GenerationError, match="prompt 1: the model's logits are NaN or infinite") as caught:
         llama.generate(prompts, 8, temperature=0)
     groups = caught.value.answers
