@@ -9,7 +9,6 @@ What a line gives is a function of the line, the run's seed and options alone: n
 order, how many processes there are, or what was done before the run was killed and started again.
 """
 
-import hashlib
 import itertools
 import os
 import sys
@@ -17,23 +16,24 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
 from llama.answering import Answer, Job
+from llama.data_sets import Files, Run, decoding_parameters, line_seed
 from llama.generation import Llama
 from llama.open_turns import OpenDialog
 from llama.options import NAMES, DecodingOptions, from_json, per_prompt
 from llama.output import Output
-from llama.rows import Row, Rows, row_of, scan
+from llama.prompts import KINDS, kind_of, prompt_ids
+from llama.rows import Row, row_of, scan
 from llama.task_template import Template, read_template
 from llama.work import Work
 
-KINDS = ("prompt", "messages", "tokens")
 OPTIONS = tuple(name for name in NAMES if name != "logits_processor")  # a file holds no code
 KEYS = (*KINDS, "logprobs", "metadata", *OPTIONS)  # of a line, besides its id
 N_ERRORS_SHOWN = 10
@@ -66,7 +66,7 @@ def run_batch(
         ValueError, TypeError: an option is out of range, the template is malformed, or, of a list, two lines have the
             same id. Nothing has run then. A line that is broken gives a record with an `error` instead.
     """
-    run = _Run(llama, template, logprobs, options)
+    run = _Answering(llama, template, logprobs, options).run()
     rows = map(row_of, itertools.count(1), lines)
     with parallel.fail_together():
         if isinstance(lines, (list, tuple)) and dist.get_rank() == 0:
@@ -132,37 +132,21 @@ def run_batch_files(
         BlockingIOError: another run is writing the output.
         OSError: the output cannot be written on.
     """
-    run = _Run(llama, template, logprobs, options)
-    parameters = run.parameters()
-    rows: Any = ()
-    output = summary = None
-    with parallel.fail_together():
-        if dist.get_rank() == 0:
-            rows = Rows(source, KEYS[1:])
-            output = Output(target, rows, parameters, force, retry)
-    if output is not None:
-        summary = Summary(output.n_rows, len(output.done), output.n_failed, len(output.done))
-        rows = (row for row in rows if row.number not in output.done)
-    try:
-        with parallel.fail_at_once():
-            _write(run.records(rows), output, summary, progress)
-            if output is not None:
-                output.finish()
-            parallel.gather_from_replicas([])
-    finally:
-        if output is not None:
-            output.close()
-    return summary
+    answering = _Answering(llama, template, logprobs, options)
+    summary = Summary(0)
+    files = Files(source, target, force, retry)
+    output = files.write(answering.run(), answering.parameters(), partial(_shown, summary, progress))
+    return None if output is None else summary
 
 
-def _write(records: Iterator[dict], output: Output | None, summary: Summary | None, progress: bool) -> None:
-    """Writes records as they come, and shows how far it is. On ranks other than 0, which have none, it answers only."""
-    if output is None:
-        return deque(records, maxlen=0).clear()
+def _shown(summary: Summary, progress: bool, records: Iterator[dict], output: Output) -> Iterator[dict]:
+    """The records, which are counted as they are written, and a bar."""
+    summary.n_lines, summary.n_failed = output.n_rows, output.n_failed
+    summary.n_done = summary.n_before = len(output.done)
     started = time.perf_counter()
     with tqdm(total=summary.n_lines, initial=summary.n_done, unit="line", disable=not progress) as bar:
         for record in records:
-            output.append(record)
+            yield record
             summary.n_done += 1
             summary.n_tokens += record.get("answer_tokens", 0)
             summary.seconds = time.perf_counter() - started
@@ -186,7 +170,7 @@ class _Line:
     turns: list[dict] = field(default_factory=list)
 
 
-class _Run:
+class _Answering:
     """What the lines of a run have in common. The first half is rank 0's, the second that of every process."""
 
     def __init__(self, llama: Llama, template: Any, logprobs: bool, options: dict[str, Any]):
@@ -206,40 +190,18 @@ class _Run:
                     except ValueError as error:
                         raise ValueError(f"task {name!r} of the template: {error}") from None
 
+    def run(self) -> Run:
+        return Run(self._task_of, self._answers, self._record_of, KEYS[1:])
+
     def parameters(self) -> dict[str, Any]:
         """All that the answers depend on besides the lines; every process has part in it."""
-        options = dict(self.options)
-        if (processor := options.pop("logits_processor", None)) is not None:
-            options["logits_processor"] = getattr(processor, "__qualname__", type(processor).__qualname__)
-        options = {name: options.get(name, value) for name, value in vars(DecodingOptions()).items() if name != "seed"}
         template = None if self.template is None else self.template.content
-        run = {"seed": self.seed, "logprobs": self.logprobs, "template": template}
-        return {"model": identity(self.llama), "options": options, **run}
+        run = {"logprobs": self.logprobs, "template": template}
+        return decoding_parameters(self.llama, self.options, self.seed) | run
 
-    def records(self, rows: Iterable[Row]) -> Iterator[dict]:
-        """On rank 0, the record of each row as it is done; on the others, nothing, while they answer."""
-        open_rows: dict[int, Row] = {}
-
-        def tasks() -> Iterator[dict]:
-            for row in rows:
-                open_rows[row.number] = row
-                try:
-                    yield self._task(row)
-                except (ValueError, TypeError) as error:
-                    yield {"line": row.number, "error": str(error)}
-
-        with Work(tasks()) as work:
-            for _ in _answers(self, work):
-                for result in work.results():
-                    yield self._record(open_rows.pop(result["line"]), result)
-            for result in work.results(wait=True):
-                yield self._record(open_rows.pop(result["line"]), result)
-
-    def _task(self, row: Row) -> dict:
+    def _task_of(self, row: Row) -> dict:
         """What a replica has to know of a line."""
-        if row.error is not None:
-            raise ValueError(row.error)
-        task: dict[str, Any] = {"line": row.number}
+        task: dict[str, Any] = {}
         given, options = row.fields, {}
         if self.template is not None:
             known = self.template.task_of(row.fields)
@@ -250,10 +212,8 @@ class _Run:
         elif unknown := [name for name in given if name not in KEYS]:
             expected = f"one of {', '.join(KINDS)}; id, logprobs, metadata; or a decoding option: {', '.join(OPTIONS)}"
             raise ValueError(f"{unknown[0]!r} is not known: expected {expected}")
-        elif len(kinds := [name for name in KINDS if given.get(name) is not None]) != 1:
-            raise ValueError(f"found {' and '.join(kinds) or 'none'} of {', '.join(KINDS)}: expected one of them")
         else:
-            task[kinds[0]] = given[kinds[0]]
+            task[kind_of(given)] = given[kind_of(given)]
         task["logprobs"] = given.get("logprobs", self.logprobs)
         if not isinstance(task["logprobs"], bool):
             raise ValueError(f"logprobs = {task['logprobs']!r}: expected true or false")
@@ -263,7 +223,7 @@ class _Run:
         task["options"] = options
         return task
 
-    def _record(self, row: Row, result: dict) -> dict:
+    def _record_of(self, row: Row, _: dict, result: dict) -> dict:
         record = {"id": row.id, **result}
         if "error" in result:
             record = {"id": row.id, "line": row.number, "text": "", "finish_reason": "error"} | result
@@ -283,7 +243,50 @@ class _Run:
 
     # What every process does
 
-    def line(self, task: dict) -> _Line:
+    def _answers(self, work: Work) -> Iterator[None]:
+        """Answers tasks as long as there are any, and gives word of each; yields whenever one is done."""
+        next_turns: deque[Job] = deque()  # of dialogs whose last turn was filled just now
+        n_rolling = 0  # dialogs that have been begun and may have a next turn
+
+        def jobs() -> Iterator[Job | None]:
+            nonlocal n_rolling
+            more = True
+            while more or n_rolling:
+                if next_turns:
+                    yield next_turns.popleft()
+                elif not more:
+                    yield None
+                elif (task := work.take()) is None:
+                    more = False
+                else:
+                    try:
+                        job = self._job(self._line(task))
+                    except (ValueError, TypeError) as error:
+                        work.give({"line": task["line"], "error": str(error)})
+                        continue
+                    n_rolling += job.key.dialog is not None
+                    yield job
+
+        for job, answers in self.llama.answer_jobs(jobs()):
+            line, result = job.key, self._result(job, answers)
+            if line.dialog is not None:
+                n_rolling -= 1
+                line.dialog.fill(result["text"])
+                if line.dialog.has_placeholders:
+                    line.turns.append({name: value for name, value in result.items() if name not in ("line", "seed")})
+                    if not line.dialog.is_done and "error" not in result:
+                        try:
+                            next_turns.append(self._job(line))
+                            n_rolling += 1
+                            continue
+                        except ValueError as error:  # the dialog has become too long
+                            result |= {"finish_reason": "error", "error": str(error)}
+                    result |= {"turns": line.turns, "messages": line.dialog.messages}
+                    result["answer_tokens"] = sum(turn["answer_tokens"] for turn in line.turns)
+            work.give(result)
+            yield
+
+    def _line(self, task: dict) -> _Line:
         """A task, checked. Raises ValueError or TypeError."""
         if "error" in task:
             raise ValueError(task["error"])
@@ -298,20 +301,12 @@ class _Run:
                 raise ValueError(f"num_return_sequences = {n}: expected 1 where there are open turns")
         return line
 
-    def job(self, line: _Line) -> Job:
+    def _job(self, line: _Line) -> Job:
         """The next answer of a line that is wanted. Raises ValueError or TypeError."""
-        if line.dialog is not None:
-            prompt = self.llama.formatter.encode_dialog_prompt(line.dialog.prompt)
-        elif "tokens" in line.task:
-            prompt = line.task["tokens"]
-        else:
-            text = line.task["prompt"]
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"prompt = {text!r}: expected a text that is not empty")
-            prompt = self.llama.tokenizer.encode(text, bos=True)
-        return Job(line, self.llama.check_prompt("the prompt", prompt), line.option, logprobs=line.task["logprobs"])
+        row = line.task if line.dialog is None else {"messages": line.dialog.prompt}
+        return Job(line, prompt_ids(self.llama, row), line.option, logprobs=line.task["logprobs"])
 
-    def result(self, job: Job, answers: list[Answer]) -> dict:
+    def _result(self, job: Job, answers: list[Answer]) -> dict:
         """What a record says of a job."""
         shown = [self._answer(job, answer) for answer in answers]
         line = {"line": job.key.task["line"], **shown[0], "prompt_tokens": len(job.prompt)}
@@ -330,72 +325,3 @@ class _Run:
             shown["score"] = answer.score
         options = {"top_logprobs": job.option.top_logprobs}
         return shown | self.llama.details(job.prompt, answer, job.logprobs, False, options)
-
-
-def _answers(run: _Run, work: Work) -> Iterator[None]:
-    """Answers tasks as long as there are any, and gives word of each; yields whenever one is done."""
-    next_turns: deque[Job] = deque()  # of dialogs whose last turn was filled just now
-    n_rolling = 0  # dialogs that have been begun and may have a next turn
-
-    def jobs() -> Iterator[Job | None]:
-        nonlocal n_rolling
-        more = True
-        while more or n_rolling:
-            if next_turns:
-                yield next_turns.popleft()
-            elif not more:
-                yield None
-            elif (task := work.take()) is None:
-                more = False
-            else:
-                try:
-                    job = run.job(run.line(task))
-                except (ValueError, TypeError) as error:
-                    work.give({"line": task["line"], "error": str(error)})
-                    continue
-                n_rolling += job.key.dialog is not None
-                yield job
-
-    for job, answers in run.llama.answer_jobs(jobs()):
-        line, result = job.key, run.result(job, answers)
-        if line.dialog is not None:
-            n_rolling -= 1
-            line.dialog.fill(result["text"])
-            if line.dialog.has_placeholders:
-                line.turns.append({name: value for name, value in result.items() if name not in ("line", "seed")})
-                if not line.dialog.is_done and "error" not in result:
-                    try:
-                        next_turns.append(run.job(line))
-                        n_rolling += 1
-                        continue
-                    except ValueError as error:  # the dialog has become too long
-                        result |= {"finish_reason": "error", "error": str(error)}
-                result |= {"turns": line.turns, "messages": line.dialog.messages}
-                result["answer_tokens"] = sum(turn["answer_tokens"] for turn in line.turns)
-        work.give(result)
-        yield
-
-
-def line_seed(seed: int, id: str | int | None) -> int:
-    """The seed of a line, of 48 bits: a function of the run's and of the line's id."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {id}".encode(errors="replace"), digest_size=6).digest(), "little")
-
-
-def identity(llama: Llama) -> dict[str, Any]:
-    """What a model is known by, in terms of JSON, however many processes it is split over; they all call this.
-
-    Of the weights it is an exact sum over the bits of a few matrices, in which the order does not matter.
-    """
-    model = llama.model
-    total = torch.zeros((), dtype=torch.int64)
-    for layer in {model.layers[0], model.layers[-1]}:
-        for module in (layer.attention.wq, layer.feed_forward.w2):
-            weight = module.dense().contiguous()
-            bits = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-            total += bits.sum(dtype=torch.int64).cpu()
-    if model.rotary.is_cuda:  # where the group is NCCL's
-        total = total.cuda()
-    dist.all_reduce(total, group=model.output.group)
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
-    shape = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
-    return {**shape, "dtype": dtype, "weights": total.item(), "tokenizer": llama.tokenizer.kind}

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from fire.decorators import SetParseFns
 
 from llama import GenerationError, Llama, parallel
-from llama.batch import OPTIONS, identity, run_batch_files
+from llama.batch import OPTIONS, run_batch_files
 from llama.best_of_n import require_matplotlib
 from llama.chat import Conversation, Keyboard, show, talk
 from llama.huggingface import find_tokenizer
+from llama.identity import identity
 from llama.options import NAMES, DecodingOptions
 from llama.rejection_sampling import Plan
 from llama.rows import Rows, format_of
@@ -416,11 +417,33 @@ def _check_scoring(
     """What can be found out of a scoring command before any weights are read; what its scorer is known by."""
     if int(os.environ.get("RANK", 0)) == 0:
         Rows(source), format_of(Path(target))
+        if plot is not None:
+            _check_writable(Path(plot))
     if plot is not None:
         require_matplotlib()
-    text = JUDGE_TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
+    text = JUDGE_TEMPLATE if template is None else _read_judge_template(template)
     check_spec(scorer, text)
     return {"scorer": scorer, **({"template": text, "answer": verdict} if is_judge(scorer) else {})}
+
+
+def _check_writable(plot: Path) -> None:
+    """Raises OSError where a plot could not be written when all is done."""
+    if not plot.parent.is_dir():
+        raise FileNotFoundError(f"--plot {plot}: there is no directory {plot.parent}: expected one that is there")
+    if plot.is_dir() or not os.access(plot if plot.exists() else plot.parent, os.W_OK):
+        found = "a directory" if plot.is_dir() else "not to be written on"
+        raise OSError(f"--plot {plot}: it is {found}: expected a PNG to write")
+
+
+def _read_judge_template(path: str) -> str:
+    """What a judge is asked. Raises FileNotFoundError or ValueError."""
+    expected = "expected a text file of what a judge is asked, with {answer} in it, and {prompt} where it is needed"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--judge_template {path}: there is no such file: {expected}")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--judge_template {path}: not UTF-8 ({error}): {expected}") from None
 
 
 def _scorers_own(options: dict[str, Any], llama: Llama | None) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class OpenDialog:
         return self.messages[index]
 
 
+def has_open_turns(dialog: object) -> bool:
+    """Whether a message of a dialog is to be generated; not, if it is no dialog."""
+    return isinstance(dialog, (list, tuple)) and any(map(is_open, dialog))
+
+
 def is_open(message: object) -> bool:
     """Whether a message is to be generated."""
     is_assistants = isinstance(message, dict) and message.get("role") == "assistant"

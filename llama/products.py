@@ -40,6 +40,10 @@ class Layout:
         """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
         raise NotImplementedError
 
+    def columns(self, indices: torch.Tensor) -> torch.Tensor:
+        """Some columns of `to_dense`, [out_features, n]."""
+        return self.to_dense()[:, indices]
+
 
 class Dense(Layout):
     """The matrix as it is: for several put side by side on a GPU, where one large product beats three small ones."""
@@ -356,8 +360,11 @@ class Int4(Layout):
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> torch.Tensor:
-        identity = torch.eye(self.in_features, dtype=self.dtype, device=self.scales_zeros.device)
-        return self(identity).T.contiguous()  # the kernels' own order of the codes is theirs
+        return self.columns(torch.arange(self.in_features, device=self.scales_zeros.device))
+
+    def columns(self, indices: torch.Tensor) -> torch.Tensor:
+        one_hot = F.one_hot(indices, self.in_features).to(self.dtype)
+        return self(one_hot).T.contiguous()  # the kernels' own order of the codes is theirs
 
 
 def _int8_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

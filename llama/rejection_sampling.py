@@ -15,8 +15,10 @@ from tqdm import tqdm
 from llama import parallel
 from llama.answering import Answer, Job
 from llama.generation import Llama
+from llama.open_turns import has_open_turns
 from llama.options import DecodingOptions
-from llama.scorers import Scorer, prompt_ids, score_answers
+from llama.prompts import prompt_ids
+from llama.scorers import Scorer, score_answers
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def rejection_sample(
     ids = []
     for index, row in enumerate(rows):
         try:
-            ids.append(llama.check_prompt("it", prompt_ids(llama, row)))
+            ids.append(prompt_to_sample(llama, row))
         except (ValueError, TypeError) as error:
             raise type(error)(f"prompt {index}: {error}") from None
     for name in ("num_return_sequences", "num_beams"):
@@ -238,6 +240,15 @@ def rejection_sample(
             bar.update()
     everything = [pair for part in parallel.gather_from_replicas(done) for pair in part]
     return [said for _, said in sorted(everything, key=lambda pair: pair[0])]
+
+
+def prompt_to_sample(llama: Llama, row: Mapping[str, Any]) -> list[int]:
+    """The ids of a row's prompt. Raises ValueError or TypeError as `prompt_ids`, or if turns are open."""
+    if has_open_turns(row.get("messages")):
+        raise ValueError(
+            "the dialog has open turns: expected none but the one at its end, which needs no <PLACEHOLDER>"
+        )
+    return prompt_ids(llama, row)
 
 
 def check_option(option: DecodingOptions, plan: Plan) -> None:

@@ -6,8 +6,8 @@ reads and writes; each replica takes a line whenever it has room.
 
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
@@ -15,21 +15,25 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
-from llama.batch import KEYS, KINDS, OPTIONS, identity, line_seed
+from llama.batch import KEYS, OPTIONS
 from llama.best_of_n import Summary
+from llama.data_sets import Files, Run, decoding_parameters, line_seed
 from llama.generation import Llama
-from llama.open_turns import is_open
+from llama.open_turns import has_open_turns
 from llama.options import DecodingOptions, from_json
 from llama.output import Output
-from llama.rejection_sampling import Plan, Task, check_option, draw, give_scores, result
-from llama.rows import Row, Rows
-from llama.scorers import Scorer, prompt_ids
+from llama.prompts import KINDS, kind_of
+from llama.rejection_sampling import Plan, Task, check_option, draw, give_scores, prompt_to_sample, result
+from llama.rows import Row, Rows, scan
+from llama.scorers import Judge, Logprob, Reward, Scorer
 from llama.work import Work
 
 # The decoding options of a sampled answer.
 NOT_SAMPLED = ("num_return_sequences", "num_beams", "length_penalty", "early_stopping", "top_logprobs")
 SAMPLED = tuple(name for name in OPTIONS if name not in NOT_SAMPLED)
 PROMPT_KEYS = (*KINDS, "metadata")  # what a record says of its prompt
+# What a file may say of a single answer beside the prompt: the names are those of `llama batch`.
+ANSWER_KEYS = ("text", "finish_reason", "answer_tokens", "token_ids", "tokens", "logprobs", "top_logprobs")
 
 
 def sample_files(
@@ -71,30 +75,29 @@ def sample_files(
     checked = DecodingOptions(**options)
     check_option(checked, plan)
     llama.check_option(checked)
-    parameters = {"model": identity(llama), "options": options, "seed": seed, "plan": vars(plan), "scorer": scorer_name}
+    parameters = decoding_parameters(llama, options, seed) | {"plan": vars(plan), "scorer": scorer_name}
 
     def task_of(row: Row) -> dict[str, Any]:
-        known = (*KEYS[: -len(OPTIONS)], *SAMPLED)
-        if unknown := [name for name in row.fields if name not in known or name == "logprobs"]:
+        known = (*PROMPT_KEYS, *SAMPLED)
+        if unknown := [name for name in row.fields if name not in known]:
             expected = f"one of {', '.join(KINDS)}; id; metadata; or a decoding option: {', '.join(SAMPLED)}"
             raise ValueError(f"{unknown[0]!r} is not known: expected {expected}")
+        kind_of(row.fields)
         given = {name: value for name, value in row.fields.items() if name in SAMPLED}
-        given.setdefault("seed", line_seed(seed, row.id))
+        if given.get("seed") is None:
+            given["seed"] = line_seed(seed, row.id)
         return {"row": _prompt_of(row.fields), "options": given}
 
-    def answered(work: Work) -> Iterator[None]:
+    def answer(work: Work) -> Iterator[None]:
         def tasks() -> Iterator[Task]:
             while (task := work.take()) is not None:
                 try:
                     if "error" in task:
                         raise ValueError(task["error"])
-                    if any(map(is_open, task["row"].get("messages", ()))):
-                        raise ValueError("the dialog has open turns: expected none but the one at its end")
                     option = DecodingOptions(**options | from_json(task["options"]))
                     check_option(option, plan)
                     llama.check_option(option)
-                    prompt = llama.check_prompt("the prompt", prompt_ids(llama, task["row"]))
-                    yield Task(task["line"], task["row"], prompt, option)
+                    yield Task(task["line"], task["row"], prompt_to_sample(llama, task["row"]), option)
                 except (ValueError, TypeError) as error:
                     work.give({"line": task["line"], "error": str(error)})
 
@@ -102,7 +105,8 @@ def sample_files(
             work.give({"line": task.key, "seed": task.option.seed, **result(task.answers, plan)})
             yield
 
-    return _run(source, target, parameters, task_of, answered, KEYS[1:], plan, force, retry, progress)
+    run = Run(task_of, answer, _record_of, KEYS[1:])
+    return _write(run, parameters, plan, Files(source, target, force, retry), progress)
 
 
 def rescore_files(
@@ -119,123 +123,123 @@ def rescore_files(
 ) -> Summary | None:
     """Scores the answers that a file has: the output of `llama sample`, or of `llama batch`.
 
-    Arguments, records and errors as in `sample_files`.
+    Arguments, records and errors as in `sample_files`. What is known of an answer, its `logprob` say, is copied to its
+    record; the scorer is given its `text` and `finish_reason`.
 
     Args:
         source: lines with `answers`, each an object with its `text`, or with one answer's `text`.
         prompts: the file with the lines that were answered, for a source that does not repeat them, such as the output
             of `llama batch`; the lines are found by their ids.
+
+    Raises:
+        ValueError: also if two lines of `prompts` have the same id.
     """
+    parameters = {"scorer": scorer_name, "keep": plan.keep}
     asked: dict[str, dict] = {}
     with parallel.fail_together():
         if prompts is not None and dist.get_rank() == 0:
-            asked = {str(row.id): row.fields for row in Rows(prompts, KEYS[1:]) if row.error is None}
+            rows = Rows(prompts, KEYS[1:])
+            try:
+                parameters["prompts"] = scan(rows).digest
+            except ValueError as error:
+                raise ValueError(f"{prompts}: {error}") from None
+            asked = {str(row.id): row.fields for row in rows if row.error is None}
 
     def task_of(row: Row) -> dict[str, Any]:
         if "error" in row.fields:
             raise ValueError(f"it has no answer: {row.fields['error']}")
-        fields = dict(row.fields)
-        if prompts is not None:
-            if str(row.id) not in asked:
-                raise ValueError(f"{prompts} has no line with the id {row.id!r}")
-            fields = asked[str(row.id)] | {name: fields[name] for name in ("answers", "text") if name in fields}
-        answers = fields.get("answers", [{"text": fields["text"]}] if "text" in fields else None)
-        is_list = isinstance(answers, list) and all(isinstance(a, dict) for a in answers)
-        if not is_list or not answers or not all(isinstance(a.get("text"), str) for a in answers):
-            raise ValueError("expected `answers`, a list of objects with a `text` each, or a `text`")
-        kept = ("text", "finish_reason")
-        answers = [{"score": None} | {name: a[name] for name in kept if name in a} for a in answers]
-        return {"row": _prompt_of(fields, needed=False), "answers": answers}
+        if prompts is not None and str(row.id) not in asked:
+            raise ValueError(f"{prompts} has no line with the id {row.id!r}")
+        prompt = _prompt_of_answers(row.fields, asked.get(str(row.id)))
+        if isinstance(scorer, (Logprob, Reward, Judge)):  # what a function of the caller's reads is not known
+            try:
+                kind_of(prompt)
+            except ValueError as error:
+                where = f"in {prompts}" if prompts else "pass the file with the lines that were answered as --prompts"
+                raise ValueError(f"{error}, which the scorer reads ({where})") from None
+        return {"row": prompt, "answers": _answers_of(row.fields)}
 
-    def answered(work: Work) -> Iterator[None]:
+    def answer(work: Work) -> Iterator[None]:
         group = fairscale_groups.get_model_parallel_group()
         while (task := work.take()) is not None:
             if "error" not in task:
-                give_scores(scorer, task["row"], task["answers"], group)
-                task = {"line": task["line"], **result(task["answers"], plan)}
+                shown = ("text", "finish_reason", "score", "error")
+                scored = [{name: a[name] for name in shown if name in a} for a in task["answers"]]
+                give_scores(scorer, task["row"], scored, group)
+                answers = [known | score for known, score in zip(task["answers"], scored)]
+                task = {"line": task["line"], **result(answers, plan)}
             work.give(task)
             yield
 
-    names = ("answers", *PROMPT_KEYS[1:])
-    parameters = {"scorer": scorer_name, "keep": plan.keep}
-    if prompts is not None:
-        parameters["prompts"] = os.path.basename(prompts)
-    return _run(source, target, parameters, task_of, answered, names, plan, force, retry, progress)
+    def record_of(row: Row, task: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+        seed = {"seed": row.fields["seed"]} if "seed" in row.fields else {}
+        return _record_of(row, task, seed | said)
+
+    run = Run(task_of, answer, record_of, ("answers", "turns", "seed", *PROMPT_KEYS[1:], *ANSWER_KEYS[2:]))
+    return _write(run, parameters, plan, Files(source, target, force, retry), progress)
 
 
-def _prompt_of(fields: Mapping[str, Any], needed: bool = True) -> dict[str, Any]:
+def _prompt_of(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a line that a scorer sees, and that a record repeats."""
-    row = {name: fields[name] for name in PROMPT_KEYS if fields.get(name) is not None}
-    if needed and len(given := [name for name in KINDS if name in row]) != 1:
-        raise ValueError(f"found {' and '.join(given) or 'none'} of {', '.join(KINDS)}: expected one of them")
-    return row
+    return {name: fields[name] for name in PROMPT_KEYS if fields.get(name) is not None}
 
 
-def _run(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    parameters: dict[str, Any],
-    task_of: Callable[[Row], dict[str, Any]],
-    answered: Callable[[Work], Iterator[None]],
-    as_json: Iterable[str],
-    plan: Plan,
-    force: bool,
-    retry: bool,
-    progress: bool,
-) -> Summary | None:
-    """Makes tasks of the lines that are not done (rank 0), has them answered (all), and writes what comes of them."""
-    output = None
-    rows: Iterable[Row] = ()
-    with parallel.fail_together():
-        if dist.get_rank() == 0:
-            rows = Rows(source, as_json)
-            output = Output(target, rows, parameters, force, retry)
-    try:
-        with parallel.fail_at_once():
-            done = set() if output is None else output.done
-            records = _records((row for row in rows if row.number not in done), task_of, answered)
-            if output is None:
-                deque(records, maxlen=0)
-            else:
-                with tqdm(total=output.n_rows, initial=len(done), unit="line", disable=not progress) as bar:
-                    for record in records:
-                        output.append(record)
-                        bar.update()
-                output.finish()
-            return None if output is None else summarize(output.journal, plan)
-    finally:
-        if output is not None:
-            output.close()
+def _prompt_of_answers(record: dict[str, Any], asked: dict[str, Any] | None) -> dict[str, Any]:
+    """As `_prompt_of`, of what the answers of a record answer.
+
+    Args:
+        record: a line with answers.
+        asked: the line that was answered, if that is known.
+
+    Raises:
+        ValueError: the dialog has open turns, and the record does not say what became of them.
+    """
+    prompt = _prompt_of(record if asked is None else asked)
+    filled = record.get("messages")
+    if "turns" in record and isinstance(filled, list):  # of `llama batch`: the whole dialog, and its end is the answer
+        return prompt | {"messages": filled[:-1]}
+    if asked is None and isinstance(record.get("logprobs"), list):
+        prompt.pop("tokens", None)  # those of the answer
+    if has_open_turns(prompt.get("messages")):
+        if not isinstance(filled, list) or has_open_turns(filled):
+            raise ValueError(
+                "the dialog has open turns, and the record does not say what came of them: expected its `turns` and "
+                "`messages`, as `llama batch` writes them"
+            )
+        prompt["messages"] = filled  # scored before, up to the answer
+    return prompt
 
 
-def _records(
-    rows: Iterable[Row], task_of: Callable[[Row], dict[str, Any]], answered: Callable[[Work], Iterator[None]]
-) -> Iterator[dict[str, Any]]:
-    """On rank 0, the record of each row as it is done; on the others, nothing, while they answer."""
-    open_rows: dict[int, tuple[Row, dict]] = {}
+def _answers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record's answers without their scores, and with the error of those that there is nothing to score of."""
+    answers = record.get("answers")
+    if answers is None and "text" in record:
+        answers = [{name: record[name] for name in ANSWER_KEYS if name in record}]
+    is_list = isinstance(answers, list) and all(isinstance(a, dict) for a in answers)
+    if not is_list or not answers or not all(isinstance(a.get("text"), str) for a in answers):
+        raise ValueError("expected `answers`, a list of objects with a `text` each, or a `text`")
+    result = []
+    for known in answers:
+        dropped = ("score",) if known.get("finish_reason") == "error" else ("score", "error")
+        result.append({"text": known["text"], "score": None} | {n: v for n, v in known.items() if n not in dropped})
+    return result
 
-    def tasks() -> Iterator[dict[str, Any]]:
-        for row in rows:
-            try:
-                if row.error is not None:
-                    raise ValueError(row.error)
-                task = {"line": row.number, **task_of(row)}
-            except (ValueError, TypeError) as error:
-                task = {"line": row.number, "error": str(error)}
-            open_rows[row.number] = row, task.get("row", {})
-            yield task
 
-    def record(said: dict[str, Any]) -> dict[str, Any]:
-        row, prompt = open_rows.pop(said["line"])
-        return {"id": row.id, "line": row.number, **prompt, **said}
+def _record_of(row: Row, task: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    return {"id": row.id, "line": row.number, **task.get("row", {}), **said}
 
-    with Work(tasks()) as work:
-        for _ in answered(work):
-            yield from map(record, work.results())
-        yield from map(record, work.results(wait=True))
-        parallel.gather_from_replicas(
-            []
-        )  # a replica that comes late to ask for work finds someone to say there is none
+
+def _write(run: Run, parameters: dict[str, Any], plan: Plan, files: Files, progress: bool) -> Summary | None:
+    """Writes the records, with a bar; returns the summary of all there are, on rank 0."""
+    output = files.write(run, parameters, partial(_shown, progress))
+    return None if output is None else summarize(output.journal, plan)
+
+
+def _shown(progress: bool, records: Iterator[dict[str, Any]], output: Output) -> Iterator[dict[str, Any]]:
+    with tqdm(total=output.n_rows, initial=len(output.done), unit="line", disable=not progress) as bar:
+        for record in records:
+            yield record
+            bar.update()
 
 
 def summarize(path: str | os.PathLike, plan: Plan) -> Summary:

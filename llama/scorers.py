@@ -19,8 +19,9 @@ import torch.distributed as dist
 from llama.answering import Answer
 from llama.generation import Llama
 from llama.parallel import RankFailed
+from llama.prompts import kind_of, prompt_ids
 from llama.reward_model import RewardModel
-from llama.tokenizer import Dialog, Tokenizer
+from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 
 Scorer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], Sequence[float]]
 
@@ -48,7 +49,8 @@ class Logprob:
     """The log-probability of an answer's tokens given the prompt under a model, nats, in total or the mean.
 
     Of an answer that was drawn just now it is known. Any other text is encoded as a whole, which may be other tokens
-    than those it was drawn in. What ends an answer (the end of turn, a stop string) does not count.
+    than those it was drawn in. What ends an answer (the end of turn, a stop string) does not count: an answer of
+    nothing has 0 in total, and no mean, so that it is not the best there is.
     """
 
     def __init__(self, llama: Llama, mean: bool = False):
@@ -56,15 +58,18 @@ class Logprob:
 
     def __call__(self, row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> list[float]:
         known = [(a["logprob"], a["n_tokens"]) if "logprob" in a else None for a in answers]
-        unknown = [i for i, pair in enumerate(known) if pair is None]
-        if unknown:
+        encoded = {i: self.llama.tokenizer.encode(answers[i]["text"]) for i, pair in enumerate(known) if pair is None}
+        n_tokens = [len(encoded[i]) if pair is None else pair[1] for i, pair in enumerate(known)]
+        if self.mean and 0 in n_tokens:
+            raise ValueError("the answer has no tokens to take the mean over: expected one or more")
+        totals = [0.0 if pair is None else pair[0] for pair in known]
+        if encoded:
             prompt = prompt_ids(self.llama, row)
-            texts = [prompt + self.llama.tokenizer.encode(answers[i]["text"]) for i in unknown]
+            texts = [prompt + ids for ids in encoded.values()]
             scored = self.llama.answer(texts, True, True, shared=False, max_gen_len=0, temperature=0)
-            for i, (answer,) in zip(unknown, scored):
-                logprobs = answer.prompt_token_logprobs[len(prompt) :]
-                known[i] = math.fsum(logprobs), len(logprobs)
-        return [total / max(n_tokens, 1) if self.mean else total for total, n_tokens in known]
+            for i, (answer,) in zip(encoded, scored):
+                totals[i] = math.fsum(answer.prompt_token_logprobs[len(prompt) :])
+        return [total / n for total, n in zip(totals, n_tokens)] if self.mean else totals
 
 
 class Reward:
@@ -133,23 +138,18 @@ class _Forced:
         return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([token], device=logits.device), 0.0)
 
 
-def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
-    """The ids of the prompt that a row's answers answer. Raises ValueError if there is none, or more than one."""
-    given = [name for name in ("prompt", "messages", "tokens") if row.get(name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"found {' and '.join(given) or 'none'}: expected one of prompt, messages, tokens")
-    value = row[given[0]]
-    if given == ["messages"]:
-        return llama.formatter.encode_dialog_prompt(value)
-    return llama.tokenizer.encode(value, bos=True) if given == ["prompt"] else value
-
-
 def _prompt_of(row: Mapping[str, Any]) -> str | Dialog:
-    """The text or the dialog that a row's answers answer."""
-    for name in ("messages", "prompt"):
-        if row.get(name) is not None:
-            return row[name]
-    raise ValueError("the row has token ids alone: expected `messages` or a `prompt` to show to another model")
+    """The text or the dialog that a row's answers answer. Raises ValueError if it is neither."""
+    if (kind := kind_of(row)) == "tokens":
+        raise ValueError(
+            "the line has token ids alone, and this scorer reads text: give the line `messages` or a `prompt` in place "
+            "of `tokens`, or score with logprob, mean_logprob or a function of your own"
+        )
+    if kind == "prompt" and not isinstance(row["prompt"], str):
+        raise ValueError(f"prompt = {row['prompt']!r}: expected a text")
+    if kind == "messages":
+        ChatFormat.check_messages(row["messages"])
+    return row[kind]
 
 
 def python_function(spec: str) -> Scorer:

@@ -5,6 +5,7 @@ Llama 2) and the two chat formats. Knows nothing of tensors, models or sampling.
 """
 
 import base64
+import hashlib
 import operator
 import os
 import re
@@ -83,6 +84,11 @@ class Tokenizer:
         self.eot_id: int | None = self.special_tokens.get("<|eot_id|>")
         ends = (self.eos_id, self.eot_id, self.special_tokens.get("<|eom_id|>"))
         self.stop_tokens: set[int] = {end for end in ends if end is not None}
+
+    @property
+    def digest(self) -> str:
+        """What the vocabulary is known by: 16 hexadecimal digits, for Llama 3 the same in whichever format it came."""
+        return hashlib.sha256(self._model.content()).hexdigest()[:16]
 
     def encode(
         self,
@@ -248,6 +254,10 @@ class _RankFile:
         # tiktoken is not told of the special tokens: what it is given is text.
         self._bpe = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
+    def content(self) -> bytes:
+        """All that it was made of."""
+        return repr((self.token_bytes, self.special_tokens)).encode()
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for piece in _pieces(text):
@@ -324,6 +334,9 @@ class _SentencePieceFile:
             return self._sp.decode([token_id]).encode()
         return piece.replace("▁", " ").encode()
 
+    def content(self) -> bytes:
+        return self._sp.serialized_model_proto()
+
     def encode(self, text: str) -> list[int]:
         return self._sp.encode(text)
 
@@ -374,11 +387,7 @@ class ChatFormat:
                 or a content that is not a str; the last one is not the user's (or a tool's result). Llama 2: after a
                 system message, if there is one, user and assistant do not alternate.
         """
-        if not (isinstance(dialog, list | tuple) and dialog):
-            found = "an empty list" if dialog == [] else type(dialog).__name__
-            raise ValueError(f"a dialog is a list of one or more messages, the last of them the user's; found {found}")
-        for number, message in enumerate(dialog):
-            self._check_message(message, f"message {number} of the dialog")
+        self.check_messages(dialog)
         roles = [message["role"] for message in dialog]
         if roles[-1] not in ("user", "ipython", "tool"):
             raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {roles[-1]!r}")
@@ -387,6 +396,15 @@ class ChatFormat:
             if any(role != ("user", "assistant")[k % 2] for k, role in enumerate(turns)):
                 expected = "a Llama 2 dialog has user and assistant in turn, after at most one system message"
                 raise ValueError(f"{expected}; found {', '.join(roles)}")
+
+    @staticmethod
+    def check_messages(dialog: Dialog) -> None:
+        """The part of `check` that holds for every dialog, whatever its format and its order."""
+        if not (isinstance(dialog, list | tuple) and dialog):
+            found = "an empty list" if dialog == [] else type(dialog).__name__
+            raise ValueError(f"a dialog is a list of one or more messages, the last of them the user's; found {found}")
+        for number, message in enumerate(dialog):
+            ChatFormat._check_message(message, f"message {number} of the dialog")
 
     @staticmethod
     def _check_message(message: Message, where: str = "the message") -> None:

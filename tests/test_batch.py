@@ -9,7 +9,8 @@ from conftest import ROOT, run_python, torchrun
 
 from benchmarks import kill_batch
 from llama import Llama, cli
-from llama.batch import line_seed, run_batch, run_batch_files
+from llama.batch import run_batch, run_batch_files
+from llama.data_sets import line_seed
 
 P = "<PLACEHOLDER>"
 
@@ -130,6 +131,8 @@ BROKEN = {
     '{"prompt": "x", "tokens": [1]}': "found prompt and tokens of prompt, messages, tokens: expected one of them",
     '{"id": "nothing"}': "found none of prompt, messages, tokens",
     '{"prompt": ""}': "prompt = '': expected a text that is not empty",
+    '{"prompt": 5}': "prompt = 5: expected a text that is not empty",
+    '{"messages": 5}': "a dialog is a list of one or more messages, the last of them the user's; found int",
     '{"prompt": ["x"]}': "prompt = ['x']: expected a text",
     '{"prompt": "\\ud800"}': "surrogate",
     '{"tokens": []}': "the prompt is empty",
@@ -211,8 +214,16 @@ def test_an_output_of_other_options_or_another_model_is_refused(small, tmp_path,
         with pytest.raises(ValueError, match=message):
             run_batch_files(small, *files, **options)
     other = Llama.build(write_checkpoint("other", seed=1), max_seq_len=256, max_batch_size=4, device="cpu")
-    with pytest.raises(ValueError, match=r"model.weights was -?\d+, and is"):
+    with pytest.raises(ValueError, match=r'model.weights was "[0-9a-f]{16}", and is'):
         run_batch_files(other, *files, max_gen_len=2)
+    tokenizer = tmp_path / "ckpt" / "tokenizer.model"
+    saved, lines = tokenizer.read_text(), tokenizer.read_text().splitlines()
+    a, b = (line.split()[0] for line in lines[97:99])
+    tokenizer.write_text("\n".join([*lines[:97], f"{b} 97", f"{a} 98", *lines[99:]]) + "\n")
+    swapped = Llama.build(tmp_path / "ckpt", max_seq_len=256, max_batch_size=4, device="cpu")
+    with pytest.raises(ValueError, match=r'model.tokenizer was "llama3 [0-9a-f]{16}", and is "llama3 '):
+        run_batch_files(swapped, *files, max_gen_len=2)
+    tokenizer.write_text(saved)
     same = Llama.build(tmp_path / "ckpt", max_seq_len=256, max_batch_size=9, device="cpu")
     same.text_completion(["x"])  # its matrices are laid out anew now
     assert run_batch_files(same, *files, max_gen_len=2).n_before == 1

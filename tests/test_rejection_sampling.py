@@ -122,8 +122,11 @@ def test_mistakes_are_refused_before_anything_runs(demo, arguments, message):
         rejection_sample(demo, ROWS, check, **arguments)
     with pytest.raises(TypeError, match="num_return_sequences has no part in rejection sampling"):
         rejection_sample(demo, ROWS, check, num_return_sequences=4)
-    with pytest.raises(ValueError, match="prompt 1: found none: expected one of prompt, messages, tokens"):
+    with pytest.raises(ValueError, match="prompt 1: found none of prompt, messages, tokens: expected one of them"):
         rejection_sample(demo, [ROWS[0], {"text": "no prompt"}], check)
+    open_dialog = [*ROWS[0]["messages"], {"role": "assistant", "content": "<PLACEHOLDER>"}, *ROWS[0]["messages"]]
+    with pytest.raises(ValueError, match="prompt 0: the dialog has open turns: expected none but the one at its end"):
+        rejection_sample(demo, [open_dialog], check)
     assert demo._engine.counters.prefilled == before
 
 

@@ -1,6 +1,7 @@
 """`llama sample` and `llama rescore`: real processes, real kills, and the same lines whatever happened on the way."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -9,8 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DEMO, ROOT
 from test_reward_model import write_reward_model
+
+from llama import Llama
+from llama.batch import run_batch_files
+from llama.data_sets import line_seed
+from llama.rejection_sampling import Plan, rejection_sample
+from llama.sample_files import rescore_files, sample_files
+from llama.scorers import Judge, Logprob
 
 SCORERS = """
 import os, re
@@ -167,6 +176,195 @@ def test_an_answer_that_the_scorer_raises_on_is_marked_counted_and_plotted_over(
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+# Without processes
+
+
+def write_lines(path: Path, *lines: dict) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def records(path: Path) -> dict:
+    return {record["id"]: record for record in map(json.loads, path.read_text().splitlines())}
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def length(row, answers):
+    return [float(len(answer["text"])) for answer in answers]
+
+
+P, DIALOG = assistant("<PLACEHOLDER>"), [user("What is 21 + 34?")]
+HOT = {"temperature": 1.8, "top_p": 1.0, "max_gen_len": 8}
+
+
+def test_a_line_without_a_seed_draws_with_that_of_its_id_and_the_runs(demo, tmp_path):
+    lines = [{"prompt": "One day"}, {"prompt": "One day", "seed": None}, {"prompt": "One day", "seed": 9}]
+    write_lines(tmp_path / "in.jsonl", *({"id": f"{i}", **line} for i, line in enumerate(lines)))
+    sample_files(demo, tmp_path / "in.jsonl", tmp_path / "out.jsonl", length, Plan(2), "length", seed=3, **HOT)
+    found = records(tmp_path / "out.jsonl")
+    seeds = {"0": line_seed(3, "0"), "1": line_seed(3, "1"), "2": 9}
+    assert {name: record["seed"] for name, record in found.items()} == seeds
+    for name, seed in seeds.items():
+        (expected,) = rejection_sample(demo, ["One day"], length, n=2, seed=seed, **HOT)
+        assert [a["text"] for a in found[name]["answers"]] == [a["text"] for a in expected["answers"]]
+    assert len({record["answers"][0]["text"] for record in found.values()}) == 3
+
+
+def test_a_line_that_cannot_be_sampled_is_an_error_that_says_why(demo, tmp_path):
+    broken = {
+        "open": (
+            {"messages": [*DIALOG, P, *DIALOG]},
+            "the dialog has open turns: expected none but the one at its end",
+        ),
+        "at the end": ({"messages": [*DIALOG, P]}, "the dialog has open turns"),
+        "no token": ({"prompt": "x", "stop": [10**6]}, "stop names token 1000000: expected ids from 0 to"),
+        "greedy": ({"prompt": "x", "temperature": 0}, "temperature = 0 with n = 2: expected more than 0"),
+        "beams": ({"prompt": "x", "num_beams": 2}, "'num_beams' is not known"),
+        "logprobs": ({"prompt": "x", "logprobs": True}, "'logprobs' is not known"),
+    }
+    write_lines(tmp_path / "in.jsonl", *({"id": name, **line} for name, (line, _) in broken.items()))
+    summary = sample_files(demo, tmp_path / "in.jsonl", tmp_path / "out.jsonl", length, Plan(2), "length", **HOT)
+    found = records(tmp_path / "out.jsonl")
+    assert summary.n_failed == len(broken)
+    for name, (_, message) in broken.items():
+        assert message in found[name]["error"], name
+
+
+def test_it_goes_on_with_the_same_options_however_they_are_said_and_with_no_other_model(demo, tmp_path):
+    files = write_lines(tmp_path / "in.jsonl", {"prompt": "One day"}), tmp_path / "out.jsonl"
+
+    def louder(ids, logits):
+        return logits * 2
+
+    def sample(llama=demo, **options):
+        sample_files(
+            llama, *files, length, Plan(2), "length", **{"max_gen_len": 4, "logits_processor": louder} | options
+        )
+
+    sample()
+    before = files[1].read_bytes()
+    sample(temperature=0.6, stop=None, seed=demo.seed)
+    assert files[1].read_bytes() == before
+    with pytest.raises(ValueError, match=r"options.logits_processor was \"test_it.*, and is null"):
+        sample(logits_processor=None)
+    with pytest.raises(ValueError, match=r"options.top_k was null, and is 5"):
+        sample(top_k=5)
+    other = Llama.build(DEMO, max_seq_len=512, device="cpu", dtype="float32")
+    with torch.no_grad():
+        other.model.layers[1].attention.wv.weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r'model.weights was "\w+", and is "\w+"'):
+        sample(other)
+
+
+def test_of_a_dialog_with_open_turns_the_last_answer_is_scored_after_all_that_came_before(demo, tmp_path):
+    dialogs = {"between": [*DIALOG, P, user("What is 12 + 7?")], "at the end": [*DIALOG, P], "none": DIALOG}
+    source = write_lines(tmp_path / "in.jsonl", *({"id": i, "messages": d} for i, d in dialogs.items()))
+    run_batch_files(demo, source, tmp_path / "filled.jsonl", temperature=0, max_gen_len=40, logprobs=True)
+    filled = records(tmp_path / "filled.jsonl")
+    seen = {}
+
+    def scorer(row, answers):
+        seen[json.dumps(row["messages"])] = [answer["text"] for answer in answers]
+        return [1.0]
+
+    expected = {
+        json.dumps(filled[i].get("messages", [*dialog, None])[:-1]): [filled[i]["text"]]
+        for i, dialog in dialogs.items()
+    }
+    assert filled["between"]["messages"][-1]["content"] == filled["between"]["text"] != filled["at the end"]["text"]
+    rescore_files(tmp_path / "filled.jsonl", tmp_path / "asked.jsonl", scorer, Plan(9), "seen", prompts=source)
+    assert seen == expected
+    seen.clear()
+    write_lines(tmp_path / "open.jsonl", filled["between"], filled["at the end"])
+    rescore_files(tmp_path / "open.jsonl", tmp_path / "alone.jsonl", scorer, Plan(9), "seen")
+    assert len(seen) == 2 and seen.items() <= expected.items()
+
+    rescore_files(tmp_path / "filled.jsonl", tmp_path / "logprob.jsonl", Logprob(demo), Plan(9), "l", prompts=source)
+    for name, record in records(tmp_path / "logprob.jsonl").items():  # the text is the tokens it was drawn in
+        assert record["scores"] == [pytest.approx(math.fsum(filled[name]["logprobs"]), abs=1e-2)], name
+    seen.clear()
+    rescore_files(tmp_path / "logprob.jsonl", tmp_path / "again.jsonl", scorer, Plan(9), "seen", prompts=source)
+    assert seen == expected
+
+
+def test_an_open_turn_that_nothing_fills_is_an_error(demo, tmp_path):
+    dialog = [*DIALOG, P, user("What is 12 + 7?")]
+    source = write_lines(tmp_path / "in.jsonl", {"id": 1, "messages": dialog})
+    scored = write_lines(tmp_path / "scored.jsonl", {"id": 1, "text": "19"})
+    whole = write_lines(tmp_path / "whole.jsonl", {"id": 1, "messages": dialog, "text": "19"})
+    for name, answers, prompts in (("a", scored, source), ("b", whole, None), ("c", whole, source)):
+        rescore_files(answers, tmp_path / f"{name}.jsonl", length, Plan(9), "length", prompts=prompts)
+        error = records(tmp_path / f"{name}.jsonl")[1]["error"]
+        assert "the dialog has open turns, and the record does not say what came of them: expected its `turns`" in error
+
+
+def test_another_file_of_prompts_is_refused_and_so_is_one_with_an_id_twice(tmp_path):
+    answers = write_lines(tmp_path / "answers.jsonl", {"id": 1, "text": "a"})
+    prompts = write_lines(tmp_path / "in.jsonl", {"id": 1, "prompt": "x"})
+    files = answers, tmp_path / "out.jsonl"
+    rescore_files(*files, length, Plan(9), "length", prompts=prompts)
+    before = files[1].read_bytes()
+    rescore_files(*files, length, Plan(9), "length", prompts=prompts.rename(tmp_path / "renamed.jsonl"))
+    write_lines(prompts, {"id": 1, "prompt": "y"})
+    with pytest.raises(ValueError, match=r'prompts was "\w+…, and is "\w+…'):
+        rescore_files(*files, length, Plan(9), "length", prompts=prompts)
+    with pytest.raises(ValueError, match=r'prompts was "\w+…, and is null'):
+        rescore_files(*files, length, Plan(9), "length")
+    write_lines(prompts, {"id": 1, "prompt": "x"}, {"id": "1", "prompt": "y"})
+    with pytest.raises(ValueError, match=r"in.jsonl: line 2 has the id '1', and so has line 1"):
+        rescore_files(*files, length, Plan(9), "length", prompts=prompts)
+    assert files[1].read_bytes() == before
+
+
+def test_a_scored_record_keeps_what_was_known_of_its_answers(demo, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "One day"})
+    sample_files(demo, source, tmp_path / "drawn.jsonl", length, Plan(3), "length", **HOT)
+    rescore_files(tmp_path / "drawn.jsonl", tmp_path / "again.jsonl", Logprob(demo), Plan(9), "logprob")
+    drawn, again = (records(tmp_path / f"{name}.jsonl")["a"] for name in ("drawn", "again"))
+    assert drawn["seed"] == again["seed"] and drawn.keys() == again.keys()
+    for before, after in zip(drawn["answers"], again["answers"], strict=True):
+        assert after == before | {"score": after["score"]} and after["score"] != before["score"]
+
+    run_batch_files(demo, source, tmp_path / "batch.csv", logprobs=True, **HOT)
+    rescore_files(tmp_path / "batch.csv", tmp_path / "out.jsonl", length, Plan(9), "length")
+    answered, scored = records(tmp_path / "batch.csv.jsonl")["a"], records(tmp_path / "out.jsonl")["a"]
+    known = {n: answered[n] for n in ("text", "finish_reason", "answer_tokens", "tokens", "logprobs")}
+    assert scored["answers"] == [known | {"score": len(answered["text"])}] and scored["seed"] == answered["seed"]
+    assert "tokens" not in scored  # they are not the prompt's
+
+
+def test_an_answer_that_failed_stays_failed_and_one_that_could_not_be_scored_is_scored_now(tmp_path):
+    failed = {"text": "x", "score": None, "finish_reason": "error", "error": "nan"}
+    unscored = {"text": "y", "score": None, "finish_reason": "stop", "error": "KeyError: 'sum'"}
+    source = write_lines(tmp_path / "in.jsonl", {"id": 1, "prompt": "x", "answers": [failed, unscored]})
+    rescore_files(source, tmp_path / "out.jsonl", length, Plan(9), "length")
+    assert records(tmp_path / "out.jsonl")[1]["answers"] == [
+        failed,
+        {"text": "y", "score": 1.0, "finish_reason": "stop"},
+    ]
+
+
+def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
+    answers = write_lines(tmp_path / "answers.jsonl", {"id": 1, "text": "a"})
+    nothing = write_lines(tmp_path / "in.jsonl", {"id": 1, "metadata": {}})
+    for number, scorer in enumerate((Logprob(demo), Judge(demo))):
+        rescore_files(answers, tmp_path / f"{number}.jsonl", scorer, Plan(9), "it")
+        error = records(tmp_path / f"{number}.jsonl")[1]["error"]
+        assert error.startswith("found none of prompt, messages, tokens: expected one of them, which the scorer reads")
+        assert error.endswith("(pass the file with the lines that were answered as --prompts)")
+    rescore_files(answers, tmp_path / "named.jsonl", Judge(demo), Plan(9), "it", prompts=nothing)
+    assert records(tmp_path / "named.jsonl")[1]["error"].endswith(f"which the scorer reads (in {nothing})")
+    rescore_files(answers, tmp_path / "own.jsonl", length, Plan(9), "it")  # a function may do without
+    assert records(tmp_path / "own.jsonl")[1]["scores"] == [1.0]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -178,6 +376,9 @@ def test_an_answer_that_the_scorer_raises_on_is_marked_counted_and_plotted_over(
         (["--temperature", "0"], "temperature = 0 with n = 16"),
         (["--threshold", "0.5"], "threshold = 0.5 without max_samples"),
         (["--keep", "17"], "keep = 17: expected at most the 16 answers"),
+        (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file of what a"),
+        (["--plot", "nope/x.png"], "--plot nope/x.png: there is no directory nope: expected one that is there"),
+        (["--plot", "."], "--plot .: it is a directory: expected a PNG to write"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(folder, args, message):

@@ -42,7 +42,18 @@ def test_a_logprob_is_that_of_the_answers_tokens_after_the_prompt(demo, row):
 def test_the_logprob_of_a_drawn_answer_is_taken_as_it_is(demo):
     drawn = [{"text": "x", "logprob": -12.0, "n_tokens": 4}, {"text": "", "logprob": 0.0, "n_tokens": 0}]
     assert Logprob(demo)(ROW, drawn) == [-12.0, 0.0]
-    assert Logprob(demo, mean=True)(ROW, drawn) == [-3.0, 0.0]
+    assert Logprob(demo, mean=True)(ROW, drawn[:1]) == [-3.0]
+
+
+@pytest.mark.parametrize("known", [{}, {"logprob": 0.0, "n_tokens": 0}])
+def test_an_answer_without_tokens_has_no_mean_logprob_which_would_be_the_best_there_is(demo, known):
+    empty = answers("")[0] | known
+    (mean, none), (missing, error) = score_answers(Logprob(demo, mean=True), ROW, [*answers("55"), empty])
+    assert mean < 0 and none is None
+    assert (
+        missing is None and error == "ValueError: the answer has no tokens to take the mean over: expected one or more"
+    )
+    assert Logprob(demo)(ROW, [empty]) == [0.0]
 
 
 @pytest.mark.parametrize("verdict", ["Yes", "Yes, it is certainly"])
@@ -107,7 +118,22 @@ def test_a_reward_is_the_models_score_of_the_prompt_and_the_answer(reward_model)
 
 def test_a_row_of_token_ids_has_no_reward_and_says_so(reward_model):
     ((score, error),) = score_answers(Reward(reward_model), {"tokens": [1, 2]}, answers("55"))
-    assert score is None and "the row has token ids alone: expected `messages` or a `prompt`" in error
+    assert score is None and "the line has token ids alone, and this scorer reads text: give the line" in error
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "found none of prompt, messages, tokens: expected one of them"),
+        ({"prompt": 5}, "prompt = 5: expected a text"),
+        ({"messages": 5}, "a dialog is a list of one or more messages, the last of them the user's; found int"),
+        ({"messages": [{"content": "x"}]}, "message 0 of the dialog has no 'role'"),
+    ],
+)
+def test_a_prompt_that_is_none_is_said_to_be_none_by_each_scorer(demo, reward_model, row, message):
+    for scorer in (Judge(demo), Reward(reward_model), Logprob(demo)):
+        ((score, error),) = score_answers(scorer, row, answers("55"))
+        assert score is None and f"ValueError: {message}" in error
 
 
 def test_a_function_is_found_in_the_current_directory(tmp_path, monkeypatch):
