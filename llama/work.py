@@ -139,15 +139,15 @@ class Work:
                 if (result := json.loads(link.recv_bytes())) is not None:
                     self._results.put(result)
                     continue
+                message = b"null"
                 try:
-                    task = self._hand_out()
-                except Exception as error:  # of the input's: for rank 0 to raise
+                    message = json.dumps(self._hand_out()).encode()
+                except Exception as error:  # of the input's, or a task that is no JSON: for rank 0 to raise
                     with self._lock:
                         self._n_out += 1
                     self._results.put(error)
-                    task = None
-                link.send_bytes(json.dumps(task).encode())
-                if task is None:
+                link.send_bytes(message)
+                if message == b"null":
                     self._results.put(None)
         except (EOFError, OSError):  # gone: the lifeline ends the run, if it was not done
             return
