@@ -28,6 +28,21 @@ except ImportError:  # Windows, which has no flock: nothing keeps a second write
 SYNC_SECONDS = 5.0
 
 
+def refuse_inputs(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
+    """Raises ValueError if a file that would be written for an output (its journal, what is beside it) is an input."""
+    for file in (Path(path), *_beside(Path(path))):
+        for source in inputs:
+            if file.exists() and os.path.samefile(source, file):
+                use = "" if file == Path(path) else f", which writing {path} would overwrite"
+                raise ValueError(f"{file} is the input{use}: expected another file for the answers")
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """The journal of an output, which may be the output itself, and what says to which run it belongs."""
+    is_journal = format_of(path) in (".jsonl", ".ndjson")
+    return path if is_journal else path.with_name(path.name + ".jsonl"), path.with_name(path.name + ".run.json")
+
+
 class Output:
     """The answers to the rows of a file, written as they come; at most one writer at a time.
 
@@ -45,7 +60,7 @@ class Output:
 
     Raises:
         BlockingIOError: another run is writing it.
-        ValueError: it belongs to other rows or parameters, or is no output of ours; or as `scan`.
+        ValueError: it belongs to other rows or parameters, is no output of ours, or is the input; or as `scan`.
         OSError: it cannot be written.
     """
 
@@ -60,12 +75,15 @@ class Output:
         self.path = Path(path)
         if format_of(self.path) == ".parquet":
             import_pyarrow()
-        source = getattr(rows, "path", None)
-        if source is not None and self.path.exists() and os.path.samefile(source, self.path):
-            raise ValueError(f"{path} is the input: expected another file for the answers")
-        is_journal = format_of(self.path) in (".jsonl", ".ndjson")
-        self.journal = self.path if is_journal else self.path.with_name(self.path.name + ".jsonl")
-        self._sidecar = self.path.with_name(self.path.name + ".run.json")
+        if (source := getattr(rows, "path", None)) is not None:
+            refuse_inputs(self.path, source)
+        self.journal, self._sidecar = _beside(self.path)
+        is_ours = self.journal == self.path or (self.journal.exists() and self._sidecar.exists())
+        if self.path.exists() and not (is_ours or force):
+            raise ValueError(
+                f"{path} is there already, and no {self.journal.name} with {self._sidecar.name} says that a run wrote "
+                "it: expected a new file, or --force to write it anew"
+            )
         self._file = self._lock()
         self.done: set[int] = set()
         self.n_failed = 0
@@ -84,7 +102,7 @@ class Output:
             parameters = json.loads(json.dumps(parameters))
             if before is not None:
                 self._check(before, found, parameters)
-                self._resume(retry)
+                self._resume(retry, found.last)
             else:
                 os.ftruncate(self._file, 0)
             writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
@@ -170,10 +188,13 @@ class Output:
         """What the journal belongs to; None if that is not known."""
         try:
             content = json.loads(self._sidecar.read_bytes())
-            return {name: content[name] for name in ("rows", "digest", "parameters")}
+            for name, kind in (("rows", int), ("digest", str), ("parameters", dict)):
+                if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+                    raise ValueError(f"it has no {name}")
+            return content
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{self._sidecar} is damaged ({error}): expected what a run wrote; --force starts over"
             ) from None
@@ -192,8 +213,8 @@ class Output:
                 "write it anew"
             )
 
-    def _resume(self, retry: bool) -> None:
-        """Reads what is done, and cuts off a last line that was not completed."""
+    def _resume(self, retry: bool, last: int) -> None:
+        """Reads which rows are done, of numbers up to `last`, and cuts off a last line that was not completed."""
         kept: list[bytes] = []
         end = 0
         broken: tuple[int, str] | None = None
@@ -201,17 +222,20 @@ class Output:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
-                    row, failed = record["line"], "error" in record
                     if not line.endswith(b"\n"):
                         raise ValueError("it has no end")
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, RecursionError) as error:
                     broken = broken or (number, str(error))
                     continue
+                row = record.get("line") if isinstance(record, dict) else None
+                if broken is None and not (type(row) is int and 1 <= row <= last):
+                    broken = number, f"line = {row!r}: expected the number of a line of the input, from 1 to {last}"
                 if broken is not None:  # and not only the end, as after a kill or a power failure
                     raise ValueError(
-                        f"line {broken[0]} of {self.journal} is not an answer ({broken[1]}), and answers follow: "
+                        f"line {broken[0]} of {self.journal} is not an answer ({broken[1]}): "
                         "delete that line, and start the same command again"
                     )
+                failed = "error" in record
                 end += len(line)
                 if not (failed and retry):
                     self.done.add(row)
@@ -280,7 +304,7 @@ def _columns(records: list[dict]) -> list[str]:
 
 
 def _write_csv(file: Any, records: list[dict]) -> None:
-    """Text as it is, all else as JSON; nothing for what a record does not have."""
+    """Text as it is, all else as JSON; nothing for what a record does not have, as for a text that is empty."""
     text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
     writer = csv.writer(text)
     columns = _columns(records)

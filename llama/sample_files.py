@@ -21,7 +21,7 @@ from llama.data_sets import Files, Run, decoding_parameters, line_seed
 from llama.generation import Llama
 from llama.open_turns import has_open_turns
 from llama.options import DecodingOptions, from_json
-from llama.output import Output
+from llama.output import Output, refuse_inputs
 from llama.prompts import KINDS, kind_of
 from llama.rejection_sampling import Plan, Task, check_option, draw, give_scores, prompt_to_sample, result
 from llama.rows import Row, Rows, scan
@@ -138,6 +138,7 @@ def rescore_files(
     asked: dict[str, dict] = {}
     with parallel.fail_together():
         if prompts is not None and dist.get_rank() == 0:
+            refuse_inputs(target, prompts)
             rows = Rows(prompts, KEYS[1:])
             try:
                 parameters["prompts"] = scan(rows).digest

@@ -1,5 +1,6 @@
 """What is written survives: locks, kills in the middle of a line, full disks, other inputs, in real files."""
 
+import fcntl
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ import sys
 import pytest
 from conftest import ROOT, run_python
 
-from llama.output import Output, differences
+from llama.output import Output, differences, refuse_inputs
 from llama.rows import Rows
 
 PARAMETERS = {"temperature": 0.6, "model": {"dim": 64}}
@@ -106,6 +107,103 @@ def test_what_is_no_output_of_a_run_is_not_touched(tmp_path, rows):
     (tmp_path / "out.jsonl.run.json").write_text('{"rows": 5')
     with pytest.raises(ValueError, match=r"out.jsonl.run.json is damaged"):
         Output(out, rows, PARAMETERS)
+
+
+@pytest.mark.parametrize("line", ['{"line": [1]}', '{"line": 0}', '{"line": 999}', '{"line": true}', "[1]", "{}"])
+def test_a_whole_line_that_answers_no_row_is_refused_and_not_counted_as_done(tmp_path, rows, line):
+    out = tmp_path / "out.jsonl"
+    with Output(out, rows, PARAMETERS) as output:
+        answer(output, 1)
+    before = out.read_bytes() + line.encode() + b"\n"
+    out.write_bytes(before)
+    with pytest.raises(
+        ValueError, match=r"line 2 of .*: expected the number of a line of the input, from 1 to 5\): del"
+    ):
+        Output(out, rows, PARAMETERS)
+    assert out.read_bytes() == before
+
+
+def test_the_last_number_is_that_of_the_last_line_though_lines_are_empty(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": "r0"}\n\n\n{"id": "r3"}\n')
+    for done in (set(), {1, 4}):
+        with Output(tmp_path / "out.jsonl", Rows(tmp_path / "in.jsonl"), PARAMETERS) as output:
+            assert output.done == done and output.n_rows == 2
+            answer(output, *({1, 4} - done))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"rows": "x"}, "it has no rows"), ({"digest": 5}, "it has no digest"), ({"parameters": []}, "it has no param")],
+)
+def test_a_damaged_record_of_the_run_is_refused(tmp_path, rows, change, message):
+    with Output(tmp_path / "out.jsonl", rows, PARAMETERS) as output:
+        answer(output, 1)
+    sidecar = tmp_path / "out.jsonl.run.json"
+    for content in (json.loads(sidecar.read_text()) | change, [1], "[" * 100_000):
+        sidecar.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(ValueError, match=r"out.jsonl.run.json is damaged \(.*\): expected what a run") as caught:
+            Output(tmp_path / "out.jsonl", rows, PARAMETERS)
+        assert message in str(caught.value) or not isinstance(content, dict)
+
+
+@pytest.mark.parametrize("gone", ["out.csv.jsonl", "out.csv.run.json"])
+def test_a_csv_file_that_no_run_is_known_to_have_made_is_not_overwritten(tmp_path, rows, gone):
+    out = tmp_path / "out.csv"
+    out.write_text("my,notes\n")
+    with pytest.raises(
+        ValueError, match=r"out.csv is there already, and no out.csv.jsonl with out.csv.run.json .*--for"
+    ):
+        Output(out, rows, PARAMETERS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.csv"]
+    for force in (True, False):  # started over, then gone on with
+        with Output(out, rows, PARAMETERS, force=force) as output:
+            answer(output, 1) if force else None
+            output.finish()
+    made = out.read_bytes()
+    assert made.startswith(b"id,line,text")
+    (tmp_path / gone).unlink()
+    with pytest.raises(ValueError, match=r"out.csv is there already"):
+        Output(out, rows, PARAMETERS)
+    assert out.read_bytes() == made
+
+
+@pytest.mark.parametrize("source", ["out.csv", "out.csv.jsonl", "out.jsonl", "link.jsonl"])
+def test_no_output_is_written_over_its_input(tmp_path, rows, source):
+    content = rows.path.read_bytes() if source != "out.csv" else b"id,prompt\n1,x\n"
+    target = tmp_path / ("out.csv" if source.startswith("out.csv") else "out.jsonl")
+    (tmp_path / source).write_bytes(content)
+    if source == "link.jsonl":
+        target.hardlink_to(tmp_path / source)
+    for force in (False, True):
+        with pytest.raises(ValueError, match=r"is the input.*: expected another file for the answers"):
+            Output(target, Rows(tmp_path / source), PARAMETERS, force=force)
+        with pytest.raises(ValueError, match=r"is the input"):
+            refuse_inputs(target, rows.path, tmp_path / source)
+    assert (tmp_path / source).read_bytes() == content
+    refuse_inputs(target, rows.path)
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_journal_that_is_replaced_before_it_is_locked_is_opened_anew(tmp_path, rows, monkeypatch, is_replaced):
+    """As by a run with --retry, which puts another file in its place while this one waits for the lock."""
+    out, real = tmp_path / "out.jsonl", fcntl.flock
+    Output(out, rows, PARAMETERS).close()
+
+    def flock(file, how):
+        monkeypatch.setattr(fcntl, "flock", real)
+        if is_replaced:
+            (tmp_path / "new").write_bytes(b"")
+            os.replace(tmp_path / "new", out)
+        else:
+            out.unlink()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Output(out, rows, PARAMETERS) as output:
+        answer(output, 1)
+        assert lines(out) == [1]
+        with pytest.raises(BlockingIOError):
+            Output(out, rows, PARAMETERS)
 
 
 def test_a_refused_run_leaves_no_file(tmp_path):
