@@ -15,6 +15,10 @@ import torch
 # (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size]: the face of Transformers' LogitsProcessor.
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+# The most answers to one prompt. They are all set up at once: with no such limit a slip of the pen in one line of a
+# data set takes all the memory there is.
+MAX_SEQUENCES = 10_000
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -29,7 +33,7 @@ class DecodingOptions:
         repetition_penalty: divides the logits above 0, and multiplies those below, of every token of the prompt and
             the answer so far (CTRL, arXiv 1909.05858); 1 is none.
         no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer; 0: no such rule.
-        num_return_sequences: answers to each prompt.
+        num_return_sequences: answers to each prompt, at most 10,000.
         num_beams: beam search with so many beams if more than 1; needs temperature 0.
         length_penalty: a beam's score is its log-probability / length ** length_penalty.
         early_stopping: when a beam search ends: True, False or "never", as in Transformers.
@@ -71,6 +75,7 @@ class DecodingOptions:
             _require(self, name, "an integer of at least 0", lambda v: integer(v) and v >= 0)
         for name in ("num_return_sequences", "num_beams"):
             _require(self, name, "an integer of at least 1", lambda v: integer(v) and v >= 1)
+        _require(self, "num_return_sequences", f"at most {MAX_SEQUENCES:,}", lambda v: v <= MAX_SEQUENCES)
         _require(self, "length_penalty", "a number from -50 to 50", lambda v: number(v) and -50 <= v <= 50)
         _require(self, "early_stopping", "True, False or 'never'", lambda v: v is True or v is False or v == "never")
         _require(self, "seed", "an integer, or None", lambda v: v is None or integer(v))

@@ -16,7 +16,7 @@ from llama import parallel
 from llama.answering import Answer, Job
 from llama.generation import Llama
 from llama.open_turns import has_open_turns
-from llama.options import DecodingOptions
+from llama.options import MAX_SEQUENCES, DecodingOptions
 from llama.prompts import prompt_ids
 from llama.scorers import Scorer, score_answers
 
@@ -252,7 +252,9 @@ def prompt_to_sample(llama: Llama, row: Mapping[str, Any]) -> list[int]:
 
 
 def check_option(option: DecodingOptions, plan: Plan) -> None:
-    """Raises ValueError where all answers would be the same one."""
+    """Raises ValueError where all answers would be the same one, or too many drawn at a time."""
+    if plan.n > MAX_SEQUENCES:
+        raise ValueError(f"n = {plan.n}: expected at most {MAX_SEQUENCES:,}")
     if option.temperature == 0 and plan.most > 1:
         raise ValueError(
             f"temperature = 0 with n = {plan.most}: expected more than 0, or it is the same answer each time"

@@ -342,6 +342,7 @@ BAD = [
     ({"repetition_penalty": 0}, r"repetition_penalty = 0: expected a number above 0"),
     ({"no_repeat_ngram_size": -1}, r"no_repeat_ngram_size = -1: expected an integer of at least 0"),
     ({"num_return_sequences": 0}, r"num_return_sequences = 0: expected an integer of at least 1"),
+    ({"num_return_sequences": 20_000_000}, r"num_return_sequences = 20000000: expected at most 10,000"),
     ({"num_beams": 0}, r"num_beams = 0: expected an integer of at least 1"),
     ({"num_beams": 2.0}, r"num_beams = 2.0"),
     ({"num_beams": 4}, r"num_beams = 4 with temperature = 0.6: a beam search does not sample"),

@@ -120,6 +120,8 @@ def test_mistakes_are_refused_before_anything_runs(demo, arguments, message):
     before = demo._engine.counters.prefilled
     with pytest.raises(ValueError, match=re.escape(message)):
         rejection_sample(demo, ROWS, check, **arguments)
+    with pytest.raises(ValueError, match="n = 10001: expected at most 10,000"):
+        rejection_sample(demo, ROWS, check, n=10_001)
     with pytest.raises(TypeError, match="num_return_sequences has no part in rejection sampling"):
         rejection_sample(demo, ROWS, check, num_return_sequences=4)
     with pytest.raises(ValueError, match="prompt 1: found none of prompt, messages, tokens: expected one of them"):
