@@ -5,6 +5,7 @@ the input holds: `messages`, a `prompt` or `tokens`, and whatever else. An answe
 and where it was drawn just now its `logprob` and `n_tokens`. Knows nothing of where answers come from or go.
 """
 
+import copy
 import importlib
 import math
 import re
@@ -159,6 +160,10 @@ def python_function(spec: str) -> Scorer:
         ValueError: there is no such module, or nothing that can be called of that name in it.
     """
     module_name, _, name = spec.partition(":")
+    if "" in module_name.split("."):
+        raise ValueError(
+            f"scorer {spec!r}: expected module:function, with the module's full name and no dots around it"
+        )
     added = "" not in sys.path
     if added:
         sys.path.insert(0, "")  # the current directory, as for `python -m`
@@ -176,8 +181,9 @@ def python_function(spec: str) -> Scorer:
             sys.path.remove("")
     function = getattr(module, name, None)
     if not callable(function):
+        where = getattr(module, "__file__", None) or f"the module {module_name}"  # one that is part of Python has none
         found = "no such name" if function is None else f"a {type(function).__name__}"
-        raise ValueError(f"scorer {spec!r}: {module.__file__} has {found}: expected a function (row, answers)")
+        raise ValueError(f"scorer {spec!r}: {where} has {found}: expected a function (row, answers)")
     return function
 
 
@@ -268,12 +274,13 @@ def _marks(
     scorer: Scorer, row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]
 ) -> list[tuple[float | None, str | None]]:
     try:
-        scores = [_as_score(value) for value in scorer(row, answers)]
+        # Copies, for what a caller's code does to them must not change what is written.
+        scores = [_as_score(value) for value in scorer(copy.deepcopy(row), copy.deepcopy(answers))]
         if len(scores) != len(answers):
             raise ValueError(f"{len(scores)} scores for {len(answers)} answers: expected one for each")
     except FATAL:
         raise
-    except Exception as error:  # whatever a caller's code may raise
+    except (Exception, SystemExit) as error:  # whatever a caller's code may raise
         if len(answers) > 1:
             return [mark for answer in answers for mark in _marks(scorer, row, [answer])]
         return [(None, f"{type(error).__name__}: {error}")]

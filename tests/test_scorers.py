@@ -148,6 +148,12 @@ def test_a_function_is_found_in_the_current_directory(tmp_path, monkeypatch):
         python_function("my_scorers:y")
     with pytest.raises(ValueError, match=r"there is no module 'nowhere.at_all' in the current directory or installed"):
         python_function("nowhere.at_all:f")
+    for spec in ("sys:foo", "builtins:zz"):  # which lie in no file
+        with pytest.raises(ValueError, match=f"the module {spec.split(':')[0]} has no such name: expected a function"):
+            python_function(spec)
+    for spec in (".my_scorers:length", "my_scorers.:length", ":f"):
+        with pytest.raises(ValueError, match=r"expected module:function, with the module's full name"):
+            python_function(spec)
     (tmp_path / "broken_scorers.py").write_text("import nothing_of_that_name")
     with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):  # not of the module itself
         python_function("broken_scorers:f")
@@ -190,6 +196,29 @@ def test_what_is_no_finite_number_is_no_score(returned, message):
 def test_scores_may_be_tensors_and_truths():
     assert score_answers(lambda row, a: torch.tensor([0.5, 2]), {}, answers("a", "b")) == [(0.5, None), (2.0, None)]
     assert score_answers(lambda row, a: [True, False], {}, answers("a", "b")) == [(1.0, None), (0.0, None)]
+
+
+def test_what_a_scorer_does_to_its_arguments_changes_nothing_but_its_scores():
+    def scorer(row, answers):
+        row["metadata"].clear()
+        for answer in answers:
+            answer["text"] = answer.pop("text").strip()
+        answers.append("more")
+        return [len(a["text"]) for a in answers[:-1]]
+
+    row, given = {"metadata": {"sum": 3}}, answers(" a ", "bc")
+    assert score_answers(scorer, row, given) == [(1.0, None), (2.0, None)]
+    assert row == {"metadata": {"sum": 3}} and given == answers(" a ", "bc")
+
+
+def test_a_scorer_that_exits_marks_its_answer_and_ctrl_c_ends_the_run():
+    assert score_answers(lambda row, answers: sys.exit("no"), {}, answers("a")) == [(None, "SystemExit: no")]
+
+    def interrupted(row, answers):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_answers(interrupted, {}, answers("a"))
 
 
 def test_running_out_of_memory_is_no_answers_fault():
