@@ -205,7 +205,7 @@ class _Answering:
         given, options = row.fields, {}
         if self.template is not None:
             known = self.template.task_of(row.fields)
-            task |= known.render(row.fields)
+            task |= known.render({"id": row.id, **row.fields})
             options = known.options
             taken = {*known.fields, *KINDS}
             given = {name: value for name, value in given.items() if name in KEYS and name not in taken}

@@ -2,7 +2,8 @@
 
 A template file is JSON: {"tasks": {NAME: TASK, …}}. A line names its `task`, unless there is only one. A TASK has
 
-- `user`, a text in which {field} stands for a field of the line ({{ and }} for braces), and perhaps `system`, another;
+- `user`, a text in which {field} stands for a field of the line, {id} for its id ({{ and }} for braces), and perhaps
+  `system`, another;
   or instead `prompt`, a text to be continued;
 - `options`: decoding options, which a line may override;
 - `parse`: how the answer is read: "integer", the first one in it; {"regex": R}, the first group of its first match (all
@@ -111,6 +112,8 @@ class Template:
 def read_template(path: str | os.PathLike) -> Template:
     """Reads a template file. Raises ValueError, which names the file, as `Template` does, or FileNotFoundError."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no template file {path}")
         return Template(json.loads(Path(path).read_text(encoding="utf-8-sig")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -125,6 +125,8 @@ BROKEN = {
     '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a finite number of at least 0",
     '{"prompt": "x", "temperature": [1, 2]}': "temperature = [1, 2]: expected a finite number",
     '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not known",
+    '{"prompt": "x", "num_return_sequences": 20000000}': "num_return_sequences = 20000000: expected at most 10,000",
+    f'{{"prompt": "x", "metadata": {"[" * 400}NaN{"]" * 400}}}': "nested deeper than 100 levels",
     '{"prompt": "x", "num_beams": 9, "temperature": 0}': "num_beams = 9: expected at most max_batch_size = 4",
     '{"prompt": "x", "logit_bias": {"512": 1}}': "logit_bias names token 512",
     '{"prompt": "x", "logprobs": 1}': "logprobs = 1: expected true or false",
@@ -227,6 +229,12 @@ def test_an_output_of_other_options_or_another_model_is_refused(small, tmp_path,
     same = Llama.build(tmp_path / "ckpt", max_seq_len=256, max_batch_size=9, device="cpu")
     same.text_completion(["x"])  # its matrices are laid out anew now
     assert run_batch_files(same, *files, max_gen_len=2).n_before == 1
+
+
+def test_a_template_may_name_the_id_of_a_line(small):
+    template = {"tasks": {"t": {"prompt": "{id}"}}}
+    found = records(small, [{"id": "abc"}, {}], template=template, max_gen_len=0)
+    assert [(record["line"], record["prompt_tokens"]) for record in found.values()] == [(1, 4), (2, 2)]
 
 
 # Open turns

@@ -82,6 +82,12 @@ def test_a_malformed_template_is_refused_with_the_task_and_the_key(tmp_path, con
     assert str(caught.value).startswith(f"{tmp_path / 't.json'}: ") and message in str(caught.value)
 
 
+def test_a_template_file_that_is_none_is_refused(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"^there is no template file {path}$"):
+            read_template(path)
+
+
 def test_a_line_names_its_task_unless_there_is_only_one():
     two = Template({"tasks": {"a": {"user": "x"}, "b": {"user": "y"}}})
     assert two.task_of({"task": "b"}).name == "b" and task().name == "t"
