@@ -134,6 +134,8 @@ def test_answers_that_are_in_a_file_are_scored_with_or_without_their_prompts(fol
 
     assert run(folder, "batch", "in.jsonl", "batch.jsonl", "--max_gen_len", "60").returncode == 0
     args = ["rescore", "batch.jsonl", "scored.csv", "--scorer", "scorers:total", "--prompts", "in.jsonl"]
+    refused = run(folder, *[word.replace("scored.csv", "in.jsonl") for word in args], "--force")
+    assert refused.returncode == 2 and "in.jsonl is the input: expected another file" in refused.stderr
     result = run(folder, *args)
     assert result.returncode == 0, result.stderr
     scored = read(folder / "scored.csv.jsonl")
