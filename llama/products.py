@@ -19,7 +19,7 @@ KINDS = ("int8", "int4")
 GROUP_SIZE = 128
 # From so many rows on, turning weights back into bfloat16 and a plain product are faster than the kernels for a few.
 MANY_ROWS = 192
-ROWS_AT_A_TIME = 1024  # of a matrix turned back: pieces that stay in the cache
+ROWS_AT_A_TIME = 1024  # of a matrix rounded, or turned back: pieces that stay in the cache
 
 
 class Layout:
@@ -165,22 +165,30 @@ def quantize(weight: torch.Tensor, kind: str) -> Quantized:
     Raises:
         ValueError: the weight has values that are not finite.
     """
+    kind = kind_of_rows(kind, weight.shape[1])
+    return _stacked([_rounded(rows, kind) for rows in weight.detach().split(ROWS_AT_A_TIME)])
+
+
+def _rounded(weight: torch.Tensor, kind: str) -> Quantized:
     in_features = weight.shape[1]
-    kind = kind_of_rows(kind, in_features)
-    weight = weight.detach().float()
-    if not bool(weight.isfinite().all()):
-        raise ValueError("a matrix has NaN or infinite values: look for damaged weights with `llama verify`")
+    weight = weight.float()
     # Scales and zeros are first rounded to what the kernels keep, so that the codes are the best for those.
     if kind == "int8":
-        scales = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12).bfloat16().float()
+        scales = _checked(weight.abs().amax(dim=1, keepdim=True) / 127)
         return Quantized(kind, in_features, (weight / scales).round().clamp(-127, 127).to(torch.int8), scales)
     group = group_size(in_features)
     grouped = F.pad(weight, (0, -in_features % group)).unflatten(1, (-1, group))
     low, high = grouped.amin(dim=2), grouped.amax(dim=2)
-    scales = ((high - low) / 15).clamp(min=1e-12).bfloat16().float()
+    scales = _checked((high - low) / 15)
     zeros = (low + 8 * scales).bfloat16().float()
     codes = ((grouped - zeros[:, :, None]) / scales[:, :, None]).round().clamp(-8, 7)
     return Quantized(kind, in_features, codes.flatten(1).to(torch.int8), scales, zeros)
+
+
+def _checked(scales: torch.Tensor) -> torch.Tensor:
+    if not bool(scales.isfinite().all()):  # as none is where a weight is not
+        raise ValueError("a matrix has NaN or infinite values: look for damaged weights with `llama verify`")
+    return scales.clamp(min=1e-12).bfloat16().float()
 
 
 def kind_of_rows(kind: str, in_features: int) -> str:
@@ -238,7 +246,8 @@ class PackedInt8(Layout):
         self.out_features, self.in_features = matrix.codes.shape
         self.weight = torch.ops.onednn.qlinear_prepack(matrix.codes.contiguous(), [1, self.in_features])
         self.scales = matrix.scales[:, 0].contiguous()
-        self.sums = matrix.codes.sum(dim=1, dtype=torch.float32)
+        ones = torch.ones(1, self.in_features, dtype=torch.uint8)
+        self.sums = _integer_product(ones, self.weight)[0]  # of each row's codes
         self.shifts = (16, 8, 0) if dtype == torch.float32 else (8, 0)
         self.number = _numbered(self)
 

@@ -99,7 +99,7 @@ def private():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 
 options = dict(max_seq_len=64, max_batch_size=1, device="cpu", quantize=sys.argv[3])
-Llama.build(sys.argv[1], **options)  # what is imported meanwhile, and threads, are not the model's
+Llama.build(sys.argv[1], **options)  # what is imported, threads, and the code of kernels are not the model's
 before, peak, done = private(), 0, threading.Event()
 def watch():
     global peak
@@ -119,13 +119,13 @@ def test_the_model_is_never_there_in_bfloat16(write_checkpoint, tmp_path, kind, 
     shape = {"dim": 512, "n_layers": 16, "multiple_of": 256, "vocab_size": 2048, "n_heads": 8, "n_kv_heads": 4}
     # Of two shards, so that what is read is a copy and not the file.
     folder = split_checkpoint(write_checkpoint(dtype=torch.bfloat16, **shape), tmp_path / "split", 2)
-    small = write_checkpoint("small", dtype=torch.bfloat16)
+    small = write_checkpoint("small", dtype=torch.bfloat16, **shape | {"n_layers": 1})
     n_bytes = sum(2 * p.numel() for p in random_model(**shape).parameters())
     result = run_python(MEMORY, small, folder, kind, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed is given back
     assert result.returncode == 0, result.stderr
     peak, left = json.loads(result.stdout.splitlines()[-1])
     assert n_bytes > 90e6
-    assert left < share * n_bytes + 4e6  # with the embedding
+    assert left < share * n_bytes + 6e6  # with the embedding, the scales and the cache, 3 MB together
     assert peak < left + 25e6  # some matrices in float32
 
 
