@@ -239,26 +239,27 @@ def report(results: dict) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "| ratio | measured | at least |", "|---|---|---|"]
     device = results["device"]
+
+    def ratio(name: str, place: str, other: str, other_place: str) -> float | None:
+        """Turn by turn, so that a slow spell of the machine falls on both; None if one of them was not measured."""
+        by_round = [results["tokens_per_second"].get(n, {}).get(p) for n, p in ((name, place), (other, other_place))]
+        return statistics.median(a / b for a, b in zip(*by_round)) if all(by_round) else None
+
     for ours, peer, place, bar in BARS if device == "cpu" else GPU_BARS:
-        by_round = [results["tokens_per_second"].get(name, {}).get(place) for name in (ours, peer)]
-        if all(by_round):
-            # Turn by turn, so that a slow spell of the machine falls on both.
-            ratio = statistics.median(a / b for a, b in zip(*by_round))
-            lines.append(f"| {place}: {ours} / {peer} | {ratio:.2f} | {bar} |")
+        if (found := ratio(ours, place, peer, place)) is not None:
+            lines.append(f"| {place}: {ours} / {peer} | {found:.2f} | {bar} |")
     for name in ("ours", "ours compiled"):
-        by_place = speeds.get(name, {})
-        one = by_place.get("decode 1 @ 128")
-        if one is None:
+        by_place, one = speeds.get(name, {}), "decode 1 @ 128"
+        if one not in by_place:
             continue
-        share, bar = 100 * one * read / bandwidth, BANDWIDTH_BARS[device].get(name)
+        share, bar = 100 * by_place[one] * read / bandwidth, BANDWIDTH_BARS[device].get(name)
         at_least = "" if bar is None else f"{bar} %"
-        lines.append(f"| {name}: of the measured bandwidth, decode 1 @ 128 | {share:.0f} % | {at_least} |")
-        for other, bar in BATCH_BARS[device].items():
-            if other in by_place:
-                lines.append(f"| {name}: {other} / decode 1 @ 128 | {by_place[other] / one:.2f} | {bar} |")
-        if "decode 1 @ 4096" in by_place:
-            slower = one / by_place["decode 1 @ 4096"]
-            lines.append(f"| {name}: time of a token at 4,096 / at 128 | {slower:.2f} | at most 1.35 |")
+        lines.append(f"| {name}: of the measured bandwidth, {one} | {share:.0f} % | {at_least} |")
+        for place, bar in BATCH_BARS[device].items():
+            if (found := ratio(name, place, name, one)) is not None:
+                lines.append(f"| {name}: {place} / {one} | {found:.2f} | {bar} |")
+        if (found := ratio(name, one, name, "decode 1 @ 4096")) is not None:
+            lines.append(f"| {name}: time of a token at 4,096 / at 128 | {found:.2f} | at most 1.35 |")
         if device == "cuda" and "prefill 4096" in by_place:
             share = 100 * by_place["prefill 4096"] * operations / rate
             lines.append(f"| {name}: of the measured matmul rate, prefill 4096 | {share:.0f} % | {PREFILL_BAR} % |")

@@ -60,7 +60,8 @@ def run_batch(
         "answer_tokens" (how many), "seed"}, and as they apply "error", "answers" (all, where several are asked for; the
         text is the first's), "turns" and "messages" (where turns were open: what came of each, and the whole dialog),
         "tokens", "logprobs", "top_logprobs" (as in `Llama.text_completion`), "token_ids" (for a line of `tokens`),
-        "score" (of a beam search), "task", "parsed" and "parse_error" (with a template), "metadata".
+        "score" (of a beam search), "task", "parsed", "parse_error" and the filled "prompt" or "messages" (with a
+        template), "metadata".
 
     Raises:
         ValueError, TypeError: an option is out of range, the template is malformed, or, of a list, two lines have the
@@ -223,15 +224,16 @@ class _Answering:
         task["options"] = options
         return task
 
-    def _record_of(self, row: Row, _: dict, result: dict) -> dict:
+    def _record_of(self, row: Row, task: dict, result: dict) -> dict:
         record = {"id": row.id, **result}
         if "error" in result:
             record = {"id": row.id, "line": row.number, "text": "", "finish_reason": "error"} | result
         elif self.template is not None:
-            task = self.template.task_of(row.fields)
-            record |= {"task": task.name, **task.read(record["text"])}
+            known = self.template.task_of(row.fields)
+            record |= {"task": known.name, **known.read(record["text"])}
             for answer in record.get("answers", ()):
-                answer |= task.read(answer["text"])
+                answer |= known.read(answer["text"])
+            record |= {kind: task[kind] for kind in KINDS if kind in task}  # the line does not say what was asked
         if row.error is None and "metadata" in row.fields:
             record["metadata"] = row.fields["metadata"]
         return record

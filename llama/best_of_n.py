@@ -76,6 +76,7 @@ class Summary:
         groups: each prompt's scores in the order they were drawn, None for an answer that could not be scored.
         first_error: why the first of these could not.
         n_failed: prompts without answers, broken lines say.
+        is_selection: whether some prompts have only those answers that an earlier score was best for.
     """
 
     threshold: float | None = None
@@ -83,6 +84,7 @@ class Summary:
     groups: list[list[float | None]] = field(default_factory=list)
     first_error: str | None = None
     n_failed: int = 0
+    is_selection: bool = False
 
     @property
     def scores(self) -> list[float]:
@@ -90,7 +92,12 @@ class Summary:
 
     @property
     def curve(self) -> list[tuple[int, float, float, int]]:
-        """As `curve`. Of the answers that were drawn until one was good enough, only those count that were not."""
+        """As `curve`; of a selection there is none.
+
+        Of the answers that were drawn until one was good enough, only those count that were not.
+        """
+        if self.is_selection:
+            return []
         scored = ([s for s in group[: self.n_first] if s is not None] for group in self.groups)
         return curve([scores for scores in scored if scores])
 
@@ -119,6 +126,8 @@ class Summary:
         for low, high, count in bins:
             where = f"{low:21.4g}" if low == high else f"{low:9.4g} to {high:8.4g}"
             lines.append(f"{where} | {'#' * math.ceil(BAR_WIDTH * count / most)} {count:,}")
+        if self.is_selection:
+            return "\n".join([*lines, "", "no best-of-n curve: the file has the answers that were kept, not all"])
         lines += ["", f"{'best of n':>21}   score ± standard error over the prompts"]
         for n, mean, error, n_prompts in self.curve:
             few = f"   ({n_prompts:,} prompts)" if n_prompts < len(self.groups) else ""
@@ -136,6 +145,7 @@ class Summary:
         left.hist(self.scores, bins=HISTOGRAM_BINS)
         left.set(xlabel="score", ylabel="answers")
         points = self.curve
+        right.set_visible(bool(points))
         errors = [0.0 if math.isnan(error) else error for _, _, error, _ in points]
         right.errorbar([n for n, *_ in points], [mean for _, mean, *_ in points], errors, marker="o", capsize=3)
         right.set_xscale("log", base=2)

@@ -25,8 +25,9 @@ from llama.chat import Conversation, Keyboard, show, talk
 from llama.huggingface import find_tokenizer
 from llama.identity import identity
 from llama.options import NAMES, DecodingOptions
-from llama.rejection_sampling import Plan
-from llama.rows import Rows, format_of
+from llama.output import check_target
+from llama.rejection_sampling import Plan, check_option
+from llama.rows import Rows
 from llama.sample_files import SAMPLED, rescore_files, sample_files
 from llama.scorers import JUDGE_TEMPLATE, check_spec, is_judge, load_scorer
 from llama.scoring import least_certain
@@ -304,7 +305,9 @@ def batch(
         retry: tries lines again that have failed.
     """
     if os.environ.get("RANK", "0") == "0":  # what can be found out before the weights are read
-        Rows(source), format_of(Path(target)), template is not None and read_template(template)
+        _check_files(source, target)
+        if template is not None:
+            read_template(template)
     llama, decoding = _split({"max_batch_size": max_batch_size, **options})
     given = {"template": template, "logprobs": logprobs, "force": force, "retry": retry}
     started = time.perf_counter()
@@ -316,16 +319,19 @@ def batch(
     if summary is not None:
         summary.seconds = time.perf_counter() - started
         print(summary, file=sys.stderr)
+        if summary.n_failed == summary.n_lines > 0:
+            sys.exit(1)
 
 
 @_text_command
 @_takes(DecodingOptions, *SAMPLED)
-@_takes(load)
+@_takes(load, *(name for name in inspect.signature(load).parameters if name != "max_batch_size"))
 def sample(
     source: str,
     target: str,
     *,
     scorer: str,
+    max_batch_size: int = 16,
     n: int = 16,
     keep: int | None = None,
     threshold: float | None = None,
@@ -343,6 +349,7 @@ def sample(
         source: lines as those of `llama batch`; a line's metadata is the scorer's.
         target: the answers with their scores: JSON lines, CSV or Parquet.
         scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
+        max_batch_size: answers at a time, of each replica.
         n: answers to each line; with a threshold, how many are drawn at a time. (Under torchrun, which takes --n for
             an option of its own, write -n.)
         keep: writes the best so many; all when left out.
@@ -352,11 +359,12 @@ def sample(
         judge_answer: what a judge says of a good answer; its log-probability is the score.
         plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
         force: starts over, whatever the target holds.
-        retry: tries lines again that have failed.
+        retry: tries lines again that have failed, or have an answer without a score.
     """
     plan = Plan(n, keep, threshold, max_samples)
-    name = _check_scoring(source, target, scorer, judge_template, judge_answer, plot)
-    options.setdefault("max_batch_size", 16)
+    check_option(DecodingOptions(**{name: options[name] for name in NAMES if name in options}), plan)
+    name = _check_scoring(source, target, None, scorer, judge_template, judge_answer, plot)
+    options["max_batch_size"] = max_batch_size
     settings = dict(options)
     llama, decoding = _split(options)
     with contextlib.redirect_stdout(sys.stderr):
@@ -367,12 +375,13 @@ def sample(
 
 
 @_text_command
-@_takes(load)
+@_takes(load, *(name for name in inspect.signature(load).parameters if name != "max_batch_size"))
 def rescore(
     source: str,
     target: str,
     *,
     scorer: str,
+    max_batch_size: int = 16,
     prompts: str | None = None,
     keep: int | None = None,
     judge_template: str | None = None,
@@ -388,19 +397,20 @@ def rescore(
         source: lines with answers, or with the text of one.
         target: the same answers with their new scores: JSON lines, CSV or Parquet.
         scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
+        max_batch_size: answers at a time, of each replica.
         prompts: the lines that were answered, where the source does not repeat them (as that of `llama batch`).
         keep: writes the best so many; all when left out.
         judge_template: a file with what a judge is asked, {prompt} and {answer} in it.
         judge_answer: what a judge says of a good answer; its log-probability is the score.
         plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
         force: starts over, whatever the target holds.
-        retry: tries lines again that have failed.
+        retry: tries lines again that have failed, or have an answer without a score.
     """
     plan = Plan(sys.maxsize, keep)
-    name = _check_scoring(source, target, scorer, judge_template, judge_answer, plot)
+    name = _check_scoring(source, target, prompts, scorer, judge_template, judge_answer, plot)
+    options["max_batch_size"] = max_batch_size
     llama = None
     if scorer in ("logprob", "mean_logprob", "judge"):  # the others have no use for the model
-        options.setdefault("max_batch_size", 16)
         llama = load(**options)
         name["model"] = identity(llama)
     with contextlib.redirect_stdout(sys.stderr):
@@ -411,12 +421,26 @@ def rescore(
     _summarize(functools.partial(rescore_files, source, target, asked, plan, name, **how), plot)
 
 
+def _check_files(source: str, target: str, *others: str | None) -> None:
+    """Raises OSError, ValueError or ImportError where rows cannot be read, or answers to them not be written."""
+    inputs = [source, *(path for path in others if path is not None)]
+    check_target(target, *inputs)
+    for path in inputs:
+        next(iter(Rows(path)), None)  # a first one shows what there is to say against the file
+
+
 def _check_scoring(
-    source: str, target: str, scorer: str, template: str | None, verdict: str, plot: str | None
+    source: str,
+    target: str,
+    prompts: str | None,
+    scorer: str,
+    template: str | None,
+    verdict: str,
+    plot: str | None,
 ) -> dict[str, Any]:
     """What can be found out of a scoring command before any weights are read; what its scorer is known by."""
     if int(os.environ.get("RANK", 0)) == 0:
-        Rows(source), format_of(Path(target))
+        _check_files(source, target, prompts)
         if plot is not None:
             _check_writable(Path(plot))
     if plot is not None:
@@ -467,8 +491,13 @@ def _summarize(run: Callable[[], Any], plot: str | None) -> None:
         raise
     if summary is not None:
         print(summary.text())
+        if summary.first_error is not None:
+            hint = "(with --retry, the lines in which an answer has no score are done again, and give the same answers)"
+            print(hint, file=sys.stderr)
         if plot is not None:
             summary.plot(plot)
+        if not summary.scores and (summary.groups or summary.n_failed):
+            sys.exit(1)
 
 
 MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)

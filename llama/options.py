@@ -153,8 +153,13 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
 
 
 def from_json(options: dict[str, Any]) -> dict[str, Any]:
-    """Decoding options as a file of JSON has them, where the ids of a logit_bias are strings. Raises TypeError."""
+    """Decoding options as a file has them. Raises TypeError.
+
+    The ids of a logit_bias are strings in JSON, and pandas writes the integers of a column as 5.0 if one is missing.
+    """
     _check_names(options)
+    is_whole = {name: isinstance(value, float) and value.is_integer() for name, value in options.items()}
+    options = {name: int(value) if is_whole[name] else value for name, value in options.items()}
     bias = options.get("logit_bias")
     if isinstance(bias, dict):
         is_id = re.compile(r"\d{1,18}", re.ASCII).fullmatch

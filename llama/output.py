@@ -28,12 +28,31 @@ except ImportError:  # Windows, which has no flock: nothing keeps a second write
 SYNC_SECONDS = 5.0
 
 
-def refuse_inputs(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
-    """Raises ValueError if a file that would be written for an output (its journal, what is beside it) is an input."""
-    for file in (Path(path), *_beside(Path(path))):
+def check_target(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
+    """What can be said of an output before there is anything to write.
+
+    Args:
+        path: of the answers.
+        inputs: files that are read, none of which may be written over.
+
+    Raises:
+        ValueError: its name ends in none of the formats; it, its journal or what is beside it is an input.
+        OSError: it is a directory, or its directory is not there or cannot be written on.
+        ImportError: it needs pyarrow.
+    """
+    path = Path(path)
+    if format_of(path) == ".parquet":
+        import_pyarrow()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: expected the name of a file for the answers")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {path.parent} for {path.name}: make it, or choose another")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"nothing can be written in {path.parent}: choose another directory for {path.name}")
+    for file in (path, *_beside(path)):
         for source in inputs:
             if file.exists() and os.path.samefile(source, file):
-                use = "" if file == Path(path) else f", which writing {path} would overwrite"
+                use = "" if file == path else f", which writing {path} would overwrite"
                 raise ValueError(f"{file} is the input{use}: expected another file for the answers")
 
 
@@ -51,7 +70,8 @@ class Output:
         rows: what is answered, which is gone through once here.
         parameters: all else that the answers depend on, in terms of JSON.
         force: whether to start over, whatever is there.
-        retry: whether to forget the answers with an `error`, so that they are tried again.
+        retry: whether to forget the answers with an `error`, or with a null among their `scores`, so that they are
+            tried again.
 
     Attributes:
         n_rows: how many rows there are.
@@ -61,7 +81,7 @@ class Output:
     Raises:
         BlockingIOError: another run is writing it.
         ValueError: it belongs to other rows or parameters, is no output of ours, or is the input; or as `scan`.
-        OSError: it cannot be written.
+        OSError, ImportError: it cannot be written; or as `check_target`.
     """
 
     def __init__(
@@ -73,10 +93,8 @@ class Output:
         retry: bool = False,
     ):
         self.path = Path(path)
-        if format_of(self.path) == ".parquet":
-            import_pyarrow()
-        if (source := getattr(rows, "path", None)) is not None:
-            refuse_inputs(self.path, source)
+        source = getattr(rows, "path", None)
+        check_target(self.path, *([] if source is None else [source]))
         self.journal, self._sidecar = _beside(self.path)
         is_ours = self.journal == self.path or (self.journal.exists() and self._sidecar.exists())
         if self.path.exists() and not (is_ours or force):
@@ -235,12 +253,12 @@ class Output:
                         f"line {broken[0]} of {self.journal} is not an answer ({broken[1]}): "
                         "delete that line, and start the same command again"
                     )
-                failed = "error" in record
-                end += len(line)
-                if not (failed and retry):
+                failed, end = "error" in record, end + len(line)
+                again = retry and (failed or None in (record.get("scores") or ()))
+                if not again:
                     self.done.add(row)
                     self.n_failed += failed
-                if retry and not failed:
+                if retry and not again:
                     kept.append(line)
         if not retry:
             os.ftruncate(self._file, end)

@@ -58,7 +58,8 @@ class Rows:
         self.path, self.as_json = Path(path), as_json
         self._read = {".csv": self._csv, ".parquet": self._parquet}.get(format_of(self.path), self._json_lines)
         if not self.path.is_file():
-            raise FileNotFoundError(f"there is no file {self.path}")
+            found = f"{self.path} is a directory" if self.path.is_dir() else f"there is no file {self.path}"
+            raise FileNotFoundError(f"{found}: expected a file of rows")
 
     def __iter__(self) -> Iterator[Row]:
         return self._read()
@@ -84,7 +85,8 @@ class Rows:
             header, error = next(rows, ([], None))
             if error or not header or "" in header or len(set(header)) < len(header):
                 found = error or header
-                raise ValueError(f"{self.path}: expected a first line of column names, each once; found {found}")
+                hint = " (pandas writes its index without one: to_csv(…, index=False))" if "" in header else ""
+                raise ValueError(f"{self.path}: expected a first line of column names, each once; found {found}{hint}")
             for number, (cells, error) in enumerate(rows, 1):
                 yield Row(number, None, {"raw": cells}, error) if error else self._csv_row(number, header, cells)
 
@@ -208,6 +210,8 @@ def row_of(number: int, fields: Any) -> Row:
     given = fields.get("id")
     if given is None:
         return Row(number, number, rest)
+    if isinstance(given, float) and given.is_integer():  # a column of integers in which one is missing, by pandas
+        given = int(given)
     if isinstance(given, bool) or not isinstance(given, (str, int)):
         return Row(number, None, fields, f"id = {given!r}: expected a string or an integer")
     return Row(number, given, rest)

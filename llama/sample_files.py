@@ -21,7 +21,7 @@ from llama.data_sets import Files, Run, decoding_parameters, line_seed
 from llama.generation import Llama
 from llama.open_turns import has_open_turns
 from llama.options import DecodingOptions, from_json
-from llama.output import Output, refuse_inputs
+from llama.output import Output, check_target
 from llama.prompts import KINDS, kind_of
 from llama.rejection_sampling import Plan, Task, check_option, draw, give_scores, prompt_to_sample, result
 from llama.rows import Row, Rows, scan
@@ -60,7 +60,7 @@ def sample_files(
         source, target: .jsonl, .csv or .parquet files; the latter two are made once all lines are done.
         scorer_name: what the scorer is known by, in terms of JSON; another one does not go on with this output.
         force: whether to start over, whatever the output holds.
-        retry: whether lines that failed are tried again.
+        retry: whether lines that failed, or have an answer without a score, are tried again.
         progress: whether to show a bar on stderr.
         options: decoding options of the lines that have none of their own; `seed` is the run's.
 
@@ -124,7 +124,8 @@ def rescore_files(
     """Scores the answers that a file has: the output of `llama sample`, or of `llama batch`.
 
     Arguments, records and errors as in `sample_files`. What is known of an answer, its `logprob` say, is copied to its
-    record; the scorer is given its `text` and `finish_reason`.
+    record; the scorer is given its `text` and `finish_reason`. Of a line that has only the best of what was drawn,
+    `n_drawn` says how much that was. `line` is the line's number in the file with the answers.
 
     Args:
         source: lines with `answers`, each an object with its `text`, or with one answer's `text`.
@@ -138,7 +139,7 @@ def rescore_files(
     asked: dict[str, dict] = {}
     with parallel.fail_together():
         if prompts is not None and dist.get_rank() == 0:
-            refuse_inputs(target, prompts)
+            check_target(target, prompts)
             rows = Rows(prompts, KEYS[1:])
             try:
                 parameters["prompts"] = scan(rows).digest
@@ -158,7 +159,10 @@ def rescore_files(
             except ValueError as error:
                 where = f"in {prompts}" if prompts else "pass the file with the lines that were answered as --prompts"
                 raise ValueError(f"{error}, which the scorer reads ({where})") from None
-        return {"row": prompt, "answers": _answers_of(row.fields)}
+        answers, scores = _answers_of(row.fields), row.fields.get("scores")
+        n_drawn = row.fields.get("n_drawn", len(scores) if isinstance(scores, list) else 0)
+        some = {"n_drawn": n_drawn} if isinstance(n_drawn, int) and n_drawn > len(answers) else {}
+        return {"row": prompt, "answers": answers, **some}
 
     def answer(work: Work) -> Iterator[None]:
         group = fairscale_groups.get_model_parallel_group()
@@ -173,10 +177,16 @@ def rescore_files(
             yield
 
     def record_of(row: Row, task: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
-        seed = {"seed": row.fields["seed"]} if "seed" in row.fields else {}
-        return _record_of(row, task, seed | said)
+        known = {"seed": row.fields["seed"]} if "seed" in row.fields else {}
+        known |= {"n_drawn": task["n_drawn"]} if "n_drawn" in task else {}
+        return _record_of(row, task, known | said)
 
-    run = Run(task_of, answer, record_of, ("answers", "turns", "seed", *PROMPT_KEYS[1:], *ANSWER_KEYS[2:]))
+    run = Run(
+        task_of,
+        answer,
+        record_of,
+        ("answers", "scores", "n_drawn", "turns", "seed", *PROMPT_KEYS[1:], *ANSWER_KEYS[2:]),
+    )
     return _write(run, parameters, plan, Files(source, target, force, retry), progress)
 
 
@@ -252,6 +262,7 @@ def summarize(path: str | os.PathLike, plan: Plan) -> Summary:
                 summary.n_failed += 1
                 continue
             summary.groups.append(record["scores"])
+            summary.is_selection |= "n_drawn" in record
             errors = [answer["error"] for answer in record["answers"] if "error" in answer]
             summary.first_error = summary.first_error or next(iter(errors), None)
     return summary

@@ -10,7 +10,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,10 @@ def _marks(
 ) -> list[tuple[float | None, str | None]]:
     try:
         # Copies, for what a caller's code does to them must not change what is written.
-        scores = [_as_score(value) for value in scorer(copy.deepcopy(row), copy.deepcopy(answers))]
+        values = scorer(copy.deepcopy(row), copy.deepcopy(answers))
+        if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+            raise TypeError(f"the scorer returned {values!r}: expected a list with a number for each answer")
+        scores = [_as_score(value) for value in values]
         if len(scores) != len(answers):
             raise ValueError(f"{len(scores)} scores for {len(answers)} answers: expected one for each")
     except FATAL:

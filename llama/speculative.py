@@ -299,6 +299,8 @@ def open_draft(
     draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, max_batch_size: int
 ) -> tuple[Transformer, MetaCheckpoint]:
     """A draft's model, without weights, and the checkpoint that has them. Arguments and errors as in `Llama.build`."""
+    if not Path(draft).is_dir():
+        raise FileNotFoundError(f"draft = {str(draft)!r}: expected the directory of a smaller model, or 'ngram'")
     tokenizer, checkpoint = open_checkpoint(Path(draft), None, max_seq_len, max_batch_size)
     try:
         check_tokenizer(tokenizer, target)

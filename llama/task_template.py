@@ -92,7 +92,7 @@ class Template:
         for name, task in content["tasks"].items():
             try:
                 self.tasks[name] = _read_task(name, task)
-            except (ValueError, TypeError, re.error) as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"task {name!r}: {error}") from None
         if not self.tasks:
             raise ValueError("there is no task: expected one or more in 'tasks'")
@@ -163,7 +163,10 @@ def _rule(parse: Any) -> Callable[[str], Any]:
     if isinstance(parse, dict) and len(parse) == 1:
         ((kind, value),) = parse.items()
         if kind == "regex" and isinstance(value, str):
-            return _regex(re.compile(value))
+            try:
+                return _regex(re.compile(value))
+            except re.error as error:
+                raise ValueError(f"parse: {value!r} is no regular expression: {error}") from None
         if kind == "integers" and isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return lambda answer: _distinct_integers(answer, value)
         if kind == "choice" and isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):

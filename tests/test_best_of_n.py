@@ -76,6 +76,15 @@ def test_a_summary_says_what_was_drawn_and_what_failed():
     assert Summary(groups=[[None]]).text() == "1 prompts, 1 answers, 1 without a score"
 
 
+def test_of_the_answers_that_were_kept_there_is_no_curve(tmp_path):
+    summary = Summary(groups=[[1.0, 0.5], [0.0, 0.25]], is_selection=True)
+    assert summary.curve == [] and "best of n" not in summary.text()
+    assert summary.text().endswith("no best-of-n curve: the file has the answers that were kept, not all")
+    pytest.importorskip("matplotlib", reason="pip install matplotlib to plot")
+    summary.plot(tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_answers_drawn_because_the_others_were_not_good_enough_do_not_bend_the_curve():
     """Drawn two at a time up to 32 until one is right: the prompts with many answers are the hard ones."""
     rng, groups = random.Random(0), []

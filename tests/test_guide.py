@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import DEMO, ROOT
@@ -13,12 +15,17 @@ GUIDE = ROOT / "docs" / "guide.md"
 
 def sessions() -> list[tuple[str, str]]:
     """The commands of the guide in their order, each with what it shows."""
-    blocks = re.findall(r"(?:^    .*\n)+", GUIDE.read_text(), re.M)
-    text = "".join(line[4:] + "\n" for block in blocks if block.startswith("    $ ") for line in block.splitlines())
-    return re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", text, re.M)
+    blocks = re.findall(r"^    \$ .*\n(?:(?:    .*)?\n)*", GUIDE.read_text(), re.M)
+    text = "".join(line[4:] + "\n" for block in blocks for line in block.rstrip().splitlines())
+    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.M)
 
 
 def run(command: str) -> None:
+    if not command.startswith("python -m llama "):
+        program, target = command.removeprefix("python ").split(" > ")
+        with open(target, "w") as file:
+            subprocess.run([sys.executable, program], stdout=file, check=True)
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         cli.main([*shlex.split(command.removeprefix("python -m llama ")), "--device", "cpu"])
@@ -40,6 +47,6 @@ def test_the_commands_of_the_guide_print_what_it_says(tmp_path, monkeypatch, cap
                     run(command)
             else:
                 run(command)
-            err = capsys.readouterr().err
-            assert all(line in err for line in shown.splitlines()), err
+            said = "".join(capsys.readouterr())
+            assert all(line in said for line in shown.splitlines()), said
     assert n_shown == 3

@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import ROOT, run_python
 
-from llama.output import Output, differences, refuse_inputs
+from llama.output import Output, check_target, differences
 from llama.rows import Rows
 
 PARAMETERS = {"temperature": 0.6, "model": {"dim": 64}}
@@ -64,6 +64,17 @@ def test_errors_are_tried_again_only_when_asked(tmp_path, rows):
             Output(out, rows, PARAMETERS)
         answer(output, 2)
     assert lines(out) == [1, 3, 2]
+
+
+def test_answers_without_a_score_are_tried_again_too(tmp_path, rows):
+    out = tmp_path / "out.jsonl"
+    with Output(out, rows, PARAMETERS) as output:
+        answer(output, 1, scores=[0.5, 1])
+        answer(output, 2, scores=[0.5, None])
+    with Output(out, rows, PARAMETERS) as output:
+        assert output.done == {1, 2}
+    with Output(out, rows, PARAMETERS, retry=True) as output:
+        assert output.done == {1}
 
 
 def test_an_output_of_another_input_or_other_parameters_is_refused_with_what_differs(tmp_path, rows):
@@ -178,9 +189,9 @@ def test_no_output_is_written_over_its_input(tmp_path, rows, source):
         with pytest.raises(ValueError, match=r"is the input.*: expected another file for the answers"):
             Output(target, Rows(tmp_path / source), PARAMETERS, force=force)
         with pytest.raises(ValueError, match=r"is the input"):
-            refuse_inputs(target, rows.path, tmp_path / source)
+            check_target(target, rows.path, tmp_path / source)
     assert (tmp_path / source).read_bytes() == content
-    refuse_inputs(target, rows.path)
+    check_target(target, rows.path)
 
 
 @pytest.mark.parametrize("is_replaced", [True, False])
@@ -211,6 +222,19 @@ def test_a_refused_run_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="line 2 has the id 1, and so has line 1"):
         Output(tmp_path / "out.jsonl", Rows(tmp_path / "in.jsonl"), PARAMETERS)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_where_nothing_can_be_written_is_said_before_there_is_anything_to_write(tmp_path, rows):
+    (tmp_path / "out.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, message in (
+        ("out.csv", r"out.csv is a directory: expected the name of a file for the answers"),
+        ("nowhere/out.csv", r"there is no directory .*nowhere for out.csv: make it, or choose another"),
+        ("file/out.csv", r"there is no directory .*file for out.csv"),
+    ):
+        with pytest.raises(OSError, match=message):
+            Output(tmp_path / name, rows, PARAMETERS)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.csv", "file"}
 
 
 HOLD = """

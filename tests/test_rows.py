@@ -6,6 +6,7 @@ from decimal import Decimal
 
 import pytest
 
+from llama.options import from_json
 from llama.rows import Row, Rows, scan
 
 
@@ -132,6 +133,21 @@ def test_an_id_twice_is_refused_with_both_lines(tmp_path, ids, message):
     lines = [json.dumps({"id": id, "prompt": "x"}) + "\n" for id in ids]
     with pytest.raises(ValueError, match=message):
         scan(Rows(write(tmp_path / "in.jsonl", "".join(lines))))
+
+
+def test_what_pandas_makes_of_integers_and_of_its_index_is_understood(tmp_path):
+    (row, _) = Rows(write(tmp_path / "in.csv", "max_gen_len,x\n5.0,a\n,b\n"), {"max_gen_len"})
+    assert from_json({"max_gen_len": row.fields["max_gen_len"]}) == {"max_gen_len": 5}
+    row, broken = Rows(write(tmp_path / "in.jsonl", '{"id": 3.0}\n{"id": 2.5}\n'))
+    assert row.id == 3 and broken.error == "id = 2.5: expected a string or an integer"
+    with pytest.raises(ValueError, match=r"each once; found \['', 'prompt'\] \(pandas writes .* index=False\)\)"):
+        list(Rows(write(tmp_path / "in.csv", ",prompt\n0,x\n")))
+
+
+def test_a_directory_is_no_file_of_rows(tmp_path):
+    (tmp_path / "d.jsonl").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"d.jsonl is a directory: expected a file of rows"):
+        Rows(tmp_path / "d.jsonl")
 
 
 def test_a_broken_row_takes_no_id_from_another(tmp_path):

@@ -32,6 +32,7 @@ def picky(row, answers):
     return [1.0] * len(answers)
 """
 SAMPLE = ["sample", "in.jsonl", "out.jsonl", "--scorer", "scorers:total", "--dtype", "float32", "--max_batch_size", "8"]
+NAMES_OF_PLACES = {"in.jsonl": "source", "out.jsonl": "target"}
 SAMPLE += ["--temperature", "1.8", "--top_p", "1.0", "--max_gen_len", "60"]
 
 
@@ -176,6 +177,24 @@ def test_an_answer_that_the_scorer_raises_on_is_marked_counted_and_plotted_over(
     n = sum(s is None for r in read(folder / "out.jsonl").values() for s in r.get("scores", []))
     assert n > 0 and f"92 answers, {n} without a score (the first: KeyError: 'five')" in result.stdout
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+    fixed = (folder / "scorers.py").read_text().replace('raise KeyError("five")', "pass")
+    (folder / "scorers.py").write_text(fixed)
+    before = read(folder / "out.jsonl")
+    result = run(folder, *args, "--n", "4", "--retry")
+    assert "92 answers, 0 without a score" in result.stdout, result.stderr
+    after = read(folder / "out.jsonl")
+    assert [a["text"] for r in before.values() for a in r.get("answers", ())] == [
+        a["text"] for id in before for a in after[id].get("answers", ())
+    ]
+
+
+def test_a_run_in_which_every_line_fails_ends_with_another_exit_code(folder):
+    write_lines(folder / "in.jsonl", {"text": "a"}, {"text": "b"})
+    for args in (SAMPLE, ["batch", "in.jsonl", "batch.jsonl"]):
+        result = run(folder, *args)
+        assert result.returncode == 1 and "2" in result.stdout + result.stderr, result.stderr
+    assert len(read(folder / "out.jsonl")) == len(read(folder / "batch.jsonl")) == 2
 
 
 # Without processes
@@ -342,6 +361,25 @@ def test_a_scored_record_keeps_what_was_known_of_its_answers(demo, tmp_path):
     assert "tokens" not in scored  # they are not the prompt's
 
 
+def test_what_a_template_has_asked_is_scored_with_it(demo, tmp_path):
+    template = {"tasks": {"t": {"user": "What is {a} + 2?", "options": {"max_gen_len": 5}}}}
+    source = write_lines(tmp_path / "in.jsonl", {"id": 1, "a": 7})
+    run_batch_files(demo, source, tmp_path / "read.jsonl", template=template)
+    rescore_files(tmp_path / "read.jsonl", tmp_path / "out.jsonl", Logprob(demo), Plan(9), "logprob")
+    assert records(tmp_path / "out.jsonl")[1]["messages"] == [user("What is 7 + 2?")]
+    assert records(tmp_path / "out.jsonl")[1]["scores"][0] < 0
+
+
+def test_of_kept_answers_the_summary_has_no_curve(demo, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "One day"})
+    plan = Plan(4, keep=2)
+    assert len(sample_files(demo, source, tmp_path / "drawn.jsonl", length, plan, "length", **HOT).curve) == 3
+    for before, after in (("drawn", "again"), ("again", "last")):
+        files = tmp_path / f"{before}.jsonl", tmp_path / f"{after}.jsonl"
+        assert rescore_files(*files, length, Plan(9), "length").curve == []
+        assert records(files[1])["a"]["n_drawn"] == 4
+
+
 def test_an_answer_that_failed_stays_failed_and_one_that_could_not_be_scored_is_scored_now(tmp_path):
     failed = {"text": "x", "score": None, "finish_reason": "error", "error": "nan"}
     unscored = {"text": "y", "score": None, "finish_reason": "stop", "error": "KeyError: 'sum'"}
@@ -381,6 +419,8 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file of what a"),
         (["--plot", "nope/x.png"], "--plot nope/x.png: there is no directory nope: expected one that is there"),
         (["--plot", "."], "--plot .: it is a directory: expected a PNG to write"),
+        (["--target", "nope/out.jsonl"], "there is no directory nope for out.jsonl: make it, or choose another"),
+        (["--source", "scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(folder, args, message):
@@ -389,6 +429,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, args, message):
         from llama import Tokenizer
 
         message = message.replace("2304", str(Tokenizer(DEMO / "tokenizer.model").n_words))
-    result = run(folder, *SAMPLE, *args)
+    command = [word for word in SAMPLE if f"--{NAMES_OF_PLACES.get(word)}" not in args]
+    result = run(folder, *command, *args)
     assert result.returncode == 2 and message in result.stderr, result.stderr
-    assert re.sub(r"^Loaded .*\n", "", result.stderr).count("\n") == 1 and not (folder / "out.jsonl").exists()
+    assert not (folder / "out.jsonl").exists()
+    if "reward:" in str(args):  # whose directory is read after the model
+        result.stderr = re.sub(r"^Loaded .*\n", "", result.stderr)
+    assert result.stderr.count("\n") == 1

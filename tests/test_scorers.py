@@ -176,7 +176,7 @@ def test_only_the_answers_that_cannot_be_scored_are_marked():
         (["0.5", 1], "TypeError: the scorer returned '0.5': expected a number"),
         ([None, 1], "the scorer returned None: expected a number"),
         ([1], "1 scores for 2 answers: expected one for each"),
-        (0.5, "TypeError: 'float' object is not iterable"),
+        (0.5, "TypeError: the scorer returned 0.5: expected a list with a number for each answer"),
     ],
 )
 def test_what_is_no_finite_number_is_no_score(returned, message):

@@ -363,6 +363,13 @@ def test_a_step_that_breaks_off_leaves_the_next_call_right(build, which):
     assert llama.generate(PROMPTS[:5], 12, temperature=0) == expected
 
 
+def test_a_draft_that_is_not_there_is_named_as_what_it_is():
+    with pytest.raises(
+        FileNotFoundError, match="draft = 'ngrams': expected the directory of a smaller model, or 'ngram'"
+    ):
+        Llama.build(DEMO, draft="ngrams", device="cpu")
+
+
 def test_the_counts_are_in_the_predictions_of_a_model_with_a_draft_alone(build):
     ((plain,), (drafted,)) = (x.text_completion(["abcabcabc"], 0, max_gen_len=20) for x in (build(), build("ngram")))
     assert set(plain) == {"generation"}
