@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llama import Llama
 from llama.best_of_n import Summary
-from llama.cli import run
+from llama.command_line import run
 from llama.rejection_sampling import rejection_sample
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"

@@ -4,24 +4,22 @@ import contextlib
 import functools
 import inspect
 import io
-import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch.distributed as dist
-from fire.decorators import SetParseFns
 
-from llama import GenerationError, Llama, parallel
+from llama import Llama, parallel
 from llama.batch import OPTIONS, run_batch_files
-from llama.best_of_n import require_matplotlib
+from llama.best_of_n import Summary, require_matplotlib
 from llama.chat import Conversation, Keyboard, show, talk
+from llama.command_line import run, takes, text_command
 from llama.huggingface import find_tokenizer
 from llama.identity import identity
 from llama.options import NAMES, DecodingOptions
@@ -29,7 +27,7 @@ from llama.output import check_target
 from llama.rejection_sampling import Plan, check_option
 from llama.rows import Rows
 from llama.sample_files import SAMPLED, rescore_files, sample_files
-from llama.scorers import JUDGE_TEMPLATE, check_spec, is_judge, load_scorer
+from llama.scorers import JUDGE_TEMPLATE, Scorer, check_spec, is_judge, load_scorer
 from llama.scoring import least_certain
 from llama.task_template import read_template
 from llama.tokenizer import Tokenizer
@@ -154,50 +152,8 @@ def load(
     return llama
 
 
-def _takes(source: Callable, *names: str) -> Callable[[Callable], Callable]:
-    """Gives a command that has **options the parameters of `source` (these, or all), in its signature and its help."""
-
-    def extend(command: Callable) -> Callable:
-        parameters = list(inspect.signature(command).parameters.values())
-        theirs = inspect.signature(source).parameters
-        bare = {"kind": inspect.Parameter.KEYWORD_ONLY, "annotation": inspect.Parameter.empty}  # fire cuts types short
-        new = [theirs[name].replace(**bare) for name in names or theirs]
-        command.__signature__ = inspect.Signature([*parameters[:-1], *new, parameters[-1]])
-        command.__doc__ = inspect.getdoc(command)
-        for name in names or theirs:  # its line among the Args or Attributes, and those further in
-            command.__doc__ += "\n" + re.search(rf"^    {name}: .*(\n {{8}}.*)*", inspect.getdoc(source), re.M)[0]
-        return command
-
-    return extend
-
-
-def _text_command(command: Callable) -> Callable:
-    """The last touch: no more **options, and what is text is not read as Python, as fire would read 12 or (a, b)."""
-    parameters = list(inspect.signature(command).parameters.values())
-    command.__signature__ = inspect.Signature(parameters[:-1])
-    texts = ("scorer", "prompts", "judge_template", "judge_answer", "plot")
-    texts += (
-        "text",
-        "source",
-        "target",
-        "template",
-        "system",
-        "ckpt_dir",
-        "tokenizer_path",
-        "device",
-        "dtype",
-        "draft",
-        "quantize",
-    )
-    return SetParseFns(str, stop=_stops, **dict.fromkeys(texts, str))(command)
-
-
-def _stops(value: str) -> Any:
-    """A list in JSON, the id of a token, or else a string."""
-    with contextlib.suppress(ValueError):
-        if value.isdigit() or value.startswith("["):
-            return json.loads(value)
-    return value
+# The parameters of `load` in commands with a batch size of their own.
+LOADED = [name for name in inspect.signature(load).parameters if name != "max_batch_size"]
 
 
 def _split(options: dict[str, Any]) -> tuple[Llama, dict[str, Any]]:
@@ -221,9 +177,9 @@ def _report_speculation(llama: Llama) -> None:
         )
 
 
-@_text_command
-@_takes(DecodingOptions, *STREAMED)
-@_takes(load)
+@text_command
+@takes(DecodingOptions, *STREAMED)
+@takes(load)
 def chat(*, system: str | None = None, **options: Any) -> None:
     """Talks with a model in the terminal. /help there lists what else can be typed.
 
@@ -238,9 +194,9 @@ def chat(*, system: str | None = None, **options: Any) -> None:
     _report_speculation(llama)
 
 
-@_text_command
-@_takes(DecodingOptions, *STREAMED)
-@_takes(load)
+@text_command
+@takes(DecodingOptions, *STREAMED)
+@takes(load)
 def complete(text: str, **options: Any) -> None:
     """Continues a text, and shows what is added while it is decided.
 
@@ -257,8 +213,8 @@ def complete(text: str, **options: Any) -> None:
     _report_speculation(llama)
 
 
-@_text_command
-@_takes(load)
+@text_command
+@takes(load)
 def score(text: str, **options: Any) -> None:
     """Shows how likely a model finds each token of a text, in nats, its perplexity, and the least likely tokens.
 
@@ -276,9 +232,9 @@ def score(text: str, **options: Any) -> None:
     show(f"{len(logprobs)} tokens, perplexity {perplexity:.4f}\nleast certain:\n{least_certain(result)}\n")
 
 
-@_text_command
-@_takes(DecodingOptions, *OPTIONS)
-@_takes(load, *(name for name in inspect.signature(load).parameters if name != "max_batch_size"))
+@text_command
+@takes(DecodingOptions, *OPTIONS)
+@takes(load, *LOADED)
 def batch(
     source: str,
     target: str,
@@ -323,24 +279,98 @@ def batch(
             sys.exit(1)
 
 
-@_text_command
-@_takes(DecodingOptions, *SAMPLED)
-@_takes(load, *(name for name in inspect.signature(load).parameters if name != "max_batch_size"))
+@dataclass
+class Scoring:
+    """How answers are scored, and what becomes of the scores.
+
+    Attributes:
+        scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
+        judge_template: a file with what a judge is asked, {prompt} and {answer} in it.
+        judge_answer: what a judge says of a good answer; its log-probability is the score.
+        plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
+        max_batch_size: answers at a time, of each replica.
+        force: starts over, whatever the target holds.
+        retry: tries lines again that have failed, or have an answer without a score.
+    """
+
+    scorer: str
+    judge_template: str | None = None
+    judge_answer: str = "Yes"
+    plot: str | None = None
+    max_batch_size: int = 16
+    force: bool = False
+    retry: bool = False
+
+    @classmethod
+    def of(cls, options: dict[str, Any], source: str, target: str, prompts: str | None = None) -> "Scoring":
+        """Takes its options out of a command's, and checks all that can be before any weights are read."""
+        how = cls(**{name: options.pop(name) for field in fields(cls) if (name := field.name) in options})
+        options["max_batch_size"] = how.max_batch_size
+        if int(os.environ.get("RANK", 0)) == 0:
+            _check_files(source, target, prompts)
+            if how.plot is not None:
+                _check_writable(Path(how.plot))
+        if how.plot is not None:
+            require_matplotlib()
+        check_spec(how.scorer, how.template)
+        return how
+
+    @functools.cached_property
+    def template(self) -> str:
+        return JUDGE_TEMPLATE if self.judge_template is None else _read_judge_template(self.judge_template)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the scorer is known by."""
+        judge = {"template": self.template, "answer": self.judge_answer} if is_judge(self.scorer) else {}
+        return {"scorer": self.scorer, **judge}
+
+    def load(self, llama: Llama | None, options: dict[str, Any]) -> Scorer:
+        """The scorer. A model of its own is loaded as the command's is, on as many processes."""
+        own = {name: options[name] for name in ("max_seq_len", "max_batch_size", "device", "dtype") if name in options}
+        if llama is not None:
+            own |= {"tokenizer": llama.tokenizer, "model_parallel_size": llama.model.tok_embeddings.world_size}
+        else:
+            own["model_parallel_size"] = options.get("model_parallel_size")
+            if path := options.get("tokenizer_path") or options.get("ckpt_dir"):
+                own["tokenizer"] = Tokenizer(find_tokenizer(Path(path)) if Path(path).is_dir() else path)
+        with contextlib.redirect_stdout(sys.stderr):
+            parallel.initialize(own["model_parallel_size"], parallel.pick_device(options.get("device")))
+            scorer = load_scorer(self.scorer, llama, self.template, self.judge_answer, **own)
+        parallel.silence_other_ranks()
+        return scorer
+
+    def run(self, work: Callable[..., Summary | None], *args: Any, **options: Any) -> None:
+        """Scores; the summary is shown, and drawn if it is to be."""
+        try:
+            summary = work(*args, force=self.force, retry=self.retry, progress=True, **options)
+        except KeyboardInterrupt:
+            print("stopped: the output has what was done, and the same command goes on from there", file=sys.stderr)
+            raise
+        if summary is None:
+            return
+        print(summary.text())
+        if summary.first_error is not None:
+            hint = "(with --retry, the lines in which an answer has no score are done again, and give the same answers)"
+            print(hint, file=sys.stderr)
+        if self.plot is not None:
+            summary.plot(self.plot)
+        if not summary.scores and (summary.groups or summary.n_failed):
+            sys.exit(1)
+
+
+@text_command
+@takes(DecodingOptions, *SAMPLED)
+@takes(load, *LOADED)
+@takes(Scoring)
 def sample(
     source: str,
     target: str,
     *,
-    scorer: str,
-    max_batch_size: int = 16,
     n: int = 16,
     keep: int | None = None,
     threshold: float | None = None,
     max_samples: int | None = None,
-    judge_template: str | None = None,
-    judge_answer: str = "Yes",
-    plot: str | None = None,
-    force: bool = False,
-    retry: bool = False,
     **options: Any,
 ) -> None:
     """Draws n answers to each line of a file, scores them, keeps the best. Started again, it does what is missing.
@@ -348,77 +378,39 @@ def sample(
     Args:
         source: lines as those of `llama batch`; a line's metadata is the scorer's.
         target: the answers with their scores: JSON lines, CSV or Parquet.
-        scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
-        max_batch_size: answers at a time, of each replica.
         n: answers to each line; with a threshold, how many are drawn at a time. (Under torchrun, which takes --n for
             an option of its own, write -n.)
         keep: writes the best so many; all when left out.
         threshold: draws until `keep` answers (one, when that is left out) have this score,
         max_samples: or so many have been drawn.
-        judge_template: a file with what a judge is asked, {prompt} and {answer} in it.
-        judge_answer: what a judge says of a good answer; its log-probability is the score.
-        plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
-        force: starts over, whatever the target holds.
-        retry: tries lines again that have failed, or have an answer without a score.
     """
     plan = Plan(n, keep, threshold, max_samples)
     check_option(DecodingOptions(**{name: options[name] for name in NAMES if name in options}), plan)
-    name = _check_scoring(source, target, None, scorer, judge_template, judge_answer, plot)
-    options["max_batch_size"] = max_batch_size
-    settings = dict(options)
+    how = Scoring.of(options, source, target)
+    loading = dict(options)
     llama, decoding = _split(options)
-    with contextlib.redirect_stdout(sys.stderr):
-        asked = load_scorer(scorer, llama, name.get("template"), judge_answer, **_scorers_own(settings, llama))
-    parallel.silence_other_ranks()
-    how = {"force": force, "retry": retry, "progress": True}
-    _summarize(functools.partial(sample_files, llama, source, target, asked, plan, name, **how, **decoding), plot)
+    how.run(sample_files, llama, source, target, how.load(llama, loading), plan, how.known, **decoding)
 
 
-@_text_command
-@_takes(load, *(name for name in inspect.signature(load).parameters if name != "max_batch_size"))
-def rescore(
-    source: str,
-    target: str,
-    *,
-    scorer: str,
-    max_batch_size: int = 16,
-    prompts: str | None = None,
-    keep: int | None = None,
-    judge_template: str | None = None,
-    judge_answer: str = "Yes",
-    plot: str | None = None,
-    force: bool = False,
-    retry: bool = False,
-    **options: Any,
-) -> None:
+@text_command
+@takes(load, *LOADED)
+@takes(Scoring)
+def rescore(source: str, target: str, *, prompts: str | None = None, keep: int | None = None, **options: Any) -> None:
     """Scores the answers that a file has: what `llama sample` or `llama batch` wrote. Goes on like these.
 
     Args:
         source: lines with answers, or with the text of one.
         target: the same answers with their new scores: JSON lines, CSV or Parquet.
-        scorer: logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function.
-        max_batch_size: answers at a time, of each replica.
         prompts: the lines that were answered, where the source does not repeat them (as that of `llama batch`).
         keep: writes the best so many; all when left out.
-        judge_template: a file with what a judge is asked, {prompt} and {answer} in it.
-        judge_answer: what a judge says of a good answer; its log-probability is the score.
-        plot: a PNG to write, with a histogram of the scores and the best-of-n curve.
-        force: starts over, whatever the target holds.
-        retry: tries lines again that have failed, or have an answer without a score.
     """
     plan = Plan(sys.maxsize, keep)
-    name = _check_scoring(source, target, prompts, scorer, judge_template, judge_answer, plot)
-    options["max_batch_size"] = max_batch_size
-    llama = None
-    if scorer in ("logprob", "mean_logprob", "judge"):  # the others have no use for the model
+    how = Scoring.of(options, source, target, prompts)
+    llama, known = None, how.known
+    if how.scorer in ("logprob", "mean_logprob", "judge"):  # the others have no use for the model
         llama = load(**options)
-        name["model"] = identity(llama)
-    with contextlib.redirect_stdout(sys.stderr):
-        parallel.initialize(options.get("model_parallel_size"), parallel.pick_device(options.get("device")))
-        asked = load_scorer(scorer, llama, name.get("template"), judge_answer, **_scorers_own(options, llama))
-    parallel.silence_other_ranks()
-    how = {"prompts": prompts, "force": force, "retry": retry, "progress": True}
-    _summarize(functools.partial(rescore_files, source, target, asked, plan, name, **how), plot)
+        known["model"] = identity(llama)
+    how.run(rescore_files, source, target, how.load(llama, options), plan, known, prompts=prompts)
 
 
 def _check_files(source: str, target: str, *others: str | None) -> None:
@@ -427,27 +419,6 @@ def _check_files(source: str, target: str, *others: str | None) -> None:
     check_target(target, *inputs)
     for path in inputs:
         next(iter(Rows(path)), None)  # a first one shows what there is to say against the file
-
-
-def _check_scoring(
-    source: str,
-    target: str,
-    prompts: str | None,
-    scorer: str,
-    template: str | None,
-    verdict: str,
-    plot: str | None,
-) -> dict[str, Any]:
-    """What can be found out of a scoring command before any weights are read; what its scorer is known by."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        _check_files(source, target, prompts)
-        if plot is not None:
-            _check_writable(Path(plot))
-    if plot is not None:
-        require_matplotlib()
-    text = JUDGE_TEMPLATE if template is None else _read_judge_template(template)
-    check_spec(scorer, text)
-    return {"scorer": scorer, **({"template": text, "answer": verdict} if is_judge(scorer) else {})}
 
 
 def _check_writable(plot: Path) -> None:
@@ -470,37 +441,6 @@ def _read_judge_template(path: str) -> str:
         raise ValueError(f"--judge_template {path}: not UTF-8 ({error}): {expected}") from None
 
 
-def _scorers_own(options: dict[str, Any], llama: Llama | None) -> dict[str, Any]:
-    """How a scorer's own model is loaded: as the command's, on as many processes."""
-    own = {name: options[name] for name in ("max_seq_len", "max_batch_size", "device", "dtype") if name in options}
-    if llama is not None:
-        own |= {"tokenizer": llama.tokenizer, "model_parallel_size": llama.model.tok_embeddings.world_size}
-    else:
-        own["model_parallel_size"] = options.get("model_parallel_size")
-        if path := options.get("tokenizer_path") or options.get("ckpt_dir"):
-            own["tokenizer"] = Tokenizer(find_tokenizer(Path(path)) if Path(path).is_dir() else path)
-    return own
-
-
-def _summarize(run: Callable[[], Any], plot: str | None) -> None:
-    """Runs a scoring command to its summary, which is shown, and drawn if it is to be."""
-    try:
-        summary = run()
-    except KeyboardInterrupt:
-        print("stopped: the output has what was done, and the same command goes on from there", file=sys.stderr)
-        raise
-    if summary is not None:
-        print(summary.text())
-        if summary.first_error is not None:
-            hint = "(with --retry, the lines in which an answer has no score are done again, and give the same answers)"
-            print(hint, file=sys.stderr)
-        if plot is not None:
-            summary.plot(plot)
-        if not summary.scores and (summary.groups or summary.n_failed):
-            sys.exit(1)
-
-
-MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)
 COMMANDS = {
     "chat": chat,
     "complete": complete,
@@ -518,57 +458,3 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Runs the command of argv, sys.argv's when None, as `run` does."""
     run(COMMANDS, argv)
-
-
-def run(component: Callable | dict[str, Callable], argv: list[str] | None = None, name: str = "llama") -> None:
-    """Calls a function, or one of several by its name, with the arguments of a command line, sys.argv's when None.
-
-    As fire.Fire, but the arguments are checked before anything runs, and a user's mistake is one line on stderr and
-    exit code 2.
-    """
-    try:
-        for call in _read(component, sys.argv[1:] if argv is None else argv, name):
-            call()
-    except BrokenPipeError:  # whoever was reading has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    except MISTAKES as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _read(component: Callable | dict[str, Callable], argv: list[str], name: str) -> list[Callable[[], None]]:
-    """The call that the arguments ask for; none where they ask for help, which is shown.
-
-    By itself fire runs a command first and says afterwards which of its arguments there are not.
-    """
-    calls: list[Callable[[], None]] = []
-
-    def later(command: Callable) -> Callable:
-        @functools.wraps(command)
-        def note(*args: Any, **kwargs: Any) -> None:
-            calls.append(functools.partial(command, *args, **kwargs))
-
-        return note
-
-    # Fire's separator of chained calls is "-", which here is standard input.
-    flags = [] if "--" in argv else ["--"]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            if isinstance(component, dict):
-                noted = {word: later(command) for word, command in component.items()}
-            else:
-                noted = later(component)
-            fire.Fire(noted, [*argv, *flags, "--separator", "\0"], name=name)
-    except fire.core.FireExit as exit:
-        if exit.code:
-            problem = exit.trace.elements[-1].ErrorAsStr()
-            command = f"{name} {argv[0]}" if isinstance(component, dict) and argv and argv[0] in component else name
-            raise ValueError(f"{problem} ({command} --help lists what there is)") from None
-        # Without its note on how it was called, and without its own marks, which it takes for subcommands.
-        print(re.sub(r"^INFO: .*\n+| GROUP \|| +Type: Optional\[\]\n|\n\nGROUPS\n(.*\n)*", "", said.getvalue()))
-        return []
-    return calls

@@ -13,7 +13,7 @@ tokens. Needs the extra `eval`.
 from typing import Any
 
 from llama import Llama
-from llama.cli import MISTAKES
+from llama.command_line import MISTAKES
 from llama.continuations import continuation_logprobs
 
 try:

@@ -28,7 +28,10 @@ def run(command: str) -> None:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        cli.main([*shlex.split(command.removeprefix("python -m llama ")), "--device", "cpu"])
+        try:
+            cli.main([*shlex.split(command.removeprefix("python -m llama ")), "--device", "cpu"])
+        finally:
+            sys.modules.pop("my_scorers", None)  # which other tests have of their own
 
 
 @pytest.mark.skipif(not DEMO.is_dir(), reason="only a clone has the embedded checkpoint")
