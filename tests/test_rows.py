@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from llama.options import from_json
+from llama.options import DecodingOptions, from_json
 from llama.rows import Row, Rows, scan
 
 
@@ -137,7 +137,8 @@ def test_an_id_twice_is_refused_with_both_lines(tmp_path, ids, message):
 
 def test_what_pandas_makes_of_integers_and_of_its_index_is_understood(tmp_path):
     (row, _) = Rows(write(tmp_path / "in.csv", "max_gen_len,x\n5.0,a\n,b\n"), {"max_gen_len"})
-    assert from_json({"max_gen_len": row.fields["max_gen_len"]}) == {"max_gen_len": 5}
+    options = from_json({"max_gen_len": row.fields["max_gen_len"]})
+    assert DecodingOptions(**options).max_gen_len == 5  # which refuses 5.0
     row, broken = Rows(write(tmp_path / "in.jsonl", '{"id": 3.0}\n{"id": 2.5}\n'))
     assert row.id == 3 and broken.error == "id = 2.5: expected a string or an integer"
     with pytest.raises(ValueError, match=r"each once; found \['', 'prompt'\] \(pandas writes .* index=False\)\)"):
