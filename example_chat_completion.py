@@ -9,7 +9,7 @@ torchrun --nproc_per_node 1 example_chat_completion.py \
 from pathlib import Path
 
 from llama import Dialog, Llama
-from llama.command_line import run
+from llama.cli.arguments import run
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 

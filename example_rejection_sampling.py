@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from llama import Llama
-from llama.best_of_n import Summary
-from llama.command_line import run
-from llama.rejection_sampling import rejection_sample
+from llama.cli.arguments import run
+from llama.rejection_sampling.best_of_n import Summary
+from llama.rejection_sampling.draw import rejection_sample
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 

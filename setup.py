@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="llama",
@@ -9,7 +9,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["llama"],
+    packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed"]},
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
     python_requires=">=3.10",

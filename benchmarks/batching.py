@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.shapes import write_tokenizer
 from llama import Llama, ModelArgs, Transformer, parallel
-from llama.convert import convert
+from llama.checkpoint.convert import convert
 
 SHAPE = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32_000, "multiple_of": 256}
 

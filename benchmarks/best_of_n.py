@@ -15,8 +15,8 @@ import fire
 
 from example_rejection_sampling import check
 from llama import Llama
-from llama.best_of_n import best_of_n, mean_and_error
-from llama.rejection_sampling import rejection_sample
+from llama.rejection_sampling.best_of_n import best_of_n, mean_and_error
+from llama.rejection_sampling.draw import rejection_sample
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 

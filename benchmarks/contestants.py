@@ -210,7 +210,7 @@ def synchronize(device: str) -> None:
 
 def hugging_face_copy(folder: Path) -> Path:
     """The checkpoint as a Hugging Face directory, made once."""
-    from llama.convert import convert
+    from llama.checkpoint.convert import convert
 
     copy = folder.with_name(folder.name + "-hf")
     if not copy.is_dir():
@@ -239,7 +239,7 @@ def _write_gguf(folder: Path, path: Path) -> None:
     """Format: github.com/ggml-org/ggml, docs/gguf.md, by its own package."""
     import gguf
 
-    from llama.huggingface import open_checkpoint
+    from llama.checkpoint.open import open_checkpoint
 
     _, checkpoint = open_checkpoint(folder)
     args = checkpoint.args

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint import full_shapes, partition_dim, slice_of_rank
-from llama.checkpoint_writer import PthFile
+from llama.checkpoint.meta import full_shapes, partition_dim, slice_of_rank
+from llama.checkpoint.writer import PthFile
 from llama.model import ModelArgs
 
 LLAMA_3 = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": True}

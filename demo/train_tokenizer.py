@@ -14,7 +14,7 @@ from pathlib import Path
 
 import regex
 
-from llama.tokenizer import LLAMA3_PATTERN
+from llama.tokenizer.tokenizer import LLAMA3_PATTERN
 
 EMOJI = re.compile(
     "[\U0001f1e6-\U0001f1ff]{2}|[^\x00-\u00ff](?:\ufe0f|\u20e3|\u200d.|[\U000e0020-\U000e007f])*|[\x00-\u00ff]+"

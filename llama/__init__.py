@@ -1,6 +1,6 @@
 """Llama inference: `from llama import Llama`."""
 
-from llama.answering import Answer, GenerationError
+from llama.decoding.answering import Answer, GenerationError
 from llama.generation import ChatPrediction, CompletionPrediction, Llama
 from llama.model import ModelArgs, Transformer
 from llama.options import DecodingOptions

@@ -1,5 +1,5 @@
 """`python -m llama COMMAND`."""
 
-from llama.cli import main
+from llama.cli.commands import main
 
 main()

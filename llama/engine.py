@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import torch
 
 from llama.decode_step import DecodeStep
-from llama.loading import pack
+from llama.kv_cache import Slots, shareable
+from llama.layers.packing import pack
 from llama.model import Transformer
 from llama.options import DecodingOptions
 from llama.sampling import RandomStream, next_tokens, process_logits, token_logprobs
-from llama.slots import Slots, shareable
 
 # How many positions one prefill works on, padding included: enough to keep a device busy, and a bound on the memory of
 # the activations. While other sequences are decoding it is less, so that they do not stall; longer prompts are cut.
@@ -37,7 +37,7 @@ LOGITS_CHUNK = 256
 
 @dataclass
 class Speculation:
-    """How often proposed tokens were right (`llama.speculative`); all 0 where none were made.
+    """How often proposed tokens were right (`llama.decoding.speculative`); all 0 where none were made.
 
     Attributes:
         steps: passes of the model after the prefill, of all sequences counted.

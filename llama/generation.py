@@ -16,17 +16,18 @@ from typing import Any, TypedDict
 import torch
 import torch.distributed as dist
 
-from llama import parallel, scoring
-from llama.answering import Answer, Answerer, GenerationError, Job, TopLogprobs
+from llama import parallel
+from llama.checkpoint.loading import load_weights
+from llama.checkpoint.open import open_checkpoint
+from llama.decoding import scoring
+from llama.decoding.answering import Answer, Answerer, GenerationError, Job, TopLogprobs
+from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
-from llama.huggingface import open_checkpoint
-from llama.loading import load_weights
+from llama.layers.quantization import KINDS
 from llama.model import Transformer
-from llama.open_turns import OpenDialog
 from llama.options import DecodingOptions, per_prompt
-from llama.products import KINDS
-from llama.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.tokenizer.open_turns import OpenDialog
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -81,11 +82,11 @@ class Llama:
             dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
             compile: whether to compile the decoding step with `torch.compile`: a minute the first time on a machine.
             quantize: "int8" or "int4" rounds the matrices while they are loaded, to a half or a quarter of bfloat16's
-                bytes (`llama.products.quantize`); the embedding and the norms stay. The computation is in bfloat16
+                bytes (`llama.layers.quantization`); the embedding and the norms stay. The computation is in bfloat16
                 unless `dtype` says otherwise, which has the fast kernels.
             draft: what proposes tokens, for the model to check several at a time: the same answers, sooner. The
                 directory of a smaller model with the same tokenizer, or "ngram", which looks the last tokens up in
-                prompt and answer (`llama.speculative`). Beam searches do without.
+                prompt and answer (`llama.decoding.speculative`). Beam searches do without.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
@@ -300,11 +301,11 @@ class Llama:
         return self._stream(self._encode_dialog(0, open_dialog), **options)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[dict]:
-        """The log-probability of each token of texts or lists of ids, of any length: see `llama.scoring.score`."""
+        """The log-probability of each token of texts or lists of ids: see `llama.decoding.scoring.score`."""
         return scoring.score(self, texts, top_logprobs, stride)
 
     def perplexity(self, texts: SequenceOf, stride: int | None = None) -> list[float]:
-        """The perplexity of each text: see `llama.scoring.perplexity`."""
+        """The perplexity of each text: see `llama.decoding.scoring.perplexity`."""
         return scoring.perplexity(self, texts, stride)
 
     def answer(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.kv_cache import CacheView, KVCache
-from llama.parallel import ColumnParallelLinear, Linear, RowParallelLinear, VocabParallelEmbedding, products
+from llama.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear, VocabParallelEmbedding, products
 
 
 @dataclass
@@ -215,7 +215,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.initialize` makes it).
+    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.groups.initialize` makes it).
 
     Parameters carry the names of Meta's checkpoints. They are uninitialised until a checkpoint is loaded, or
     `init_weights` is called. Without a cache (`allocate_cache`) the model is a plain differentiable function of its

@@ -11,7 +11,8 @@ import torch
 from conftest import torchrun
 from tqdm import tqdm
 
-from llama import GenerationError, Llama, answering
+from llama import GenerationError, Llama
+from llama.decoding import answering
 from llama.engine import PREFILL_TOKENS, PREFILL_TOKENS_WHILE_DECODING
 
 N_NEW = 6

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import DEMO, ROOT
 
-from llama import cli
+from llama.cli import commands as cli
 
 GUIDE = ROOT / "docs" / "guide.md"
 

@@ -1,34 +1,90 @@
-"""The house is as README.md draws it."""
+"""The house is as CONTRIBUTING.md draws it: who imports whom, how long files are, and what stays importable."""
 
 import ast
+import importlib
 import re
+from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
+PACKAGE = ROOT / "llama"
 
-def test_a_file_imports_only_from_files_above_it_in_the_readme():
-    listed = re.findall(r"\[`(\w+)\.py`\]\(llama/\1\.py\)", (ROOT / "README.md").read_text())
-    files = {path.stem: path for path in (ROOT / "llama").glob("*.py") if not path.stem.startswith("__")}
-    assert sorted(listed) == sorted(files)
-    for name, path in files.items():
-        tree = ast.parse(path.read_text())
-        guarded = {
-            node
-            for block in ast.walk(tree)
-            if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
-            for node in ast.walk(block)
-        }
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or node in guarded or not (node.module or "").startswith("llama"):
-                continue
-            _, _, module = node.module.partition(".")
-            imported = [module] if module else [alias.name for alias in node.names if alias.name in files]
-            for other in imported:
-                assert listed.index(other) < listed.index(name), f"{name}.py imports {other}.py"
+# From the ground up: a house (a folder, or a file on the landing) imports only from those on the lines above its own.
+# Those on one line do not know each other, but for the ground floor, which goes from left to right.
+FLOORS = [
+    *(["tokenizer"], ["parallel"], ["kv_cache"], ["sampling"], ["options"], ["sequence"]),
+    *(["layers"], ["model"], ["decode_step", "checkpoint"], ["engine"], ["decoding"], ["generation"], ["datasets"]),
+    *(["rejection_sampling", "training", "server"], ["cli"]),
+]
+FLOOR = {house: floor for floor, houses in enumerate(FLOORS) for house in houses}
+DOORS = ("__init__", "__main__", "evaluation")  # they hand out, or start, what lies in the houses
+COURSE = ("generation", "engine", "decode_step", "sequence", "model", "kv_cache", "sampling", "options")
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def house_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_houses(path: Path) -> set[str]:
+    """The houses that a file imports from, anywhere in it: inside functions and under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("llama.")}
+            found |= {"generation" for alias in node.names if alias.name == "llama"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}, line {node.lineno}: a relative import"
+            if node.module == "llama":  # what the package hands out is at most as high as `Llama`
+                names = [alias.name for alias in node.names]
+                found |= {name if name in FLOOR else "generation" for name in names}
+            elif (node.module or "").startswith("llama."):
+                found.add(node.module.split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_house_imports_only_from_houses_below_it(path):
+    house = house_of(path)
+    if house in DOORS:
+        return
+    assert house in FLOOR, f"{house} has no floor: give it one in this test and in CONTRIBUTING.md"
+    for other in imported_houses(path) - {house}:
+        assert FLOOR[other] < FLOOR[house], f"{path.relative_to(ROOT)} imports from {other}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_the_files_of_a_house_import_each_other_in_no_circle():
+    names = {module_name(path): path for path in files()}
+    uses: dict[str, set[str]] = {}
+    for name, path in names.items():
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        modules = [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
+        uses[name] = {m if m in names else m.rpartition(".")[0] for m in modules} & names.keys() - {name}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done and name != "llama":
+            for other in uses[name]:
+                # A house's own files are imported through its door by others only.
+                if other != name.rpartition(".")[0]:
+                    visit(other, (*above, name))
+            done.add(name)
+
+    for name in names:
+        visit(name, ())
 
 
 def test_a_users_mistake_is_never_an_assertion():
-    for path in (ROOT / "llama").glob("*.py"):
+    for path in files():
         found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
         assert not found, f"{path.name} asserts at lines {found}"
 
@@ -36,3 +92,17 @@ def test_a_users_mistake_is_never_an_assertion():
 def test_every_link_of_the_readme_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
+
+
+IMPORTABLE = {
+    "llama": "Llama Dialog Message Tokenizer ChatFormat ModelArgs Transformer sample_top_p",
+    "llama.generation": "Llama Dialog Message ChatPrediction CompletionPrediction",
+    "llama.model": "ModelArgs Transformer TransformerBlock Attention FeedForward RMSNorm",
+    "llama.tokenizer": "Tokenizer ChatFormat Dialog Message Role",
+}
+
+
+@pytest.mark.parametrize("module", IMPORTABLE)
+def test_what_scripts_in_the_wild_import_is_there(module):
+    for name in IMPORTABLE[module].split():
+        assert hasattr(importlib.import_module(module), name), f"from {module} import {name}"

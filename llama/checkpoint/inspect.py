@@ -1,0 +1,244 @@
+"""What a checkpoint directory holds, and whether it is sound: the functions behind `llama info` and `llama verify`.
+
+Both kinds of directory, Meta's and Hugging Face's. Nothing is printed, and no model is built.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llama.checkpoint.huggingface import HuggingFaceCheckpoint
+from llama.checkpoint.loading import CHUNK_BYTES
+from llama.checkpoint.loading import pieces as pieces_of_tensor
+from llama.checkpoint.meta import MetaCheckpoint, find_shards, model_args, open_shard, read_params
+from llama.checkpoint.open import find_tokenizer, open_checkpoint
+from llama.layers.packing import drop_pages
+from llama.model import ModelArgs
+from llama.tokenizer import Tokenizer
+
+CHECKLIST = "checklist.chk"
+
+# Published models by (vocabulary, dim, layers): params.json has no name in it. Context in tokens.
+LLAMA_1_AND_2 = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "33B", (8192, 80): "65B or 70B"}
+LLAMA_3 = {(4096, 32): "8B", (8192, 80): "70B", (16384, 126): "405B", (2048, 16): "1B", (3072, 28): "3B"}
+
+
+def family(args: ModelArgs) -> tuple[str, int | None]:
+    """Which published Llama a shape looks like, and the context that one was trained for, tokens; None if unknown."""
+    shape = (args.dim, args.n_layers)
+    if args.vocab_size == 128256 and args.rope_theta == 500000:
+        size = LLAMA_3.get(shape, "of an unpublished size")
+        if args.tied_embeddings:
+            return f"Llama 3.2 {size}", 131072
+        if args.use_scaled_rope:
+            return f"Llama 3.1{' or 3.3' if size == '70B' else ''} {size}", 131072
+        return f"Llama 3 {size}", 8192
+    if args.vocab_size in (32000, 32016):
+        size = LLAMA_1_AND_2.get(shape, "of an unpublished size")
+        if args.rope_theta == 1000000:
+            return f"Code Llama {size}", 16384
+        if args.norm_eps == 1e-6:  # all that tells Llama 1 from 2
+            return f"Llama 1 {size}", 2048
+        return f"Llama 2 {size}", 4096
+    return "a Llama that Meta has not published", None
+
+
+def memory(args: ModelArgs, n_parameters: int, itemsize: int, n_ranks: int = 1) -> dict[str, int]:
+    """What each of n_ranks processes needs, bytes, for args.max_batch_size sequences of args.max_seq_len tokens."""
+    kv_heads = max(args.n_kv_heads, n_ranks) // n_ranks
+    cache = 2 * args.n_layers * args.max_batch_size * kv_heads * args.max_seq_len * args.head_dim
+    return {
+        "weights": n_parameters * itemsize // n_ranks,
+        "cache": cache * itemsize,
+        "logits": args.max_batch_size * args.vocab_size * torch.float32.itemsize,  # of the last position, whole
+    }
+
+
+def info(
+    ckpt_dir: str | os.PathLike,
+    tokenizer_path: str | os.PathLike | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 1,
+) -> list[tuple[str, str]]:
+    """What a directory holds and needs, as (name, value) in the order to show them. Reads headers, not weights.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `Llama.build`.
+    """
+    _, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
+    args, itemsize = checkpoint.args, checkpoint.dtype.itemsize
+    n_parameters = sum(map(math.prod, checkpoint.shapes.values()))
+    name, context = family(args)
+    n_files, kind = len(checkpoint.paths), "Meta" if isinstance(checkpoint, MetaCheckpoint) else "Hugging Face"
+    bits = f", matrices {checkpoint.quantization}" if checkpoint.quantization else ""
+    shared = (
+        "as many of keys and values" if args.n_kv_heads == args.n_heads else f"{args.n_kv_heads} of keys and values"
+    )
+    lines = [
+        ("architecture", f"looks like {name}"),
+        ("parameters", f"{n_parameters:,}{', the output matrix is the embedding' if args.tied_embeddings else ''}"),
+        ("layers", f"{args.n_layers} of dim {args.dim}, hidden {args.hidden_dim}"),
+        ("heads", f"{args.n_heads} of {args.head_dim}, {shared}"),
+        ("vocabulary", f"{args.vocab_size:,}"),
+        ("dtype", str(checkpoint.dtype).removeprefix("torch.") + bits),
+        ("files", f"{n_files} ({kind}), {_size(sum(path.stat().st_size for path in checkpoint.paths))}"),
+        ("context", f"{context:,} tokens" if context else "not known: the files do not say"),
+    ]
+    for n_ranks in [n for n in args.model_parallel_sizes if n <= 16]:
+        parts = memory(args, n_parameters, itemsize, n_ranks)
+        if bits:
+            parts["weights"] = sum(tensor.nbytes for tensor in checkpoint.shards[0].values()) // n_ranks
+        text = _size(sum(parts.values()))
+        if n_ranks == 1:
+            text += f" = {' + '.join(f'{part} {_size(size)}' for part, size in parts.items())}"
+            text += f", at max_batch_size {max_batch_size}, max_seq_len {max_seq_len}"
+        lines.append(("memory", f"on {n_ranks} process{'es' if n_ranks > 1 else ''}: {text}{' each' * (n_ranks > 1)}"))
+    lines.append(("model_parallel_size", "one of " + ", ".join(map(str, args.model_parallel_sizes))))
+    return lines
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+@dataclass
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        problems: what is wrong, a message each; nothing is when empty.
+        notes: what was left unchecked, and why.
+        n_tensors, n_bytes: how much was read.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    n_tensors: int = 0
+    n_bytes: int = 0
+
+
+def bytes_to_verify(ckpt_dir: str | os.PathLike) -> int:
+    """About how much `verify` will read, for a progress bar."""
+    files = [path for path in Path(ckpt_dir).glob("*") if path.suffix in (".pth", ".safetensors")]
+    return sum(path.stat().st_size for path in files) * (2 if (Path(ckpt_dir) / CHECKLIST).is_file() else 1)
+
+
+def verify(
+    ckpt_dir: str | os.PathLike,
+    tokenizer_path: str | os.PathLike | None = None,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+) -> Verification:
+    """Reads all of a directory: is every tensor there, of the right shape, finite; does checklist.chk hold?
+
+    Goes on after a problem, to find all of them. Memory stays within some chunks of CHUNK_BYTES.
+
+    Args:
+        ckpt_dir: the directory, Meta's or Hugging Face's.
+        tokenizer_path: as in `Llama.build`.
+        advance: told of the bytes that were read, as they are.
+
+    Raises:
+        FileNotFoundError: no such directory.
+    """
+    folder, found = Path(ckpt_dir), Verification()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"ckpt_dir {folder} is not a directory: expected one with a checkpoint")
+    _verify_checklist(folder, found, advance)
+    try:
+        _, checkpoint = open_checkpoint(folder, tokenizer_path)
+    except (OSError, ValueError, ImportError) as error:
+        problems, tensors = _salvage(folder, tokenizer_path)
+        found.problems += problems or [str(error)]
+    else:
+        tensors = _tensors(checkpoint)
+    for label, parts in tensors:
+        n_bad = 0
+        for part in parts:
+            n_bad += _count_not_finite(part)
+            found.n_bytes += part.nbytes
+            drop_pages(part)
+            advance(part.nbytes)
+        found.n_tensors += 1
+        if n_bad:
+            found.problems.append(f"{folder / label}: {n_bad:,} numbers are not finite (NaN or infinite)")
+    return found
+
+
+def _tensors(checkpoint: MetaCheckpoint | HuggingFaceCheckpoint) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    """Each tensor's name, and its numbers in pieces of bounded size."""
+    if isinstance(checkpoint, MetaCheckpoint):
+        for path, shard in zip(checkpoint.paths, checkpoint.shards):
+            yield from _tensors_of_shard(path, shard)
+    else:
+        for name, shape in checkpoint.shapes.items():
+            yield name, (piece for *_, piece in pieces_of_tensor(checkpoint, name, 0, 0, shape[0]))
+
+
+def _tensors_of_shard(path: Path, shard: dict[str, torch.Tensor]) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    for name, tensor in shard.items():
+        rows = max(1, CHUNK_BYTES // max(1, tensor[:1].nbytes)) if tensor.dim() else 1
+        yield f"{path.name}: {name}", iter(tensor.split(rows) if tensor.dim() else [tensor])
+
+
+def _salvage(
+    folder: Path, tokenizer_path: str | os.PathLike | None
+) -> tuple[list[str], Iterator[tuple[str, Iterator[torch.Tensor]]]]:
+    """What is wrong with Meta's files that cannot be loaded, and the tensors that can still be read."""
+    problems, shards = [], {}
+    try:
+        paths = find_shards(folder)
+    except FileNotFoundError as error:
+        paths = sorted(folder.glob("consolidated.*.pth"))
+        problems += [str(error)] if paths else []
+    for path in paths:
+        try:
+            shards[path] = open_shard(path)
+        except ValueError as error:
+            problems.append(str(error))
+    if paths and not problems:
+        try:
+            tokenizer = Tokenizer(find_tokenizer(folder) if tokenizer_path is None else tokenizer_path)
+            args = model_args(read_params(folder), folder, tokenizer.n_words, 2048, 1)
+            if "quantization" not in read_params(folder):  # else what was said on opening it is all there is to say
+                problems += MetaCheckpoint(folder, args, check=False).problems()
+        except (OSError, ValueError, ImportError) as error:
+            problems.append(str(error))
+    return problems, (item for path, shard in shards.items() for item in _tensors_of_shard(path, shard))
+
+
+def _count_not_finite(part: torch.Tensor) -> int:
+    # A sum is finite only if all its terms are, and takes one pass and no memory.
+    wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+    if part.sum(dtype=wide).isfinite():
+        return 0
+    return int(part.numel() - part.isfinite().sum())
+
+
+def _verify_checklist(folder: Path, found: Verification, advance: Callable[[int], object]) -> None:
+    """Checks the md5 sums of checklist.chk, as md5sum writes it: a sum, two spaces (or one and a star), a name."""
+    path = folder / CHECKLIST
+    if not path.is_file():
+        found.notes.append(f"there is no {CHECKLIST}: md5 sums were not checked")
+        return
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        expected, _, name = line.strip().partition(" ")
+        file = folder / name.strip().removeprefix("*")
+        if len(expected) != 32 or not name.strip():
+            found.problems.append(f"{path} line {number} is {line[:80]!r}: expected an md5 sum and the name of a file")
+        elif not file.is_file():
+            found.problems.append(f"{file} is missing: {CHECKLIST} names it")
+        else:
+            digest = hashlib.md5(usedforsecurity=False)
+            with file.open("rb") as content:
+                while chunk := content.read(1 << 22):
+                    digest.update(chunk)
+                    advance(len(chunk))
+            if digest.hexdigest() != expected.lower():
+                found.problems.append(f"{file} has md5 {digest.hexdigest()}: {CHECKLIST} says {expected}")

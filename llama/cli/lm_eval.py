@@ -1,0 +1,182 @@
+"""The model "llama" of lm-evaluation-harness: EleutherAI's benchmarks on a checkpoint, with `lm_eval`'s own options.
+
+    python -m llama.evaluation --model llama --model_args ckpt_dir=DIR --tasks hellaswag --batch_size 16
+    torchrun --nproc_per_node 8 -m llama.evaluation --model llama --model_args ckpt_dir=DIR --tasks gsm8k
+
+`lm_eval` (0.4.13) has a fixed table of models and no way to be told of another; this is the same command, with one more
+in its table. In Python, importing this file is enough: `lm_eval.simple_evaluate(model="llama", model_args=…)`.
+
+Texts become ids as in the harness's `hf` model: a begin-of-text token first, names of special tokens read as these
+tokens. Needs the extra `eval`.
+"""
+
+from typing import Any
+
+from llama import Llama
+from llama.cli.arguments import MISTAKES
+from llama.decoding.continuations import continuation_logprobs
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ImportError(
+        f"lm-evaluation-harness is not installed, or not whole ({error}): pip install 'llama[eval]'"
+    ) from error
+
+# What a task may ask of the decoding, besides `until` and the budget, under the names of Transformers.
+DECODING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
+
+
+@register_model("llama")
+class LlamaLM(TemplateLM):
+    """A checkpoint as lm-evaluation-harness sees it. The arguments are what `--model_args` and the command line give.
+
+    Args:
+        ckpt_dir: Meta's directory or Hugging Face's.
+        tokenizer_path: the tokenizer's file; the directory's own when None.
+        max_length: the most tokens that are read at once; longer contexts lose their beginning.
+        batch_size: sequences at a time; "auto": max_batch_size, or 8.
+        max_batch_size: for "auto".
+        model_parallel_size: over how many processes the model is split; all of them when None. Replicas share the work.
+        device: as in `Llama.build`, but "cuda:0", which is what the command gives when nothing is asked for, is this
+            process's card, or the CPU where there is none.
+        dtype, seed, draft: as in `Llama.build`.
+        add_bos_token: whether texts get a begin-of-text token.
+        max_gen_toks: the budget of an answer for which the task gives none.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str,
+        tokenizer_path: str | None = None,
+        max_length: int = 2048,
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        model_parallel_size: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        seed: int = 1,
+        draft: str | None = None,
+        add_bos_token: bool = True,
+        max_gen_toks: int = 256,
+    ):
+        super().__init__()
+        device = None if device == "cuda:0" else device
+        rows = (max_batch_size or 8) if str(batch_size).startswith("auto") else int(batch_size)
+        # One position more: the last token of a text has to be known, and is not read.
+        size = {"max_seq_len": max_length + 1, "max_batch_size": rows, "model_parallel_size": model_parallel_size}
+        self.llama = Llama.build(ckpt_dir, tokenizer_path, **size, seed=seed, device=device, dtype=dtype, draft=draft)
+        self.ckpt_dir, self.max_length, self.max_gen_toks = str(ckpt_dir), max_length, max_gen_toks
+        self.add_bos_token = add_bos_token
+        self._device = self.llama.model.rotary.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.llama.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.llama.tokenizer.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of a text, with a begin-of-text token unless it has its own or is to have none."""
+        tokenizer = self.llama.tokenizer
+        names = {name for name, token in tokenizer.special_tokens.items() if token == tokenizer.bos_id}
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token and not string.startswith(tuple(names))
+        return tokenizer.encode(string, bos=add_special_tokens, allowed_special="all")
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Each continuation's log-probability, and whether it is the greedy one; long contexts lose their start."""
+        pairs = []
+        for _, context, continuation in requests:
+            room = self.max_length + 1 - len(continuation)
+            if room < 1:
+                raise ValueError(
+                    f"a continuation has {len(continuation)} tokens: expected at most max_length = {self.max_length}"
+                )
+            pairs.append((context[-room:], continuation))
+        results = continuation_logprobs(self.llama, pairs)
+        for (texts, *_), result in zip(requests, results):
+            if texts is not None:  # of a rolling window, which is cached as a whole
+                self.cache_hook.add_partial("loglikelihood", texts, result)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each text: windows of max_length tokens, each of whose tokens is predicted once."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each context, up to the first of its stop strings."""
+        eos = self.llama.tokenizer.decode([self.eot_token_id])
+        prompts: list[list[int]] = []
+        options: dict[str, list] = {name: [] for name in ("max_gen_len", "stop", *DECODING)}
+        for request in requests:
+            context, asked = request.args
+            kwargs = normalize_gen_kwargs(asked, self.max_gen_toks)
+            budget, sampled = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
+            if not 0 < budget < self.max_length:
+                raise ValueError(f"max_gen_toks = {budget}: expected 1 to max_length - 1 = {self.max_length - 1}")
+            until = [stop for stop in handle_stop_sequences(kwargs.pop("until"), eos) if stop]
+            decoding = {"temperature": 0.0, "top_p": 1.0, "top_k": None, "min_p": None}
+            decoding |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0} | kwargs
+            if unknown := decoding.keys() - {*DECODING}:
+                raise ValueError(f"the task asks for {sorted(unknown)}: expected of the decoding {', '.join(DECODING)}")
+            if not sampled:
+                decoding |= {"temperature": 0.0, "top_p": 1.0, "top_k": None, "min_p": None}
+            prompts.append(self.tok_encode(context)[-(self.max_length - budget) :])
+            for name, value in {"max_gen_len": budget, "stop": until, **decoding}.items():
+                options[name].append(value)
+        answers = self.llama.answer(prompts, progress=not disable_tqdm, **options) if prompts else []
+        texts = [answer.text for (answer,) in answers]
+        for request, text in zip(requests, texts):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A dialog as text in Llama 3's format, which `tok_encode` reads back as the ids of `ChatFormat`."""
+        tokenizer, formatter = self.llama.tokenizer, self.llama.formatter
+        if tokenizer.kind != "llama3":
+            raise ValueError("a dialog of Llama 2 is not a text: its turns are divided by tokens without one")
+        ids = [tokenizer.bos_id]
+        for message in chat_history:
+            ids += formatter.encode_message(message)
+        if add_generation_prompt:
+            ids += formatter.encode_header({"role": "assistant", "content": ""})
+        else:  # the last message is the beginning of the answer
+            ids = ids[:-1]
+        return tokenizer.decode(ids)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.ckpt_dir.replace("/", "__")
+
+
+def main() -> None:
+    """`lm_eval` with the arguments of the command line, its table one model longer."""
+    try:
+        cli_evaluate()
+    except MISTAKES as error:
+        raise SystemExit(f"llama.evaluation: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a model is known by: its shape, its tokenizer, and some of every weight; the same on any number of processes.
+
+An output that a run goes on with says which model began it, so that no file has the answers of two.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llama.generation import Llama
+from llama.layers.layouts import Layout
+from llama.layers.linear import Linear, RowParallelLinear, VocabParallelEmbedding
+from llama.model import RMSNorm, Transformer
+from llama.parallel import partition
+
+N_COLUMNS = 64  # of each matrix
+
+
+def identity(llama: Llama) -> dict[str, Any]:
+    """What a model is known by, in terms of JSON. All processes that it is split over call this."""
+    args = {name: value for name, value in vars(llama.model.args).items() if name != "max_batch_size"}
+    dtype = str(llama.model.norm.weight.dtype).removeprefix("torch.")
+    known = {"weights": weights_digest(llama.model), "tokenizer": f"{llama.tokenizer.kind} {llama.tokenizer.digest}"}
+    return {**args, "dtype": dtype, **known}
+
+
+@torch.inference_mode()
+def weights_digest(model: Transformer) -> str:
+    """A digest of evenly spaced columns of every matrix, as many of each norm's weights, and their places.
+
+    Of a column it is the sum over its numbers' bits: exact, and the same however the rows are shared out. The columns
+    are those of the whole matrix, however the matrix is laid out for products.
+    """
+    columns_of: dict[Layout, torch.Tensor] = {}  # of several matrices each
+    sums = []
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear, VocabParallelEmbedding, RMSNorm)):
+            sums.append(_column_sums(model, name, module, columns_of))
+    total = torch.stack(sums)
+    total = total if total.is_cuda else total.cpu()  # NCCL's groups take CUDA tensors, gloo's not those of every device
+    dist.all_reduce(total, group=model.output.group)
+    return hashlib.sha256(str(total.tolist()).encode()).hexdigest()[:16]
+
+
+def _column_sums(
+    model: Transformer, name: str, module: nn.Module, columns_of: dict[Layout, torch.Tensor]
+) -> torch.Tensor:
+    """int64 [N_COLUMNS]: what this rank has of the sums over a matrix's columns."""
+    rank, n_ranks = model.tok_embeddings.rank, model.tok_embeddings.world_size
+    sums = torch.zeros(N_COLUMNS, dtype=torch.int64, device=model.rotary.device)
+    # What several ranks have counts once: the norms, and with more ranks than key and value heads, these.
+    n_copies = n_ranks if isinstance(module, RMSNorm) else 1
+    if name.endswith((".wk", ".wv")):
+        n_copies = max(1, n_ranks // model.args.n_kv_heads)
+    if rank % n_copies:
+        return sums
+    layout = getattr(module, "layout", None)
+    weight = None if layout is not None else module.weight.detach()
+    width = module.in_features if isinstance(module, Linear) else weight.shape[-1]
+    start, stop = partition(width, rank, n_ranks) if isinstance(module, RowParallelLinear) else (0, width)
+    indices = torch.arange(N_COLUMNS, device=sums.device) * width // N_COLUMNS
+    here = (start <= indices) & (indices < stop)
+    indices = indices[here] - start
+    if layout is None:
+        columns = torch.atleast_2d(weight)[:, indices]
+    else:
+        if layout not in columns_of:
+            columns_of[layout] = layout.columns(indices)
+        columns = columns_of[layout][module.rows]
+    bits = columns.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[columns.element_size()])
+    sums[here] = bits.sum(dim=0, dtype=torch.int64)
+    return sums

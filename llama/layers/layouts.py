@@ -1,0 +1,297 @@
+"""Matrices laid out for fast products: side by side, packed by oneDNN, in 8 bits, in 4 bits.
+
+Decoding reads each matrix once a token, so what counts is how many bytes it has and how fast they are read. A layout is
+called with x [..., in_features] and gives [..., out_features]. Knows nothing of models, processes or files. The kernels
+are PyTorch's; here is which to take when, and what they need.
+"""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from llama.layers.quantization import ROWS_AT_A_TIME, Quantized, quantize, stacked
+
+# From so many rows on, turning weights back into bfloat16 and a plain product are faster than the kernels for a few.
+MANY_ROWS = 192
+
+
+class Layout:
+    """A matrix [out_features, in_features] in some form; `layout(x)` is x times its transpose."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def n_bytes(self) -> int:
+        """What a product reads."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
+        raise NotImplementedError
+
+    def to_dense(self) -> torch.Tensor:
+        """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
+        raise NotImplementedError
+
+    def columns(self, indices: torch.Tensor) -> torch.Tensor:
+        """Some columns of `to_dense`, [out_features, n]."""
+        return self.to_dense()[:, indices]
+
+
+class Dense(Layout):
+    """The matrix as it is: for several put side by side on a GPU, where one large product beats three small ones."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+        self.out_features, self.in_features = weight.shape
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+    def to_dense(self) -> torch.Tensor:
+        return self.weight
+
+
+class Packed(Layout):
+    """The matrix in blocks, by oneDNN. PyTorch's `linear` reads one as it lies at half the memory's speed or less."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.out_features, self.in_features = weight.shape
+        # The number of rows of x is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
+        self.number = _numbered(self)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # the compiler knows no opaque tensors, but numbers
+            return torch.ops.llama.packed_product(x, self.number, self.out_features)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+    def to_dense(self) -> torch.Tensor:
+        return self.weight.to_dense()
+
+    @property
+    def n_bytes(self) -> int:
+        return self.out_features * self.in_features * self.weight.element_size()
+
+    @staticmethod
+    def serves(weight: torch.Tensor) -> bool:
+        """Whether PyTorch was built with oneDNN, and the processor computes in the dtype."""
+        if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            return False
+        if weight.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if weight.dtype == torch.float16:
+            return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+# The packed matrices by their numbers, in the order they were made, which is the same in each run of a program.
+_packed: "weakref.WeakValueDictionary[int, Packed | PackedInt8]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+_library = torch.library.Library("llama", "FRAGMENT")
+_library.define("packed_product(Tensor x, int number, int out_features) -> Tensor")
+_library.define("packed_int8_product(Tensor x, int number, int out_features) -> Tensor")
+
+
+def _numbered(layout: "Packed | PackedInt8") -> int:
+    number = next(_numbers)
+    _packed[number] = layout
+    return number
+
+
+@torch.library.impl(_library, "packed_product", "CPU")
+def _packed_product(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, _packed[number].weight, None, "none", [], "")
+
+
+@torch.library.register_fake("llama::packed_product", lib=_library)
+def _packed_product_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.impl(_library, "packed_int8_product", "CPU")
+def _packed_int8_product(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return _integer_product(x, _packed[number].weight)
+
+
+@torch.library.register_fake("llama::packed_int8_product", lib=_library)
+def _packed_int8_product_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32)
+
+
+def lay_out(parts: "list[torch.Tensor | Quantized]", kind: str | None, dtype: torch.dtype) -> Layout | None:
+    """The fastest layout of matrices put below one another; None where they had better stay as they are.
+
+    Args:
+        parts: matrices with the same number of columns, all of them quantised already or none.
+        kind: "int8", "int4", or None for weights as they are.
+        dtype: of the computation.
+    """
+    if kind is not None:
+        quantized = [part if isinstance(part, Quantized) else quantize(part, kind) for part in parts]
+        matrix = stacked(quantized)
+        if matrix.kind == "int4":
+            return Int4(matrix, dtype)
+        on_cpu = matrix.codes.device.type == "cpu"
+        return PackedInt8(matrix, dtype) if on_cpu and PackedInt8.serves() else Int8(matrix, dtype)
+    if any(part.requires_grad for part in parts):
+        return None
+    if Packed.serves(parts[0]):
+        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts))
+    return Dense(torch.cat(parts)) if parts[0].device.type == "cuda" and len(parts) > 1 else None
+
+
+class PackedInt8(Layout):
+    """Eight bits a weight, in blocks by oneDNN, whose products of integers are as fast as the memory.
+
+    Only weights are in eight bits. A row of x becomes integers of 16 bits (of float32, 24) with a scale; their upper
+    and lower bytes are two rows of one product, which reads the weights once, and the sums are exact.
+    """
+
+    ROWS_AT_A_TIME = 128  # of x: the float32 sums of more no longer stay in the cache
+
+    def __init__(self, matrix: Quantized, dtype: torch.dtype):
+        self.out_features, self.in_features = matrix.codes.shape
+        self.weight = torch.ops.onednn.qlinear_prepack(matrix.codes.contiguous(), [1, self.in_features])
+        self.scales = matrix.scales[:, 0].contiguous()
+        ones = torch.ones(1, self.in_features, dtype=torch.uint8)
+        self.sums = _integer_product(ones, self.weight)[0]  # of each row's codes
+        self.shifts = (16, 8, 0) if dtype == torch.float32 else (8, 0)
+        self.number = _numbered(self)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if torch.compiler.is_compiling() or len(rows) <= self.ROWS_AT_A_TIME:
+            y = self._product(rows)
+        else:
+            y = torch.cat([self._product(some) for some in rows.split(self.ROWS_AT_A_TIME)])
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        half = 128 << self.shifts[0]  # added to make bytes without a sign, and taken off again
+        values = rows.float()
+        scales = (values.abs().amax(dim=1, keepdim=True) / (half - 256)).clamp(min=1e-30)
+        integers = (values / scales).round().int() + half
+        parts = torch.stack([integers >> shift & 255 for shift in self.shifts], dim=1).to(torch.uint8)
+        products = torch.ops.llama.packed_int8_product(parts, self.number, self.out_features).unbind(1)
+        y = sum(part * (1 << shift) for part, shift in zip(products, self.shifts)) - half * self.sums
+        return (y * scales * self.scales).to(rows.dtype)
+
+    def to_dense(self) -> torch.Tensor:
+        return self.weight.to_dense().T.float() * self.scales[:, None]
+
+    @staticmethod
+    @functools.cache
+    def serves() -> bool:
+        """Whether the processor's products of integers are exact: without VNNI, or oneDNN, they may not be."""
+        try:
+            weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), [1, 64])
+            y = _integer_product(torch.full((2, 64), 255, dtype=torch.uint8), weight)
+        except (AttributeError, RuntimeError):
+            return False
+        return bool((y == 64 * 255 * 127).all())
+
+
+def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Bytes [..., in_features] times a packed matrix of eight bits -> float32 [..., out_features], exact up to 2^24."""
+    # With its own scales and zeros of rows and columns the kernel is slower than without.
+    return _qlinear()(x, 1.0, 0, weight, _ONE, _ZERO, None, 1.0, 0, torch.float32, "none", (), "")
+
+
+@functools.cache
+def _qlinear() -> Callable[..., torch.Tensor]:  # asked for when it is used: not each platform has it
+    return torch.ops.onednn.qlinear_pointwise.default
+
+
+_ONE, _ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+
+
+class Int8(Layout):
+    """Eight bits a weight, one scale a row."""
+
+    def __init__(self, matrix: Quantized, dtype: torch.dtype):
+        self.codes, self.scales = matrix.codes.contiguous(), matrix.scales[:, 0].to(dtype)
+        self.out_features, self.in_features = self.codes.shape
+        # The kernel reads sixteen codes at a time, past the end of a row that is no multiple of that.
+        whole = self.in_features % 16 == 0
+        self.has_kernel = self.codes.device.type == "cpu" and dtype == torch.bfloat16 and whole
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cuda":
+            # Fused by the compiler: weights are turned back in registers, and never stored.
+            compute = _int8_product if torch.compiler.is_compiling() else _compiled_int8_product()
+            return compute(x, self.codes, self.scales)
+        rows = x.reshape(-1, self.in_features)
+        if self.has_kernel and (torch.compiler.is_compiling() or len(rows) < MANY_ROWS):
+            y = torch._weight_int8pack_mm(rows, self.codes, self.scales)
+        else:
+            cuts = range(0, self.out_features, ROWS_AT_A_TIME)
+            pieces = [
+                _int8_product(rows, self.codes[i:][:ROWS_AT_A_TIME], self.scales[i:][:ROWS_AT_A_TIME]) for i in cuts
+            ]
+            y = torch.cat(pieces, dim=1)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def to_dense(self) -> torch.Tensor:
+        return self.codes.to(self.scales.dtype) * self.scales[:, None]
+
+
+class Int4(Layout):
+    """Four bits a weight, a scale and a zero for each group of a row."""
+
+    def __init__(self, matrix: Quantized, dtype: torch.dtype):
+        codes, device = matrix.codes, matrix.codes.device.type
+        self.out_features, self.in_features = len(codes), matrix.in_features
+        self.n_columns = codes.shape[1]
+        self.group = self.n_columns // matrix.scales.shape[1]
+        self.dtype = dtype
+        # The kernels take rows in sixteens, and bfloat16.
+        missing = -len(codes) % 16
+        codes, scales, zeros = (F.pad(t, (0, 0, 0, missing)) for t in (codes, matrix.scales, matrix.zeros))
+        self.has_kernel = dtype == torch.bfloat16 and device in ("cpu", "cuda")
+        if not self.has_kernel:
+            self.codes = codes
+            self.scales_zeros = torch.stack([scales, zeros], dim=-1)
+            return
+        if device == "cpu":
+            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+        else:
+            pairs = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2))
+            inner_tiles = min(8, self.group // 16)  # columns in blocks of 16 * inner_tiles
+            self.codes = torch.ops.aten._convert_weight_to_int4pack(pairs[..., 0] << 4 | pairs[..., 1], inner_tiles)
+        self.scales_zeros = torch.stack([scales.T, zeros.T], dim=-1).to(dtype).contiguous()  # [groups, rows, 2]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.n_columns > self.in_features:
+            rows = F.pad(rows, (0, self.n_columns - self.in_features))
+        if not self.has_kernel:
+            scales, zeros = self.scales_zeros.unbind(-1)
+            dense = self.codes.to(self.dtype).unflatten(1, (-1, self.group))
+            dense = dense * scales[:, :, None].to(self.dtype) + zeros[:, :, None].to(self.dtype)
+            y = F.linear(rows, dense.flatten(1))
+        elif x.device.type == "cpu":
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.scales_zeros)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm(rows, self.codes, self.group, self.scales_zeros)
+        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+
+    def to_dense(self) -> torch.Tensor:
+        return self.columns(torch.arange(self.in_features, device=self.scales_zeros.device))
+
+    def columns(self, indices: torch.Tensor) -> torch.Tensor:
+        one_hot = F.one_hot(indices, self.in_features).to(self.dtype)
+        return self(one_hot).T.contiguous()  # the kernels' own order of the codes is theirs
+
+
+def _int8_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, codes.to(x.dtype)) * scales
+
+
+@functools.cache
+def _compiled_int8_product() -> Callable[..., torch.Tensor]:
+    return torch.compile(_int8_product, dynamic=True)

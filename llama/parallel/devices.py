@@ -1,0 +1,52 @@
+"""The device and the dtype that a rank computes with. Knows nothing of process groups."""
+
+import os
+
+import torch
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device this rank computes on: the one asked for, else CUDA, else MPS, else the CPU.
+
+    A bare "cuda" becomes the card of this process's LOCAL_RANK, as torchrun sets it.
+
+    Raises:
+        ValueError: the device named does not exist here.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device {device!r} is not known to PyTorch: expected 'cpu', 'cuda', 'cuda:N' or 'mps'"
+        ) from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {str(device)!r} was asked for, but PyTorch finds no CUDA device here")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"this process wants CUDA device {index}, but there are {torch.cuda.device_count()}: "
+                "start at most one process per card, or pass device='cpu'"
+            )
+        device = torch.device("cuda", index)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' was asked for, but PyTorch finds no Apple GPU here")
+    return device
+
+
+def pick_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype nearest to `dtype` (the checkpoint's) that `device` computes in."""
+    if (
+        dtype == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        return torch.float16
+    if dtype == torch.float64 and device.type == "mps":
+        return torch.float32
+    return dtype

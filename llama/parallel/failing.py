@@ -1,0 +1,96 @@
+"""When one rank of a run fails, the others end with it, with its message. Knows nothing of what they are doing."""
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from llama.parallel.lifeline import FAILED, LOST_PEER, Hub, Lifeline
+
+# What tells this process that another of its run has failed; None in a run of one process.
+_lifeline: Lifeline | None = None
+
+_meeting = 0  # how many times `fail_together` was entered: the same on each rank
+
+
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """When one rank raises inside, every rank does, so that none is left waiting for it in a collective.
+
+    The ranks meet at the end, so the work inside must not be collective; afterwards they are in step, and the run can
+    go on. The rank's own exception stays what it is; the others raise a RuntimeError with its message. Long work
+    inside calls `raise_if_a_rank_failed` now and then, so as not to finish for nothing.
+    """
+    global _meeting
+    _meeting += 1
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if dist.get_world_size() > 1:
+        message = None if error is None or isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
+        if message is not None and _lifeline is not None:
+            _lifeline.warn(_meeting, f"rank {dist.get_rank()} failed: {message}")
+        messages: list[str | None] = [None] * dist.get_world_size()
+        with fail_at_once():
+            dist.all_gather_object(messages, message)
+        for rank, message in enumerate(messages):
+            if message is not None and (error is None or isinstance(error, RankFailed)):
+                raise RankFailed(f"rank {rank} failed: {message}")
+    if error is not None:
+        raise error
+
+
+@contextlib.contextmanager
+def fail_at_once() -> Iterator[None]:
+    """When one rank raises inside, the others end within seconds, with its message, wherever they are.
+
+    For collective work, such as a forward pass: ranks that wait for the failed one cannot be brought back into step. A
+    rank whose collective breaks raises a RuntimeError with the message of the rank that failed; one that stays stuck in
+    its collective prints the message and is ended. If every rank raises (they share a mistake), nothing more happens.
+    """
+    if _lifeline is not None and _lifeline.lost is not None:
+        raise RankFailed(f"{_lifeline.lost}; start the run again")
+    try:
+        yield
+    except Exception as error:
+        if _lifeline is None:
+            raise
+        lost_peer = isinstance(error, (dist.DistError, RuntimeError)) and any(
+            word in str(error) for word in ("gloo/transport", "NCCL", "onnection")
+        )
+        cause = _lifeline.report(f"{type(error).__name__}: {error}", LOST_PEER if lost_peer else FAILED)
+        if cause is None:
+            raise
+        raise RankFailed(cause) from error
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed; the message is that rank's."""
+
+
+def raise_if_a_rank_failed() -> None:
+    """Raises RankFailed once another rank has raised in the `fail_together` that this one is in."""
+    if _lifeline is not None and (message := _lifeline.lost or _lifeline.warnings.get(_meeting)) is not None:
+        raise RankFailed(message)
+
+
+def connect() -> None:
+    """Ties the processes of a run together (llama.parallel.lifeline), if they reach rank 0's port."""
+    global _lifeline
+    if _lifeline is not None:
+        return
+    rank, n_ranks = dist.get_rank(), dist.get_world_size()
+    hub = Hub(n_ranks) if rank == 0 else None
+    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    address = [(host, hub.port, hub.password) if hub else None]
+    dist.broadcast_object_list(address, src=0)
+    try:
+        _lifeline = Lifeline(rank, n_ranks, address[0], hub)
+    except OSError as error:
+        where = f"{address[0][0]}:{address[0][1]}"
+        print(f"rank {rank} cannot reach rank 0 at {where} ({error}): failures of others show late", file=sys.stderr)

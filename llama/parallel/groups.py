@@ -1,0 +1,96 @@
+"""Where the model runs: process groups, device and dtype, and the model-parallel layers.
+
+Knows nothing of Llama: it splits matrices over ranks and adds the pieces up again. The weights and their partitioning
+are fairscale's; the forward pass is our own while no gradient is wanted, because fairscale's reduce cannot be compiled.
+"""
+
+import atexit
+import contextlib
+import io
+import os
+import sys
+
+import fairscale.nn.model_parallel.initialize as fairscale_groups
+import torch
+import torch.distributed as dist
+
+from llama.parallel import failing, replicas
+from llama.parallel.devices import pick_device
+
+# The model-parallel size of the groups that `initialize` made; None while there are none, or they are the caller's.
+_own_model_parallel_size: int | None = None
+
+
+def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
+    """Makes the process groups that the model-parallel layers need, as far as they are not there yet.
+
+    Under torchrun the world is torchrun's; in a plain `python` or a notebook it is one process, whose group needs
+    no port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used as they are.
+
+    Args:
+        model_parallel_size: over how many processes a model is split; the world size when None. Where it is smaller,
+            each run of that many consecutive ranks holds a whole model (a replica).
+        device: decides the backend of a group made here: NCCL for CUDA, else gloo.
+
+    Raises:
+        ValueError: the size does not divide the number of processes, or contradicts the caller's groups.
+    """
+    global _own_model_parallel_size
+    device = device or pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL works on the current device of the process
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "WORLD_SIZE" in os.environ and "RANK" in os.environ:  # torchrun's rendezvous
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_destroy_groups)
+    world_size = dist.get_world_size()
+    if world_size > 1:
+        failing.connect()
+    current = None
+    if fairscale_groups.model_parallel_is_initialized():
+        current = fairscale_groups.get_model_parallel_world_size()
+    if model_parallel_size is None:
+        model_parallel_size = world_size if current is None or current == _own_model_parallel_size else current
+    if model_parallel_size < 1 or world_size % model_parallel_size != 0:
+        sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"model_parallel_size={model_parallel_size} does not divide the {world_size} process(es) of this run: "
+            f"expected one of {sizes} (torchrun --nproc_per_node sets the number of processes)"
+        )
+    if current == model_parallel_size:
+        return
+    if current is not None:
+        if current != _own_model_parallel_size:
+            raise ValueError(
+                f"model_parallel_size={model_parallel_size}, but the caller has initialised "
+                f"fairscale's groups with {current}: pass {current}, or None"
+            )
+        # Layers remember the group they were built with, so models already built keep working.
+        fairscale_groups.destroy_model_parallel()
+        replicas.gloo_group.cache_clear()
+    with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups in three lines
+        fairscale_groups.initialize_model_parallel(model_parallel_size)
+    _own_model_parallel_size = model_parallel_size
+
+
+def _destroy_groups() -> None:
+    """At exit: ends the groups' threads, which abort the process now and then if they outlive the interpreter."""
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()
+
+
+def silence_other_ranks() -> None:
+    """Sends stdout of every rank but 0 to nowhere, so that a script's `print` appears once.
+
+    The example scripts, Meta's and ours, rely on it. stderr, and with it every error, stays.
+    """
+    if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
+        sys.stdout = open(os.devnull, "w")
+
+
+def partition(size: int, rank: int, n_ranks: int) -> tuple[int, int]:
+    """[start, stop) of a dimension that a rank holds. Where n_ranks does not divide the size, some hold one more."""
+    return rank * size // n_ranks, (rank + 1) * size // n_ranks

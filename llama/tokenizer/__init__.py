@@ -1,0 +1,9 @@
+"""Text to token ids and back: the tokenizers, the chat formats, dialogs with open turns, text while it is decided.
+
+Knows nothing of tensors, models or sampling.
+"""
+
+from llama.tokenizer.chat_format import ChatFormat, Dialog, Message, Role
+from llama.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]

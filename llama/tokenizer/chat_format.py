@@ -1,0 +1,116 @@
+"""A dialog to the ids of its prompt, in the two chat formats of Llama. Knows nothing of tensors or models."""
+
+from collections.abc import Mapping
+from typing import Literal, TypedDict, get_args
+
+from llama.tokenizer.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant", "ipython", "tool"]  # `tool` is another name of `ipython`
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+
+
+Dialog = list[Message]
+
+
+class ChatFormat:
+    """A dialog to the ids of its prompt, in the format that the tokenizer's models were tuned on.
+
+    Llama 3: each message is `<|start_header_id|>ROLE<|end_header_id|>`, two newlines, the content and `<|eot_id|>`.
+    Llama 2: `[INST] <<SYS>>`, where the tags are text. A tag that a user writes is then the same characters as one of
+    the format's: the model cannot tell them apart, and nothing here refuses them. Control tokens (`<s>`, `</s>`,
+    `<|eot_id|>`, ...) never come out of a message, in either format. Contents are stripped of white space around them.
+
+    Formats: the model cards of Llama 3.1 and Llama 2, llama.com/docs/model-cards-and-prompt-formats.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def encode_header(self, message: Message) -> list[int]:
+        """Ids of what stands before a message's content. The role `tool` is written `ipython`, its name in the format.
+
+        Raises:
+            ValueError: as `check` for the message; or the format is Llama 2's, which has no headers.
+        """
+        self._check_message(message)
+        return self._header(message["role"])
+
+    def encode_message(self, message: Message) -> list[int]:
+        """Ids of one whole message: header, content, end of turn. Raises as `encode_header` does."""
+        header = self.encode_header(message)
+        return header + self.tokenizer.encode(message["content"].strip()) + [self.tokenizer.eot_id]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """Ids of a dialog, up to where the assistant's answer begins. Raises ValueError as `check` does."""
+        self.check(dialog)
+        if self.tokenizer.kind == "llama2":
+            return self._llama2_prompt(dialog)
+        ids = [self.tokenizer.bos_id]
+        for message in dialog:
+            ids += self.encode_message(message)
+        return ids + self._header("assistant")
+
+    def check(self, dialog: Dialog) -> None:
+        """Says whether a dialog can be a prompt, before anything is run.
+
+        Raises:
+            ValueError: it is not a non-empty list of messages; a message has no `role` or no `content`, an unknown role
+                or a content that is not a str; the last one is not the user's (or a tool's result). Llama 2: after a
+                system message, if there is one, user and assistant do not alternate.
+        """
+        self.check_messages(dialog)
+        roles = [message["role"] for message in dialog]
+        if roles[-1] not in ("user", "ipython", "tool"):
+            raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {roles[-1]!r}")
+        if self.tokenizer.kind == "llama2":
+            turns = roles[1:] if roles[0] == "system" else roles
+            if any(role != ("user", "assistant")[k % 2] for k, role in enumerate(turns)):
+                expected = "a Llama 2 dialog has user and assistant in turn, after at most one system message"
+                raise ValueError(f"{expected}; found {', '.join(roles)}")
+
+    @staticmethod
+    def check_messages(dialog: Dialog) -> None:
+        """The part of `check` that holds for every dialog, whatever its format and its order."""
+        if not (isinstance(dialog, list | tuple) and dialog):
+            found = "an empty list" if dialog == [] else type(dialog).__name__
+            raise ValueError(f"a dialog is a list of one or more messages, the last of them the user's; found {found}")
+        for number, message in enumerate(dialog):
+            ChatFormat._check_message(message, f"message {number} of the dialog")
+
+    @staticmethod
+    def _check_message(message: Message, where: str = "the message") -> None:
+        known = get_args(Role)
+        if not isinstance(message, Mapping):
+            problem = f"is a {type(message).__name__}, expected a dict with 'role' and 'content'"
+        elif missing := [key for key in ("role", "content") if key not in message]:
+            problem = f"has no {missing[0]!r}; found the keys {sorted(map(str, message))}"
+        elif message["role"] not in known:
+            problem = f"has the unknown role {message['role']!r}; known are {', '.join(known)}"
+        elif not isinstance(message["content"], str):
+            problem = f"has a content of type {type(message['content']).__name__}, expected a str"
+        else:
+            return
+        raise ValueError(f"{where} {problem}")
+
+    def _header(self, role: str) -> list[int]:
+        if self.tokenizer.kind == "llama2":
+            raise ValueError("the Llama 2 chat format has no header or message by itself: use encode_dialog_prompt")
+        special = self.tokenizer.special_tokens
+        if missing := {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} - special.keys():
+            raise ValueError(f"the tokenizer has no {', '.join(sorted(missing))}: its model is not one for dialogs")
+        name = self.tokenizer.encode("ipython" if role == "tool" else role)
+        return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *self.tokenizer.encode("\n\n")]
+
+    def _llama2_prompt(self, dialog: Dialog) -> list[int]:
+        contents = [message["content"] for message in dialog]
+        if dialog[0]["role"] == "system":
+            contents[:2] = [f"<<SYS>>\n{contents[0]}\n<</SYS>>\n\n{contents[1]}"]
+        *earlier, last = (content.strip() for content in contents)
+        ids = []
+        for user, assistant in zip(earlier[::2], earlier[1::2], strict=True):
+            ids += self.tokenizer.encode(f"[INST] {user} [/INST] {assistant} ", bos=True, eos=True)
+        return ids + self.tokenizer.encode(f"[INST] {last} [/INST]", bos=True)
