@@ -328,10 +328,19 @@ class Llama:
 
     # What the other houses build on
 
-    def answer(self, prompts: SequenceOf[SequenceOf[int]], *flags: bool, **options: Any) -> list[list[Answer]]:
-        """The answers to each prompt, with all there is to tell of them; `flags` as in `Answerer.answer`."""
+    def answer(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        logprobs: bool = False,
+        echo: bool = False,
+        progress: bool = False,
+        shared: bool = True,
+        **options: Any,
+    ) -> list[list[Answer]]:
+        """The answers to each prompt of ids, with all there is to tell of them: see `Answerer.answer`."""
         prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        return self.answerer.answer(prompts, self.answerer.check_options(prompts, options), *flags)
+        settings = self.answerer.check_options(prompts, options)
+        return self.answerer.answer(prompts, settings, logprobs, echo, progress, shared)
 
     def open_jobs(self) -> Jobs:
         """For jobs that come one after the other, on this replica alone. Use it in a `with`; nothing is checked."""
