@@ -23,11 +23,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
-from llama.datasets.journal import Output
+from llama.datasets.journal import Journal
 from llama.datasets.prompts import KINDS, kind_of, prompt_ids
 from llama.datasets.rows import Row, row_of, scan
 from llama.datasets.runs import Files, Run, decoding_parameters, line_seed
-from llama.datasets.task_queue import Work
+from llama.datasets.task_queue import TaskQueue
 from llama.datasets.task_template import Template, read_template
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
@@ -129,21 +129,21 @@ def run_batch_files(
         on rank 0, what was done.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as `run_batch`, `Rows` and `Output`. Nothing has run then.
+        FileNotFoundError, ValueError, TypeError: as `run_batch`, `Rows` and `Journal`. Nothing has run then.
         BlockingIOError: another run is writing the output.
-        OSError: the output cannot be written on.
+        OSError: the output cannot be written.
     """
     answering = _Answering(llama, template, logprobs, options)
     summary = Summary(0)
     files = Files(source, target, force, retry)
-    output = files.write(answering.run(), answering.parameters(), partial(_shown, summary, progress))
-    return None if output is None else summary
+    journal = files.write(answering.run(), answering.parameters(), partial(_shown, summary, progress))
+    return None if journal is None else summary
 
 
-def _shown(summary: Summary, progress: bool, records: Iterator[dict], output: Output) -> Iterator[dict]:
+def _shown(summary: Summary, progress: bool, records: Iterator[dict], journal: Journal) -> Iterator[dict]:
     """The records, which are counted as they are written, and a bar."""
-    summary.n_lines, summary.n_failed = output.n_rows, output.n_failed
-    summary.n_done = summary.n_before = len(output.done)
+    summary.n_lines, summary.n_failed = journal.n_rows, journal.n_failed
+    summary.n_done = summary.n_before = len(journal.done)
     started = time.perf_counter()
     with tqdm(total=summary.n_lines, initial=summary.n_done, unit="line", disable=not progress) as bar:
         for record in records:
@@ -245,7 +245,7 @@ class _Answering:
 
     # What every process does
 
-    def _answers(self, work: Work) -> Iterator[None]:
+    def _answers(self, queue: TaskQueue) -> Iterator[None]:
         """Answers tasks as long as there are any, and gives word of each; yields whenever one is done."""
         next_turns: deque[Job] = deque()  # of dialogs whose last turn was filled just now
         n_rolling = 0  # dialogs that have been begun and may have a next turn
@@ -258,13 +258,13 @@ class _Answering:
                     yield next_turns.popleft()
                 elif not more:
                     yield None
-                elif (task := work.take()) is None:
+                elif (task := queue.take()) is None:
                     more = False
                 else:
                     try:
                         job = self._job(self._line(task))
                     except (ValueError, TypeError) as error:
-                        work.give({"line": task["line"], "error": str(error)})
+                        queue.give({"line": task["line"], "error": str(error)})
                         continue
                     n_rolling += job.key.dialog is not None
                     yield job
@@ -285,7 +285,7 @@ class _Answering:
                             result |= {"finish_reason": "error", "error": str(error)}
                     result |= {"turns": line.turns, "messages": line.dialog.messages}
                     result["answer_tokens"] = sum(turn["answer_tokens"] for turn in line.turns)
-            work.give(result)
+            queue.give(result)
             yield
 
     def _line(self, task: dict) -> _Line:

@@ -13,10 +13,10 @@ from typing import Any
 import torch.distributed as dist
 
 from llama import parallel
-from llama.datasets.fingerprint import identity
-from llama.datasets.journal import Output
+from llama.datasets.fingerprint import fingerprint
+from llama.datasets.journal import Journal
 from llama.datasets.rows import Row, Rows
-from llama.datasets.task_queue import Work
+from llama.datasets.task_queue import TaskQueue
 from llama.generation import Llama
 from llama.options import DecodingOptions
 
@@ -35,7 +35,7 @@ class Run:
     """
 
     task_of: Callable[[Row], dict[str, Any]]
-    answer: Callable[[Work], Iterator[None]]
+    answer: Callable[[TaskQueue], Iterator[None]]
     record_of: Callable[[Row, dict[str, Any], dict[str, Any]], dict[str, Any]]
     as_json: Collection[str] = ()
 
@@ -57,10 +57,10 @@ class Run:
         def record(said: dict[str, Any]) -> dict[str, Any]:
             return self.record_of(*open_rows.pop(said["line"]), said)
 
-        with Work(tasks()) as work:
-            for _ in self.answer(work):
-                yield from map(record, work.results())
-            yield from map(record, work.results(wait=True))
+        with TaskQueue(tasks()) as queue:
+            for _ in self.answer(queue):
+                yield from map(record, queue.results())
+            yield from map(record, queue.results(wait=True))
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Files:
         self,
         run: Run,
         parameters: dict[str, Any],
-        shown: Callable[[Iterator[dict[str, Any]], Output], Iterable[dict[str, Any]]],
-    ) -> Output | None:
+        shown: Callable[[Iterator[dict[str, Any]], Journal], Iterable[dict[str, Any]]],
+    ) -> Journal | None:
         """Writes the records of the rows that are not done; every process calls this.
 
         Args:
@@ -92,31 +92,31 @@ class Files:
             shown: yields the records that it is given, and does what it likes with them on the way.
 
         Returns:
-            on rank 0, the output, closed.
+            on rank 0, the journal, closed.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: as `Rows` and `Output`. Nothing has run then.
+            FileNotFoundError, ValueError, TypeError: as `Rows` and `Journal`. Nothing has run then.
             BlockingIOError: another run is writing the target.
             OSError: the target cannot be written on.
         """
-        output, rows = None, ()
+        journal, rows = None, ()
         with parallel.fail_together():
             if dist.get_rank() == 0:
                 rows = Rows(self.source, run.as_json)
-                output = Output(self.target, rows, parameters, self.force, self.retry)
+                journal = Journal(self.target, rows, parameters, self.force, self.retry)
         try:
             with parallel.fail_at_once():
-                if output is None:
+                if journal is None:
                     deque(run.records(()), maxlen=0)
                 else:
-                    for record in shown(run.records(row for row in rows if row.number not in output.done), output):
-                        output.append(record)
-                    output.finish()
+                    for record in shown(run.records(row for row in rows if row.number not in journal.done), journal):
+                        journal.append(record)
+                    journal.finish()
                 parallel.gather_from_replicas([])  # none goes on before all are done
         finally:
-            if output is not None:
-                output.close()
-        return output
+            if journal is not None:
+                journal.close()
+        return journal
 
 
 def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dic
     options = {name: value for name, value in vars(DecodingOptions(**options)).items() if name != "seed"}
     if (processor := options.pop("logits_processor")) is not None:
         options["logits_processor"] = getattr(processor, "__qualname__", type(processor).__qualname__)
-    return {"model": identity(llama), "options": options, "seed": seed}
+    return {"model": fingerprint(llama), "options": options, "seed": seed}
 
 
 def line_seed(seed: int, id: str | int | None) -> int:

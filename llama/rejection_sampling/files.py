@@ -1,6 +1,6 @@
 """Rejection sampling from file to file, and scores for the answers that a file has: on any number of replicas.
 
-Lines and their seeds are those of `llama.datasets.batch`; the output is locked, and a killed run goes on where it was.
+Lines and their seeds are those of `llama.datasets.batch`; the journal is locked, and a killed run goes on where it was.
 Rank 0 reads and writes; each replica takes a line whenever it has room.
 """
 
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.datasets.batch import KEYS, OPTIONS
-from llama.datasets.journal import Output, check_target
+from llama.datasets.journal import Journal, check_target
 from llama.datasets.prompts import KINDS, kind_of
 from llama.datasets.rows import Row, Rows, scan
 from llama.datasets.runs import Files, Run, decoding_parameters, line_seed
-from llama.datasets.task_queue import Work
+from llama.datasets.task_queue import TaskQueue
 from llama.generation import Llama
 from llama.options import DecodingOptions, from_json
 from llama.rejection_sampling.best_of_n import Summary
@@ -88,9 +88,9 @@ def sample_files(
             given["seed"] = line_seed(seed, row.id)
         return {"row": _prompt_of(row.fields), "options": given}
 
-    def answer(work: Work) -> Iterator[None]:
+    def answer(queue: TaskQueue) -> Iterator[None]:
         def tasks() -> Iterator[Task]:
-            while (task := work.take()) is not None:
+            while (task := queue.take()) is not None:
                 try:
                     if "error" in task:
                         raise ValueError(task["error"])
@@ -99,10 +99,10 @@ def sample_files(
                     llama.check_option(option)
                     yield Task(task["line"], task["row"], prompt_to_sample(llama, task["row"]), option)
                 except (ValueError, TypeError) as error:
-                    work.give({"line": task["line"], "error": str(error)})
+                    queue.give({"line": task["line"], "error": str(error)})
 
         for task in draw(llama, tasks(), scorer, plan):
-            work.give({"line": task.key, "seed": task.option.seed, **result(task.answers, plan)})
+            queue.give({"line": task.key, "seed": task.option.seed, **result(task.answers, plan)})
             yield
 
     run = Run(task_of, answer, _record_of, KEYS[1:])
@@ -164,16 +164,16 @@ def rescore_files(
         some = {"n_drawn": n_drawn} if isinstance(n_drawn, int) and n_drawn > len(answers) else {}
         return {"row": prompt, "answers": answers, **some}
 
-    def answer(work: Work) -> Iterator[None]:
+    def answer(queue: TaskQueue) -> Iterator[None]:
         group = fairscale_groups.get_model_parallel_group()
-        while (task := work.take()) is not None:
+        while (task := queue.take()) is not None:
             if "error" not in task:
                 shown = ("text", "finish_reason", "score", "error")
                 scored = [{name: a[name] for name in shown if name in a} for a in task["answers"]]
                 give_scores(scorer, task["row"], scored, group)
                 answers = [known | score for known, score in zip(task["answers"], scored)]
                 task = {"line": task["line"], **result(answers, plan)}
-            work.give(task)
+            queue.give(task)
             yield
 
     def record_of(row: Row, task: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
@@ -242,19 +242,19 @@ def _record_of(row: Row, task: dict[str, Any], said: dict[str, Any]) -> dict[str
 
 def _write(run: Run, parameters: dict[str, Any], plan: Plan, files: Files, progress: bool) -> Summary | None:
     """Writes the records, with a bar; returns the summary of all there are, on rank 0."""
-    output = files.write(run, parameters, partial(_shown, progress))
-    return None if output is None else summarize(output.journal, plan)
+    journal = files.write(run, parameters, partial(_shown, progress))
+    return None if journal is None else summarize(journal.path, plan)
 
 
-def _shown(progress: bool, records: Iterator[dict[str, Any]], output: Output) -> Iterator[dict[str, Any]]:
-    with tqdm(total=output.n_rows, initial=len(output.done), unit="line", disable=not progress) as bar:
+def _shown(progress: bool, records: Iterator[dict[str, Any]], journal: Journal) -> Iterator[dict[str, Any]]:
+    with tqdm(total=journal.n_rows, initial=len(journal.done), unit="line", disable=not progress) as bar:
         for record in records:
             yield record
             bar.update()
 
 
 def summarize(path: str | os.PathLike, plan: Plan) -> Summary:
-    """The summary of an output's records."""
+    """The summary of a journal's records."""
     summary = Summary(plan.threshold, None if plan.threshold is None else plan.n)
     with open(path, encoding="utf-8") as file:
         for record in map(json.loads, file):

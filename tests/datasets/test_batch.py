@@ -367,7 +367,7 @@ def test_the_command_answers_a_csv_file_and_says_how_it_went(write_checkpoint, t
     assert "line 3: found none of prompt, messages, tokens" in result.stderr
     assert "3 of 3 lines done, 1 of them failed" in result.stderr
     header, *rows = (tmp_path / "out.csv").read_text().splitlines()
-    assert header.startswith("id,line,text,finish_reason") and [row[:3] for row in rows[-1:]] == ["c,3"]
+    assert header.startswith('"id","line","text","finish_reason"') and [row[:5] for row in rows[-1:]] == ['"c",3']
     result = run_command(*arguments)
     assert "3 of 3 lines done (3 of them before), 1 of them failed; 0 tokens" in result.stderr
 
@@ -403,10 +403,11 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_goes_on(write_checkpoint, 
         "--device=cpu",
     ]
     code = (
-        "import signal, sys\nfrom llama import cli, output\nappend = output.Output.append\n"
+        "import signal, sys\nfrom llama.cli.commands import main\nfrom llama.datasets.journal import Journal\n"
+        "append = Journal.append\n"
         "def interrupt(self, record):\n    append(self, record)\n"
         "    if record['line'] == 20: signal.raise_signal(signal.SIGINT)\n"
-        "output.Output.append = interrupt\ncli.main(sys.argv[1:])\n"
+        "Journal.append = interrupt\nmain(sys.argv[1:])\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, "batch", *files],

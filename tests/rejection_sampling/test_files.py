@@ -144,7 +144,7 @@ def test_answers_that_are_in_a_file_are_scored_with_or_without_their_prompts(fol
     for name in scored.keys() - {"broken"}:
         right = answered[name]["text"].endswith(f"= {int(name[3:]) + 34}.")
         assert scored[name]["best"] == answered[name]["text"] and scored[name]["scores"] == [float(right)]
-    assert (folder / "scored.csv").read_text().startswith("id,line,")
+    assert (folder / "scored.csv").read_text().startswith('"id","line",')
 
 
 def test_a_reward_model_and_a_judge_score_on_replicas_as_on_one_process(folder):
@@ -419,7 +419,7 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file of what a"),
         (["--plot", "nope/x.png"], "--plot nope/x.png: there is no directory nope: expected one that is there"),
         (["--plot", "."], "--plot .: it is a directory: expected a PNG to write"),
-        (["--target", "nope/out.jsonl"], "there is no directory nope for out.jsonl: make it, or choose another"),
+        (["--target", "in.jsonl/out.jsonl"], "in.jsonl is a file: expected a directory for out.jsonl"),
         (["--source", "scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
     ],
 )
