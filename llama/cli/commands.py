@@ -161,7 +161,7 @@ def _split(options: dict[str, Any]) -> tuple[Llama, dict[str, Any]]:
     decoding = {name: options.pop(name) for name in NAMES if name in options}
     checked = DecodingOptions(**decoding)  # before the weights are read
     llama = load(**options)
-    checked.check_vocabulary(llama.model.args.vocab_size)
+    llama.answerer.check_option(checked)
     return llama, decoding
 
 
