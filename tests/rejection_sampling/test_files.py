@@ -271,7 +271,7 @@ def test_it_goes_on_with_the_same_options_however_they_are_said_and_with_no_othe
 
     sample()
     before = files[1].read_bytes()
-    sample(temperature=0.6, stop=None, seed=demo.seed)
+    sample(temperature=0.6, stop=None, seed=demo.answerer.seed)
     assert files[1].read_bytes() == before
     with pytest.raises(ValueError, match=r"options.logits_processor was \"test_it.*, and is null"):
         sample(logits_processor=None)
