@@ -69,19 +69,20 @@ class Run(ABC):
         """Answers tasks beside each other, on every process; on rank 0, yields the record of each row as it is done."""
         waiting: dict[int, tuple[Row, Task]] = {}
         no_jobs = contextlib.nullcontext(SimpleNamespace(n_open=0, has_room=True))
-        with TaskQueue(self.tasks(rows, waiting)) as queue, self.llama.open_jobs() if self.llama else no_jobs as jobs:
+        open_jobs = no_jobs if self.llama is None else self.llama.open_jobs()
+        with TaskQueue(self.tasks(rows, waiting)) as queue, open_jobs as jobs:
             more = True
             while more or jobs.n_open:
                 if more and jobs.has_room:
                     more = (task := queue.take()) is not None
-                    nexts = [self._begin(task)] if more else []
+                    outcomes = [self._begin(task)] if more else []
                 else:
-                    nexts = [self.go_on(job, answers) for job, answers in jobs.step()]
-                for next_job_or_result in nexts:
-                    if isinstance(next_job_or_result, Job):
-                        jobs.add(next_job_or_result)
+                    outcomes = [self.go_on(job, answers) for job, answers in jobs.step()]
+                for outcome in outcomes:
+                    if isinstance(outcome, Job):
+                        jobs.add(outcome)
                     else:
-                        queue.give(next_job_or_result)
+                        queue.give(outcome)
                 for result in queue.results():
                     yield self.record_of(*waiting.pop(result["line"]), result)
             for result in queue.results(wait=True):
