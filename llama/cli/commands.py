@@ -20,7 +20,7 @@ from llama.checkpoint.open import find_tokenizer
 from llama.cli.arguments import run, takes, text_command
 from llama.cli.chat import Conversation, Keyboard, show, talk
 from llama.datasets.batch import OPTIONS, run_batch_files
-from llama.datasets.fingerprint import identity
+from llama.datasets.fingerprint import fingerprint
 from llama.datasets.journal import check_target
 from llama.datasets.rows import Rows
 from llama.datasets.task_template import read_template
@@ -409,7 +409,7 @@ def rescore(source: str, target: str, *, prompts: str | None = None, keep: int |
     llama, known = None, how.known
     if how.scorer in ("logprob", "mean_logprob", "judge"):  # the others have no use for the model
         llama = load(**options)
-        known["model"] = identity(llama)
+        known["model"] = fingerprint(llama)
     how.run(rescore_files, source, target, how.load(llama, options), plan, known, prompts=prompts)
 
 
