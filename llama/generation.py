@@ -3,13 +3,10 @@
 Everything a user passes in is checked here, before anything runs; the work is done a floor below.
 """
 
-import hashlib
 import os
-import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,12 +17,11 @@ from llama import parallel
 from llama.checkpoint.loading import load_weights
 from llama.checkpoint.open import open_checkpoint
 from llama.decoding import scoring
-from llama.decoding.answering import Answer, Answerer, GenerationError, Job, TopLogprobs
+from llama.decoding.answering import Answer, Answerer, Jobs, TopLogprobs, wants_top
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
 from llama.layers.quantization import KINDS
-from llama.model import Transformer
-from llama.options import DecodingOptions, per_prompt
+from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 from llama.tokenizer.open_turns import OpenDialog
 
@@ -145,20 +141,28 @@ class Llama:
         proposer: Proposer | None = None,
         compile: bool = False,
     ):
-        self.model = model
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
-        self.seed = seed
         if model.cache is None:
             model.allocate_cache()
+        self.model = model
         self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
         if compile:
             with parallel.fail_at_once():
                 took = self._engine.compile()
             if dist.get_rank() == 0:
                 print(took)
-        self._answerer = Answerer(self._engine, tokenizer)
-        self._n_calls = 0
+        self.answerer = Answerer(self._engine, tokenizer, seed)
+
+    @property
+    def args(self) -> ModelArgs:
+        """The shape of the model, and the room in its cache."""
+        return self._engine.model.args
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that the model is split over."""
+        return self._engine.model.tok_embeddings.group
 
     def generate(
         self,
@@ -172,11 +176,11 @@ class Llama:
         progress: bool = False,
         **options: Any,
     ) -> tuple:
-        """Continues prompts of token ids.
+        """Continues prompts of token ids. Any number of threads may call this, and all that follows, at once.
 
         Each prompt has its own budget of min(max_gen_len, max_seq_len - its length) tokens and ends early at a stop
-        token, which is not part of the answer. What a prompt gives does not depend on the others of the call: not on
-        their number, lengths or order, nor on the processes it runs on.
+        token, which is not part of the answer. What a prompt gives does not depend on the others, of this call or of
+        another: not on their number, lengths or order, nor on the processes it runs on.
 
         Args:
             prompt_tokens: the prompts, each a list of at least one id; any number of them.
@@ -186,10 +190,8 @@ class Llama:
             logprobs: whether to return the log-probability of each token.
             echo: whether each answer begins with its prompt; the first prompt token's logprob is 0.0.
             progress: whether to show a bar of the prompts done and tokens/s.
-            options: any other field of `DecodingOptions`: top_k, min_p, repetition_penalty, no_repeat_ngram_size,
-                num_return_sequences, num_beams, length_penalty, early_stopping, stop, logit_bias, seed,
-                logits_processor, top_logprobs. Each, and those above, may be a list with one value for each prompt.
-                Without `seed`, each call of a `Llama` draws anew, from the seed of `build`.
+            options: any other field of `DecodingOptions`. Each, and those above, may be a list with one value for each
+                prompt. Without `seed`, each call of a `Llama` draws anew, from the seed of `build`.
 
         Returns:
             The answers' ids, in the order of the prompts, `num_return_sequences` to each; and for each token its
@@ -204,13 +206,14 @@ class Llama:
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         if not isinstance(prompt_tokens, Iterable):
             raise TypeError(f"prompt_tokens is {prompt_tokens!r}: expected a list of prompts, each a list of token ids")
-        prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompt_tokens)]
-        by_prompt = self.answer(prompts, logprobs, echo, progress, **options)
+        prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompt_tokens)]
+        by_prompt = self.answerer.answer(
+            prompts, self.answerer.check_options(prompts, options), logprobs, echo, progress
+        )
         answers = [(prompt, answer) for prompt, group in zip(prompts, by_prompt) for answer in group]
         tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
         values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
-        top = options.get("top_logprobs")
-        if not (any(top) if isinstance(top, (list, tuple)) else top):
+        if not wants_top(options):
             return tokens, values
         return tokens, values, [a.prompt_top_logprobs + a.top_logprobs for _, a in answers]
 
@@ -231,12 +234,14 @@ class Llama:
         Returns:
             For each answer {"generation": text}, with "tokens", "logprobs" and "top_logprobs" when these are asked for.
         """
-        prompt_tokens = self._encode_texts(prompts)
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        by_prompt = self.answer(prompt_tokens, logprobs, echo, progress, **options)
+        ids = self._encode_texts(prompts)
+        by_prompt = self.answerer.answer(ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
         predictions: list[CompletionPrediction] = []
-        for prompt, group in zip(prompt_tokens, by_prompt):
-            predictions += [{"generation": a.text, **self.details(prompt, a, logprobs, echo, options)} for a in group]
+        for prompt, group in zip(ids, by_prompt):
+            predictions += [
+                {"generation": a.text, **self.answerer.details(prompt, a, logprobs, echo, options)} for a in group
+            ]
         return predictions
 
     def chat_completion(
@@ -262,25 +267,25 @@ class Llama:
             "dialog" has all the messages.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        open_dialogs = self._open_dialogs(dialogs)
-        settings = self._check_options(open_dialogs, options)
-        for index, (dialog, option) in enumerate(zip(open_dialogs, settings)):
+        opened = [_named(f"dialog {index}", OpenDialog, dialog, self.formatter) for index, dialog in enumerate(dialogs)]
+        settings = self.answerer.check_options(opened, options)
+        for index, (dialog, option) in enumerate(zip(opened, settings)):
             if dialog.has_placeholders and option.num_return_sequences > 1:
                 n = option.num_return_sequences
                 raise ValueError(f"dialog {index}: num_return_sequences = {n}: expected 1 where there are open turns")
         last: list[tuple[list[int], list[Answer]]] = [([], [])] * len(settings)  # prompt and answers
-        while turn := [index for index, dialog in enumerate(open_dialogs) if not dialog.is_done]:
-            prompts = [self.check_prompt(index, self._encode_dialog(index, open_dialogs[index])) for index in turn]
-            groups = self._answer_some(turn, prompts, [settings[index] for index in turn], logprobs, progress)
+        while turn := [index for index, dialog in enumerate(opened) if not dialog.is_done]:
+            prompts = [self._encode_dialog(index, opened[index]) for index in turn]
+            groups = self.answerer.answer(prompts, [settings[i] for i in turn], logprobs, False, progress, names=turn)
             for index, prompt, group in zip(turn, prompts, groups):
-                open_dialogs[index].fill(group[0].text)
+                opened[index].fill(group[0].text)
                 last[index] = prompt, group
         predictions: list[ChatPrediction] = []
-        for dialog, (prompt, group) in zip(open_dialogs, last):
+        for dialog, (prompt, group) in zip(opened, last):
             whole = {"dialog": dialog.messages} if dialog.has_placeholders else {}
             for a in group:
                 message: Message = {"role": "assistant", "content": a.text}
-                details = self.details(prompt, a, logprobs, False, options)
+                details = self.answerer.details(prompt, a, logprobs, False, options)
                 predictions.append({"generation": message, **whole, **details})
         return predictions
 
@@ -291,88 +296,102 @@ class Llama:
         `text_completion` returns with the same seed. An answer of nothing yields nothing. Closing the iterator ends
         the answer and frees its slot.
         """
-        return self._stream(self._encode_texts([prompt])[0], **options)
+        return self._stream(self._encode_texts([prompt])[0], options)
 
     def stream_chat(self, dialog: Dialog, **options: Any) -> Iterator[str]:
         """Yields the answer to a dialog while it is decided, as `stream_text` does."""
-        (open_dialog,) = self._open_dialogs([dialog])
-        if open_dialog.has_placeholders:
+        opened = _named("dialog 0", OpenDialog, dialog, self.formatter)
+        if opened.has_placeholders:
             raise ValueError("a stream is one answer: expected a dialog without open turns")
-        return self._stream(self._encode_dialog(0, open_dialog), **options)
+        return self._stream(self._encode_dialog(0, opened), options)
 
-    def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[dict]:
-        """The log-probability of each token of texts or lists of ids: see `llama.decoding.scoring.score`."""
-        return scoring.score(self, texts, top_logprobs, stride)
+    def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[scoring.Score]:
+        """The log-probability of each token of texts, without generating.
+
+        Args:
+            texts: of any length; they get a begin-of-text token before them. Or lists of ids, taken as they are.
+            top_logprobs: how many of the most likely tokens to report at each position.
+            stride: by how many tokens the windows over a text longer than max_seq_len advance; half of that when None.
+
+        Raises:
+            ValueError, TypeError: as in `generate`, naming the text by its index.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts is a str: expected a list of them, so pass [text]")
+        ids = [self.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
+        ids = [self.answerer.check_prompt(index, prompt, any_length=True) for index, prompt in enumerate(ids)]
+        return scoring.score_texts(self.answerer, ids, top_logprobs, stride)
 
     def perplexity(self, texts: SequenceOf, stride: int | None = None) -> list[float]:
-        """The perplexity of each text: see `llama.decoding.scoring.perplexity`."""
-        return scoring.perplexity(self, texts, stride)
+        """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`."""
+        return [scoring.perplexity(score) for score in self.score(texts, stride=stride)]
 
-    def answer(
-        self,
-        prompts: SequenceOf[SequenceOf[int]],
-        logprobs: bool = False,
-        echo: bool = False,
-        progress: bool = False,
-        shared: bool = True,
-        **options: Any,
-    ) -> list[list[Answer]]:
-        """What `generate` and the completions are made of: the answers to each prompt, with all that is known of them.
+    # What the other houses build on
 
-        Arguments and errors as in `generate`. With replicas, each takes its share of the prompts; or, if not `shared`,
-        answers all, whatever the others do.
-        """
-        prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        return self._answerer.answer(prompts, self._check_options(prompts, options), logprobs, echo, progress, shared)
+    def answer(self, prompts: SequenceOf[SequenceOf[int]], *flags: bool, **options: Any) -> list[list[Answer]]:
+        """The answers to each prompt, with all there is to tell of them; `flags` as in `Answerer.answer`."""
+        prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
+        return self.answerer.answer(prompts, self.answerer.check_options(prompts, options), *flags)
 
-    def answer_jobs(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, list[Answer]]]:
-        """Yields jobs with their answers as each is done, by this replica alone: see `Answerer.run`. Checks nothing."""
-        return self._answerer.run(jobs)
+    def open_jobs(self) -> Jobs:
+        """For jobs that come one after the other, on this replica alone. Use it in a `with`; nothing is checked."""
+        return Jobs(self.answerer)
 
-    def _answer_some(
-        self,
-        indices: list[int],
-        prompts: list[list[int]],
-        settings: list[DecodingOptions],
-        logprobs: bool,
-        progress: bool,
-    ) -> list[list[Answer]]:
-        """The answers to some of a call's prompts; an error names the first that failed by its index in the call."""
-        try:
-            return self._answerer.answer(prompts, settings, logprobs, False, progress)
-        except GenerationError as error:
-            bad = next(index for index, group in zip(indices, error.answers) if any(a.error for a in group))
-            message = re.sub(r"^prompt \d+", f"prompt {bad}", str(error))
-            raise GenerationError(message, error.answers) from error.__cause__
+    def score_tokens(self, texts: SequenceOf[tuple[list[int], int]], shared: bool = False) -> list[scoring.TokenScores]:
+        """The scores of the tokens of each (ids, start), from start on: see `llama.decoding.scoring.score_tokens`."""
+        limit = self.args.max_seq_len + 1
+        for index, (ids, start) in enumerate(texts):
+            if not 0 < start < len(ids) <= limit:
+                found = f"a context of {start} tokens and a continuation of {len(ids) - start}"
+                raise ValueError(f"text {index} has {found}: expected at least one each, and {limit} together at most")
+            self.answerer.check_prompt(f"text {index}", ids, any_length=True)
+        return scoring.score_tokens(self.answerer, texts, shared=shared)
 
-    def _stream(self, prompt: list[int], **options: Any) -> Iterator[str]:
+    # Until data sets use `open_jobs` and `answerer`:
+
+    def answer_jobs(self, jobs: Iterable) -> Iterator[tuple]:
+        source, more = iter(jobs), True
+        with self.open_jobs() as open_jobs:
+            while more or open_jobs.n_open:
+                while more and open_jobs.has_room:
+                    job = next(source, source)
+                    if job is source:
+                        more = False
+                    elif job is None:
+                        break
+                    else:
+                        open_jobs.add(job)
+                yield from open_jobs.step()
+
+    @property
+    def check_prompt(self) -> Callable:
+        return self.answerer.check_prompt
+
+    @property
+    def check_option(self) -> Callable:
+        return self.answerer.check_option
+
+    @property
+    def check_options(self) -> Callable:
+        return self.answerer.check_options
+
+    @property
+    def details(self) -> Callable:
+        return self.answerer.details
+
+    def _stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
         """Checks at once, and not when the first piece is asked for."""
-        (option,) = self._check_options([self.check_prompt(0, prompt)], options)
+        (option,) = self.answerer.check_options([self.answerer.check_prompt(0, prompt)], options)
         if option.num_beams > 1 or option.num_return_sequences > 1:
             raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
         if option.top_logprobs:
             raise ValueError("a stream is text alone: expected top_logprobs = 0")
-        return self._answerer.stream(prompt, option)
+        return self.answerer.stream(prompt, option)
 
-    def details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict) -> dict:
-        """The keys of a prediction that are there when asked for. The text of a token has its leading space."""
-        top = options.get("top_logprobs")
-        asked_for_top = any(top) if isinstance(top, (list, tuple)) else bool(top)
-        details: dict = {}
-        if isinstance(self._engine, SpeculativeEngine):
-            details["speculation"] = asdict(answer.speculation)
-        if not logprobs and not asked_for_top:
-            return details
-        tokens = prompt + answer.tokens if echo else answer.tokens
-        details["tokens"] = [self.token_text(token) for token in tokens]
-        details["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
-        if asked_for_top:
-            details["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs
-        return details
-
-    def token_text(self, token: int) -> str:
-        """The text that a token adds, its leading space included; U+FFFD where it is part of a character."""
-        return self.tokenizer.token_bytes(token).decode(errors="replace")
+    def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
+        """The prompt of the next open turn."""
+        ids = _named(f"dialog {index}", self.formatter.encode_dialog_prompt, dialog.prompt)
+        return self.answerer.check_prompt(index, ids)
 
     def _encode_texts(self, prompts: SequenceOf[str]) -> list[list[int]]:
         if isinstance(prompts, str):
@@ -382,75 +401,16 @@ class Llama:
             if not isinstance(prompt, str):
                 kind = type(prompt).__name__
                 raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
-        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        return [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(ids)]
 
-    def _open_dialogs(self, dialogs: SequenceOf[Dialog]) -> list[OpenDialog]:
-        open_dialogs = []
-        for index, dialog in enumerate(dialogs):
-            try:
-                open_dialogs.append(OpenDialog(dialog, self.formatter))
-            except ValueError as error:
-                raise ValueError(f"dialog {index}: {error}") from None
-        return open_dialogs
 
-    def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
-        try:
-            return self.formatter.encode_dialog_prompt(dialog.prompt)
-        except ValueError as error:
-            raise ValueError(f"dialog {index}: {error}") from None
-
-    def _check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
-        """The options of each prompt, checked against the model; without a seed, they get one of this call."""
-        seed = options.get("seed")
-        if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
-            self._n_calls += 1
-            digest = hashlib.blake2b(f"{self.seed} {self._n_calls}".encode(), digest_size=8).digest()
-            own = int.from_bytes(digest, "little")
-            options = options | {"seed": own if seed is None else [own if s is None else s for s in seed]}
-        settings = per_prompt(len(prompts), **options)
-        for index, option in {id(option): (index, option) for index, option in enumerate(settings)}.values():
-            try:
-                self.check_option(option)
-            except ValueError as error:
-                raise ValueError(f"prompt {index}: {error}") from None
-        return settings
-
-    def check_option(self, option: DecodingOptions) -> None:
-        """Raises ValueError if options name tokens that the model does not have, or more beams than it has rows."""
-        option.check_vocabulary(self.model.args.vocab_size)
-        if option.num_beams > self.model.args.max_batch_size:
-            raise ValueError(
-                f"num_beams = {option.num_beams}: expected at most max_batch_size = "
-                f"{self.model.args.max_batch_size}, which `Llama.build` sets"
-            )
-
-    def check_prompt(self, index: int | str, prompt: SequenceOf[int], any_length: bool = False) -> list[int]:
-        """The prompt as a list of int, whatever holds its ids: a list, a tuple, an array or a tensor.
-
-        Args:
-            index: of the prompt in the call, or what else errors are to call it.
-            prompt: its ids.
-            any_length: whether it may be longer than max_seq_len.
-
-        Raises:
-            ValueError, TypeError: it is empty, longer than max_seq_len (unless any_length), or holds no ids.
-        """
-        name = f"prompt {index}" if isinstance(index, int) else index
-        limit, vocab_size = self.model.args.max_seq_len, self.model.args.vocab_size
-        prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        if not isinstance(prompt, (list, tuple)):
-            kind = type(prompt).__name__
-            raise TypeError(f"{name} is a {kind}: expected a list of token ids (`text_completion` takes texts)")
-        if len(prompt) == 0:
-            raise ValueError(f"{name} is empty: expected at least one token id, such as the tokenizer's bos_id")
-        if not any_length and len(prompt) > limit:
-            raise ValueError(
-                f"{name} has {len(prompt):,} tokens: expected at most max_seq_len = {limit:,}, which `Llama.build` sets"
-            )
-        for token in prompt:
-            if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
-                raise ValueError(f"{name} has {token!r} among its ids: expected integers from 0 to {vocab_size - 1}")
-        return [int(token) for token in prompt]
+def _named(name: str, call: Callable[..., Any], *args: Any) -> Any:
+    """call(*args), whose ValueError says which of a call's inputs it is about."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

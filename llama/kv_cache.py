@@ -106,7 +106,10 @@ class CacheView:
 
 
 class Slots:
-    """The record of a cache's slots. `tokens[slot]` are the ids whose keys it holds, from position 0 on."""
+    """The record of a cache's slots. `tokens[slot]` are the ids whose keys it holds, from position 0 on.
+
+    A slot's record never says more than is there.
+    """
 
     def __init__(self, cache: KVCache):
         self.cache = cache
@@ -118,31 +121,36 @@ class Slots:
         return len(self.tokens)
 
     def record(self, slot: int, position: int, ids: list[int]) -> None:
-        """Says that keys have been written from `position` on, and that those before it are still there."""
+        """Notes that keys have been written from `position` on, and that those before it are still there."""
         del self.tokens[slot][position:]
         self.tokens[slot] += ids
         self._clock += 1
         self._last_used[slot] = self._clock
 
-    def find(self, prompt: list[int]) -> tuple[int, int]:
-        """The slot that holds the longest beginning of a prompt, and its length; 0 if none is worth while."""
-        lengths = [shareable(prompt, tokens) for tokens in self.tokens]
+    def find(self, prompt: list[int], limit: int) -> tuple[int, int]:
+        """The slot that holds the longest beginning of a prompt, and its length up to `limit`; 0 if it is too short."""
+        lengths = [shared_prefix(prompt, tokens, limit) for tokens in self.tokens]
         slot = max(range(len(lengths)), key=lengths.__getitem__)
         return slot, lengths[slot]
 
     def take(self, slot: int, source: int, shared: int) -> None:
         """Gives a slot, the first free one, the first `shared` positions of another, and forgets the rest of it.
 
-        What it held, another prompt may still begin with: it goes to the free slot that has longest been left alone.
+        Another prompt may begin with what it held: that goes to the free slot that has longest been left alone.
         """
         if shared and source >= slot:  # that one is free as well
             self.swap(slot, source)
         else:
             self.swap(slot, min(range(slot, len(self)), key=self._last_used.__getitem__))
             if shared:
-                self.cache.move([source], [slot], 0, shared)
-                self.tokens[slot] = self.tokens[source][:shared]
+                self.copy([source], [slot], 0, shared)
         del self.tokens[slot][shared:]
+
+    def copy(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        """Gives each target slot the positions [start, stop) of its source, where both agree on those before."""
+        self.cache.move(sources, targets, start, stop)
+        for source, target in zip(sources, targets):
+            self.tokens[target][start:] = self.tokens[source][start:stop]
 
     def spare_position(self, slot: int) -> int:
         """A position of a slot that may be overwritten: the one after what it holds, given up where it is full."""
@@ -157,15 +165,15 @@ class Slots:
         for record in (self.tokens, self._last_used):
             record[a], record[b] = record[b], record[a]
 
-    def forget(self, first: int = 0) -> None:
-        """Forgets what the slots from `first` on hold."""
-        for slot in range(first, len(self)):
-            self.tokens[slot], self._last_used[slot] = [], 0
+    def forget(self) -> None:
+        """Forgets what all slots hold."""
+        self.tokens = [[] for _ in self.tokens]
+        self._last_used = [0] * len(self.tokens)
 
 
-def shareable(prompt: list[int], tokens: list[int]) -> int:
-    """How many of the keys of `tokens` serve a prompt; its last token is always run, for the logits after it."""
-    n = min(len(prompt) - 1, len(tokens))
+def shared_prefix(prompt: list[int], tokens: list[int], limit: int) -> int:
+    """How many keys of `tokens` serve a prompt of which `limit` may be reused; 0 where copying them does not pay."""
+    n = min(limit, len(tokens))
     if prompt[:n] != tokens[:n]:
         n = next(i for i in range(n) if prompt[i] != tokens[i])
-    return n if n >= min(MIN_SHARED_PREFIX, len(prompt) - 1) else 0
+    return n if n >= min(MIN_SHARED_PREFIX, limit) else 0

@@ -15,6 +15,8 @@ import torch
 # (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size]: the face of Transformers' LogitsProcessor.
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+PENALTIES = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "logits_processor")
+
 # The most answers to one prompt. They are all set up at once: with no such limit a slip of the pen in one line of a
 # data set takes all the memory there is.
 MAX_SEQUENCES = 10_000
@@ -112,14 +114,33 @@ class DecodingOptions:
         none = self.repetition_penalty == 1 and self.no_repeat_ngram_size == 0
         return bool(self.logit_bias) or not none or self.logits_processor is not None
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError if an option names a token that the model does not have."""
-        for name, ids in (("stop", [s for s in self.stops if _is_int(s)]), ("logit_bias", self.logit_bias or ())):
+    @property
+    def penalties(self) -> tuple:
+        """What the logits depend on besides the model, as `sampling.process_logits` takes it."""
+        return tuple(getattr(self, name) for name in PENALTIES)
+
+    @property
+    def penalty_names(self) -> str:
+        """Those of them that are in use."""
+        return " and ".join(n for n in PENALTIES if getattr(self, n) != self.__dataclass_fields__[n].default)
+
+    def check_model(self, vocab_size: int, max_batch_size: int, name: str = "") -> None:
+        """Raises ValueError, its message begun by `name`, if an option asks for what the model does not have.
+
+        Args:
+            vocab_size: how many tokens it has.
+            max_batch_size: how many rows its cache has, one for each beam.
+        """
+        for option, ids in (("stop", [s for s in self.stops if _is_int(s)]), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    raise ValueError(f"{name} names token {token}: expected ids from 0 to {vocab_size - 1}")
+                    raise ValueError(f"{name}{option} names token {token}: expected ids from 0 to {vocab_size - 1}")
         if self.top_logprobs > vocab_size:
-            raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most the {vocab_size} tokens there are")
+            found = f"top_logprobs = {self.top_logprobs}"
+            raise ValueError(f"{name}{found}: expected at most the {vocab_size} tokens there are")
+        if self.num_beams > max_batch_size:
+            found = f"num_beams = {self.num_beams}: expected at most max_batch_size = {max_batch_size}"
+            raise ValueError(f"{name}{found}, which `Llama.build` sets")
 
 
 NAMES = tuple(field.name for field in fields(DecodingOptions))
@@ -166,6 +187,32 @@ def from_json(options: dict[str, Any]) -> dict[str, Any]:
         ids = {int(key) if isinstance(key, str) and is_id(key) else key: value for key, value in bias.items()}
         options = options | {"logit_bias": ids}
     return options
+
+
+def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[int]:
+    """Token ids as a list of int, whatever holds them: a list, a tuple, an array or a tensor.
+
+    Args:
+        name: what errors call them.
+        ids: at least one, each from 0 to vocab_size - 1.
+        limit: the most of them, which is max_seq_len; None: any number.
+
+    Raises:
+        ValueError, TypeError: they are none, too many, or out of range.
+    """
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(ids, (list, tuple)):
+        kind = type(ids).__name__
+        raise TypeError(f"{name} is a {kind}: expected a list of token ids (`text_completion` takes texts)")
+    if len(ids) == 0:
+        raise ValueError(f"{name} is empty: expected at least one token id, such as the tokenizer's bos_id")
+    if limit is not None and len(ids) > limit:
+        found = f"{name} has {len(ids):,} tokens"
+        raise ValueError(f"{found}: expected at most max_seq_len = {limit:,}, which `Llama.build` sets")
+    for token in ids:
+        if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
+            raise ValueError(f"{name} has {token!r} among its ids: expected integers from 0 to {vocab_size - 1}")
+    return [int(token) for token in ids]
 
 
 def _check_names(options: Iterable[str]) -> None:

@@ -199,6 +199,12 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return chosen - logits.logsumexp(dim=-1)
 
 
+def top_logprobs(logits: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
+    """The k most likely (id, log-probability) of each row [T, vocab_size], best first."""
+    values, ids = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
+    return [list(zip(row_ids, row)) for row_ids, row in zip(ids.tolist(), values.tolist())]
+
+
 def process_logits(
     logits: torch.Tensor,
     ids: list[int],

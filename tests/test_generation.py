@@ -195,7 +195,7 @@ def test_numbers_out_of_range_are_refused(small, arguments, error, message):
     ],
 )
 def test_a_bad_prompt_is_named_before_anything_runs(small, monkeypatch, bad, error, message):
-    monkeypatch.setattr(small._engine, "run", lambda *_: pytest.fail("the other prompts were run"))
+    monkeypatch.setattr(small._engine, "step", lambda *_: pytest.fail("the other prompts were run"))
     with pytest.raises(error, match=message):
         small.generate([[1], [2, 3], bad, [4]])
 

@@ -95,7 +95,7 @@ class Loading:
         """Builds the model; messages about it go to stderr.
 
         Args:
-            decoding: options to check: before the weights are read, and their token ids afterwards.
+            decoding: options to check: before the weights are read, and against the model afterwards.
 
         Raises:
             FileNotFoundError, ValueError, MemoryError: as in `Llama.build`; an option is out of range.
@@ -114,7 +114,7 @@ class Loading:
         for stream in (sys.stdin, sys.stdout):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        options.check_vocabulary(llama.model.args.vocab_size)
+        llama.answerer.check_option(options)
         return llama
 
 

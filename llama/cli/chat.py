@@ -75,7 +75,7 @@ class Conversation:
     def _answer(self, message: Message) -> Iterator[str]:
         if n_forgotten := self._make_room(message):
             oldest = "oldest turn is" if n_forgotten == 1 else f"{n_forgotten} oldest turns are"
-            yield f"(the context of {self.llama.model.args.max_seq_len:,} tokens is full: the {oldest} forgotten)\n"
+            yield f"(the context of {self.llama.args.max_seq_len:,} tokens is full: the {oldest} forgotten)\n"
         answer = ""
         try:
             with closing(self.llama.stream_chat(self.dialog(message), **self.options)) as pieces:
@@ -89,7 +89,7 @@ class Conversation:
 
     def _make_room(self, message: Message) -> int:
         """Forgets the oldest turns until a quarter of the context, or max_gen_len, is left; returns how many."""
-        limit = self.llama.model.args.max_seq_len
+        limit = self.llama.args.max_seq_len
         room = max(1, min(limit // 4, self.options.get("max_gen_len") or limit))
         before = self.turns
         while (n := len(self.llama.formatter.encode_dialog_prompt(self.dialog(message)))) + room > limit and self.turns:

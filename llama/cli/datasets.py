@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 from tyro.conf import Positional, arg
 
 from llama import DecodingOptions, Llama, parallel
@@ -115,7 +116,7 @@ class Scoring:
         names = ("max_seq_len", "max_batch_size", "model_parallel_size", "device", "dtype")
         own = {name: value for name in names if (value := getattr(loading, name)) is not None}
         if llama is not None:
-            own |= {"tokenizer": llama.tokenizer, "model_parallel_size": llama.model.tok_embeddings.world_size}
+            own |= {"tokenizer": llama.tokenizer, "model_parallel_size": dist.get_world_size(llama.group)}
         elif path := loading.tokenizer_path or loading.ckpt_dir:
             own["tokenizer"] = Tokenizer(find_tokenizer(Path(path)) if Path(path).is_dir() else path)
         with contextlib.redirect_stdout(sys.stderr):

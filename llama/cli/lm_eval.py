@@ -10,11 +10,11 @@ Texts become ids as in the harness's `hf` model: a begin-of-text token comes fir
 that token. Needs the extra `eval`.
 """
 
+import math
 from typing import Any
 
-from llama import Llama
+from llama import GenerationError, Llama
 from llama.cli.arguments import MISTAKES
-from llama.decoding.continuations import continuation_logprobs
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -103,7 +103,10 @@ class LlamaLM(TemplateLM):
                     f"a continuation has {len(continuation)} tokens: expected at most max_length = {self.max_length}"
                 )
             pairs.append((context[-room:], continuation))
-        results = continuation_logprobs(self.llama, pairs)
+        scored = self.llama.score_tokens([(ids + continuation, len(ids)) for ids, continuation in pairs], shared=True)
+        if errors := [scores.error for scores in scored if scores.error is not None]:
+            raise GenerationError(errors[0], [])
+        results = [(math.fsum(scores.logprobs), scores.is_greedy) for scores in scored]
         for (texts, *_), result in zip(requests, results):
             if texts is not None:  # None: a window of a longer text, which is cached as a whole
                 self.cache_hook.add_partial("loglikelihood", texts, result)

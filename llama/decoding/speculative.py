@@ -19,7 +19,6 @@ Knows tokens and not text. Every model-parallel rank makes the same proposals, f
 
 import itertools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -27,11 +26,12 @@ import torch
 
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.open import open_checkpoint
-from llama.engine import PREFILL_TOKENS, Engine, Sequence, draw
+from llama.engine import PREFILL_TOKENS, Engine
 from llama.kv_cache import Slots
 from llama.layers.packing import pack
 from llama.model import Transformer
 from llama.sampling import process_logits
+from llama.sequence import Sequence, choose, draw
 from llama.tokenizer import Tokenizer
 
 # How many tokens are proposed for a sequence at first, and at most. In between, two more after proposals that were all
@@ -65,15 +65,18 @@ class SpeculativeEngine(Engine):
         self._n_proposals: dict[Sequence, int] = {}  # how many each running sequence gets
 
     def _decode(self) -> None:
-        self._n_proposals = {s: self._n_proposals.get(s, N_PROPOSALS) for s in self.running}
+        sampled = [s for s in self.running if s.search is None]  # beams are not proposed for
+        self._n_proposals = {s: self._n_proposals.get(s, N_PROPOSALS) for s in sampled}
         # The step adds one token to those accepted, so the last of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
-        proposals = self.proposer.propose(self.running, limits) if self.packed else []  # after the second token
-        self.counters.speculation.steps += len(self.running)
-        for sequence in self.running:
+        proposals: dict[Sequence, list[int]] = {}
+        if self.packed and any(limits):  # after the second token
+            proposals = dict(zip(sampled, self.proposer.propose(sampled, limits)))
+        self.counters.speculation.steps += len(sampled)
+        for sequence in sampled:
             sequence.speculation.steps += 1
-        if any(proposals):
-            self._decode_with(proposals)
+        if any(proposals.values()):
+            self._decode_with([proposals.get(s, []) for s in self.running])
         else:
             super()._decode()
 
@@ -86,16 +89,16 @@ class SpeculativeEngine(Engine):
         sequences = list(self.running)
         n_held = [len(s.prompt) + len(s.tokens) - 1 for s in sequences]
         wanted = {slot: [s.tokens[-1], *proposals[slot]] for slot, s in enumerate(sequences)}
-        hidden, at = _run_behind(self.slots, wanted, self._forward)
+        hidden, at = _run_behind(self.slots, wanted, self.model)
         logits = self.model.logits(
             torch.cat([hidden[row, at[row] : at[row] + len(ids)] for row, ids in wanted.items()])
         )
         firsts = [0, *itertools.accumulate(map(len, wanted.values()))]
         accepted = [0] * len(sequences)
-        alive = list(wanted)
+        alive = [row for row in wanted if sequences[row].search is None]
         while alive:
             positions = [firsts[row] + accepted[row] for row in alive]
-            chosen = self._choose([sequences[row] for row in alive], logits[positions])
+            chosen = choose([sequences[row] for row in alive], logits[positions])
             self.counters.decoded += len(alive)
             agreed = [row for row, token in zip(alive, chosen) if proposals[row][accepted[row] :][:1] == [token]]
             for row in agreed:
@@ -104,7 +107,12 @@ class SpeculativeEngine(Engine):
         for slot, (sequence, n) in enumerate(zip(sequences, accepted)):
             # Behind these lie the keys of what was rejected, which the next step overwrites.
             self.slots.record(slot, n_held[slot], wanted[slot][: n + 1])
-            self._count(sequence, len(proposals[slot]), n)
+            if sequence.search is None:
+                self._count(sequence, len(proposals[slot]), n)
+        beams = [row for row in wanted if sequences[row].search is not None]
+        if beams:
+            self.counters.decoded += len(beams)
+            self._choose([sequences[row] for row in beams], logits[[firsts[row] for row in beams]])
 
     def _count(self, sequence: Sequence, n_proposed: int, n_accepted: int) -> None:
         for counts in (self.counters.speculation, sequence.speculation):
@@ -219,7 +227,7 @@ class DraftModel:
         for slot, (sequence, text) in enumerate(zip(sequences, texts)):
             held = self.slots.tokens
             if sequence not in self._lengths:
-                self.slots.take(slot, *self.slots.find(text))
+                self.slots.take(slot, *self.slots.find(text, len(text) - 1))
                 continue
             at = order.index(sequence)
             self.slots.swap(slot, at)
@@ -243,14 +251,11 @@ class DraftModel:
 
     def _run(self, wanted: dict[int, list[int]]) -> torch.Tensor:
         """Runs ids behind what their slots hold; the hidden states after the last of each, [len(wanted), dim]."""
-        hidden, at = _run_behind(self.slots, wanted, self._forward)
+        hidden, at = _run_behind(self.slots, wanted, self.model)
         for slot, ids in wanted.items():
             self.slots.record(slot, len(self.slots.tokens[slot]), ids)
         first = min(wanted)
         return hidden[[slot - first for slot in wanted], [at[slot] + len(ids) - 1 for slot, ids in wanted.items()]]
-
-    def _forward(self, tokens: torch.Tensor, starts: list[int], first_slot: int) -> torch.Tensor:
-        return self.model.hidden_states(tokens, starts, slice(first_slot, first_slot + len(starts)))
 
     def _draw(self, sequences: list[Sequence], texts: list[list[int]], logits: torch.Tensor, ahead: int) -> list[int]:
         """The token that each sequence would get if this were its model."""
@@ -258,15 +263,11 @@ class DraftModel:
         for row, (sequence, text) in enumerate(zip(sequences, texts)):
             o = sequence.options
             if o.has_penalties:
-                logits[row] = process_logits(
-                    logits[row], text, o.logit_bias, o.repetition_penalty, o.no_repeat_ngram_size
-                )
+                logits[row] = process_logits(logits[row], text, *o.penalties[:-1])  # not the caller's code
         return draw(sequences, logits, ahead).tolist()
 
 
-def _run_behind(
-    slots: Slots, wanted: dict[int, list[int]], forward: Callable[[torch.Tensor, list[int], int], torch.Tensor]
-) -> tuple[torch.Tensor, dict[int, int]]:
+def _run_behind(slots: Slots, wanted: dict[int, list[int]], model: Transformer) -> tuple[torch.Tensor, dict[int, int]]:
     """One pass over ids of unequal number, each behind what its slot holds, right-padded to one width.
 
     Rows whose padding would leave the cache start earlier, and write again what is there already. Slots in between that
@@ -275,7 +276,7 @@ def _run_behind(
     Args:
         slots: the record of the cache.
         wanted: the ids of each slot, at least one.
-        forward: (tokens [B, T], the start of each row, the first slot) -> hidden states [B, T, dim].
+        model: runs them.
 
     Returns:
         the hidden states [B, T, dim], from the first slot wanted to the last; and for each slot wanted, at which
@@ -292,7 +293,8 @@ def _run_behind(
         starts.append(start)
         at[slot] = len(held) - start
     tokens = torch.tensor(rows, device=slots.cache.keys[0].device)
-    return forward(tokens, starts, first), {slot: at[slot] for slot in wanted}
+    hidden = model.hidden_states(tokens, starts, slice(first, last + 1))
+    return hidden, {slot: at[slot] for slot in wanted}
 
 
 def open_draft(

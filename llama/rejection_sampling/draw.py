@@ -129,7 +129,7 @@ def draw(llama: Llama, tasks: Iterable[Task | None], scorer: Scorer, plan: Plan)
                 n_open += 1
                 yield task.job(plan.n_more([]))
 
-    group = llama.model.tok_embeddings.group
+    group = llama.group
     for job, answers in llama.answer_jobs(jobs()):
         task = job.key
         records = [_record(answer) for answer in answers]
@@ -228,7 +228,7 @@ def rejection_sample(
             raise TypeError(f"{name} has no part in rejection sampling: n says how many answers are drawn")
     occurrences: Counter[tuple[int, ...]] = Counter()
     tasks = []
-    for index, (row, prompt, option) in enumerate(zip(rows, ids, llama._check_options(ids, options))):
+    for index, (row, prompt, option) in enumerate(zip(rows, ids, llama.check_options(ids, options))):
         check_option(option, plan)
         tasks.append(Task(index, row, prompt, option, occurrences[tuple(prompt)]))
         occurrences[tuple(prompt)] += 1

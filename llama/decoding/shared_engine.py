@@ -1,0 +1,188 @@
+"""One engine for any number of callers: whoever waits for an answer runs the next step for all of them.
+
+There is no thread of our own. A caller that has nothing to do until its sequences end takes the wheel and steps the
+engine; the others sleep until one of theirs has ended, and one of them takes over when the driver leaves. So the
+sequences of all callers run in one batch, an exception stays with its caller, and a program of one thread pays for a
+lock and nothing else. Knows nothing of text.
+
+On several ranks each must run the same steps in the same order, so calls come from one thread a rank there.
+"""
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from llama.engine import Engine
+from llama.sequence import Sequence
+
+
+class SharedEngine:
+    """An engine, and the calls that have sequences in it."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.n_steps = 0
+        self._lock = threading.RLock()
+        self._owners: dict[Sequence, Call] = {}
+        self._changes: deque[tuple[Callable, Any]] = deque()  # for the engine, before its next step
+        self._driver: int | None = None  # the thread that runs a step
+        self._sleepers: dict[Call, None] = {}  # in the order they came
+        self._only_thread: int | None = None  # of several ranks
+
+    def open(self) -> "Call":
+        """A new caller. Raises RuntimeError on several ranks if the calls so far came from another thread."""
+        here = threading.get_ident()
+        if self._only_thread not in (None, here):
+            raise RuntimeError(
+                f"a call from a second thread, {threading.current_thread().name!r}, in a run of {dist.get_world_size()}"
+                " processes: each must make the same calls in the same order, so expected one thread"
+            )
+        if dist.get_world_size() > 1:
+            self._only_thread = here
+        return Call(self)
+
+    def _change(self, change: Callable, argument: Any) -> None:
+        """Has the engine changed at once, or after the step that it is in."""
+        self._changes.append((change, argument))
+        if self._driver is None:
+            self._make_changes()
+
+    def _make_changes(self) -> None:
+        while self._changes:
+            change, argument = self._changes.popleft()
+            change(argument)
+
+    def _drive(self) -> None:
+        """Runs one step without the lock, and wakes those that it concerns."""
+        self._driver = threading.get_ident()
+        self._make_changes()
+        self._lock.release()
+        try:
+            ended = self.engine.step()
+        except BaseException:
+            ended = [s for s in [*self._owners] if s.finish_reason is not None]
+            raise
+        finally:
+            self._lock.acquire()
+            self._driver = None
+            self._make_changes()
+            self.n_steps += 1
+            for sequence in ended:
+                if (owner := self._owners.pop(sequence, None)) is not None:
+                    del owner._open[sequence]
+                    owner._ended.append(sequence)
+            for call in self._sleepers:
+                if call._ended or call._wants_steps:
+                    call._news.notify()
+
+
+class Call:
+    """One caller's sequences. Leaving its `with` cancels those that have not ended; their slots are free then."""
+
+    def __init__(self, shared: SharedEngine):
+        self._shared = shared
+        self._open: dict[Sequence, None] = {}
+        self._ended: list[Sequence] = []
+        self._news = threading.Condition(shared._lock)
+        self._wants_steps = False
+
+    def __enter__(self) -> "Call":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _interrupts_held(), self._shared._lock:
+            for sequence in self._open:
+                del self._shared._owners[sequence]
+            if self._open:
+                self._shared._change(self._shared.engine.cancel, set(self._open))
+            self._open, self._ended = {}, []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a sequence more would keep the slots busy: add as long as it is so, and the queue stays short."""
+        return sum(sequence.n_slots for sequence in [*self._open]) < len(self._shared.engine.slots)
+
+    @property
+    def n_open(self) -> int:
+        """How many sequences have been added and not been returned by `step`."""
+        return len(self._open) + len(self._ended)
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence at the end of the engine's queue, behind those of every caller."""
+        with _interrupts_held(), self._shared._lock:
+            self._shared._owners[sequence] = self
+            self._open[sequence] = None
+            self._shared._change(self._shared.engine.add, sequence)
+
+    def step(self, every: bool = False) -> list[Sequence]:
+        """Lets the engine run until some of this call's sequences have ended, and returns these; [] if none are open.
+
+        Args:
+            every: whether to come back after each step of the engine, to look at the tokens so far.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C in the main thread, once the step that it runs has ended.
+            Exception: whatever a step that ran in this thread raised; its sequences have failed, those of others too.
+        """
+        shared = self._shared
+        with _interrupts_held() as held, shared._lock:
+            n_steps = shared.n_steps
+            try:
+                while self._open and not self._ended and not (every and shared.n_steps > n_steps):
+                    if shared._driver is None:
+                        shared._drive()
+                        if held.came:
+                            break
+                    elif shared._driver == threading.get_ident():
+                        raise RuntimeError("a logits_processor called the model that runs it: expected another model")
+                    else:
+                        self._sleep(every, held)
+            finally:
+                if shared._driver is None and shared._sleepers:  # somebody else takes the wheel
+                    next(iter(shared._sleepers))._news.notify()
+            ended, self._ended = self._ended, []
+            return ended
+
+    def _sleep(self, every: bool, held: "_interrupts_held") -> None:
+        """Waits until another thread has news for this call, or leaves it the wheel."""
+        self._wants_steps = every
+        self._shared._sleepers[self] = None
+        held.waits = True
+        try:
+            self._news.wait()
+        finally:
+            held.waits = False
+            del self._shared._sleepers[self]
+
+
+class _interrupts_held:
+    """Holds Ctrl-C back while the main thread changes what all callers share, and raises it afterwards.
+
+    A second Ctrl-C is raised at once, and so is the first while `waits` is set. In other threads, and where the program
+    has a handler of its own, nothing is done.
+    """
+
+    def __init__(self):
+        self.came = self.waits = False
+        is_main = threading.current_thread() is threading.main_thread()
+        self._holds = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def __enter__(self) -> "_interrupts_held":
+        if self._holds:
+            signal.signal(signal.SIGINT, self._hold)
+        return self
+
+    def _hold(self, *_: object) -> None:
+        if self.came or self.waits:
+            raise KeyboardInterrupt
+        self.came = True
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._holds:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.came and kind is None:
+            raise KeyboardInterrupt
