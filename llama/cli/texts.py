@@ -1,6 +1,5 @@
 """The commands about one text or one conversation: chat, complete, score."""
 
-import math
 import sys
 
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from llama import Llama
 from llama.cli.arguments import Loading, OneAnswer
 from llama.cli.chat import Conversation
 from llama.cli.terminal import Keyboard, show, talk
-from llama.decoding.scoring import least_certain
+from llama.decoding.scoring import least_certain, perplexity
 
 
 def chat(loading: Loading, decoding: OneAnswer, *, system: str | None = None) -> None:
@@ -58,9 +57,8 @@ def score(text: Positional[str], loading: Loading) -> None:
         raise ValueError("the text is empty: expected some to score")
     for logprob, token in zip(logprobs, result["tokens"][1:]):
         show(f"{logprob:9.4f}  {token!r}\n")
-    perplexity = math.exp(-math.fsum(logprobs) / len(logprobs))
     tokens = "1 token" if len(logprobs) == 1 else f"{len(logprobs)} tokens"
-    show(f"{tokens}, perplexity {perplexity:.4f}\nleast certain:\n{least_certain(result)}\n")
+    show(f"{tokens}, perplexity {perplexity(result):.4f}\nleast certain:\n{least_certain(result)}\n")
 
 
 def _read(text: str) -> str:
