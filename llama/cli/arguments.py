@@ -17,7 +17,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from llama import DecodingOptions, GenerationError, Llama, parallel
 
-# What a user can mend. Its message is enough; anything else is a mistake of the package, and shows a traceback.
+# A user's mistakes: the message is enough. Any other exception is the package's mistake and shows a traceback.
 MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
@@ -25,7 +25,7 @@ DEMO_SEQ_LEN = 256  # the embedded model was trained on no more positions
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that reads and writes files, before there are process groups to ask."""
+    """Whether this process is the one that reads and writes files; needs no process group yet."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -56,12 +56,15 @@ class Decoding(DecodingOptions):
     logits_processor: Suppress[Any] = None
 
     def __post_init__(self):
-        """Checks nothing yet: `given` does, for a message that is a line, without tyro's frame."""
+        """Leaves the checks to `given`, whose errors are one line and not a frame of tyro's."""
 
     def given(self) -> dict[str, Any]:
-        """The options that differ from their defaults. Raises ValueError as `DecodingOptions`."""
+        """The options that differ from their defaults. Raises ValueError if one is out of range."""
         options = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-        DecodingOptions(**options)
+        try:
+            DecodingOptions(**options)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
         return options
 
 

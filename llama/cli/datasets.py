@@ -148,7 +148,7 @@ class Drawing(Plan):
     n: Annotated[int, arg(aliases=("-n",))] = 16
 
     def __post_init__(self):
-        """Checks nothing yet: `plan` does, for a message that is a line, without tyro's frame."""
+        """Leaves the checks to `plan`, whose errors are one line and not a frame of tyro's."""
 
     def plan(self) -> Plan:
         """The checked plan. Raises ValueError."""
@@ -158,8 +158,8 @@ class Drawing(Plan):
 def sample(files: Files, loading: BatchLoading, decoding: OneAnswer, scoring: Scoring, drawing: Drawing) -> None:
     """Draws n answers to each row of a file, scores them, keeps the best. Started again, it does what is missing.
 
-    The rows are those of `llama batch`; a row's metadata is for the scorer. Under torchrun, which has an option --n of
-    its own, write -n.
+    Rows are as for `llama batch`; the scorer reads their metadata. Under torchrun, which has an option --n of its own,
+    write -n.
     """
     plan = drawing.plan()
     check_option(DecodingOptions(**decoding.given()), plan)
@@ -173,10 +173,10 @@ def sample(files: Files, loading: BatchLoading, decoding: OneAnswer, scoring: Sc
 def rescore(
     files: Files, loading: BatchLoading, scoring: Scoring, *, prompts: str | None = None, keep: int | None = None
 ) -> None:
-    """Scores the answers that a file has: the target of `llama sample` or `llama batch`. Goes on like these.
+    """Scores the answers that a file has, such as the target of `llama batch`. Started again, it does what is missing.
 
     Args:
-        prompts: the rows that were answered, if the source does not repeat them (that of `llama batch` does not).
+        prompts: the rows that were answered, if the source does not repeat them, as a file of `llama batch` does not.
         keep: how many of the best to write; all when left out.
     """
     plan = Plan(sys.maxsize, keep)

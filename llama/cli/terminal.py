@@ -48,10 +48,6 @@ class Keyboard:
         # gloo sleeps until a person has typed, however long that takes.
         shared = dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if shared else None
-        if self.tty and readline is not None:
-            readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines come together
-            state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-            _remember(Path(state).expanduser() / "llama" / "chat_history")
         if self.launched and self.tty:
             _read_ctrl_c(sys.stdin.fileno())
 
@@ -92,17 +88,23 @@ class Keyboard:
         return values[0]
 
 
-def _remember(path: Path) -> None:
-    """Goes on with the history of earlier chats, and adds this one's to it at exit."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        readline.read_history_file(path)
-    except OSError:  # where nothing can be written, a chat has only its own history
+def set_up_editing() -> None:
+    """Pasted lines come together, and the arrow keys bring back lines of earlier chats; this one's are kept at exit."""
+    if readline is None:
         return
-    n_before = readline.get_current_history_length()
+    readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_history_length(HISTORY_SIZE)
-    atexit.register(lambda: readline.append_history_file(readline.get_current_history_length() - n_before, path))
+    with suppress(OSError, RuntimeError):  # no place to write, or no home: the history is that of this chat alone
+        folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "llama"
+        folder.mkdir(parents=True, exist_ok=True)
+        (path := folder / "chat_history").touch(mode=0o600)
+        readline.read_history_file(path)
+        atexit.register(_append_history, path, readline.get_current_history_length())
+
+
+def _append_history(path: Path, n_before: int) -> None:
+    with suppress(OSError):
+        readline.append_history_file(readline.get_current_history_length() - n_before, path)
 
 
 def _read_ctrl_c(terminal: int) -> None:

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 from llama import Llama
 from llama.cli.arguments import Loading, OneAnswer
 from llama.cli.chat import Conversation
-from llama.cli.terminal import Keyboard, show, talk
+from llama.cli.terminal import Keyboard, set_up_editing, show, talk
 from llama.decoding.scoring import least_certain, perplexity
 
 
@@ -21,6 +21,7 @@ def chat(loading: Loading, decoding: OneAnswer, *, system: str | None = None) ->
     llama = loading.build(decoding)
     keyboard = Keyboard()
     if keyboard.tty:
+        set_up_editing()
         show("/help lists the commands, /quit leaves.\n")
     talk(Conversation(llama, system, **decoding.given()), keyboard)
     _report_speculation(llama)
@@ -29,7 +30,7 @@ def chat(loading: Loading, decoding: OneAnswer, *, system: str | None = None) ->
 def complete(text: Positional[str], loading: Loading, decoding: OneAnswer) -> None:
     """Continues a text, and shows the new text while it is decided.
 
-    The same command gives the same text again, with and without a seed; another seed gives another text.
+    The same command gives the same text again, without a seed too; another seed gives another text.
 
     Args:
         text: the beginning; "-" reads it from standard input, without the newline at its end.
