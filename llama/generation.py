@@ -356,38 +356,6 @@ class Llama:
             self.answerer.check_prompt(f"text {index}", ids, any_length=True)
         return scoring.score_tokens(self.answerer, texts, shared=shared)
 
-    # Until data sets use `open_jobs` and `answerer`:
-
-    def answer_jobs(self, jobs: Iterable) -> Iterator[tuple]:
-        source, more = iter(jobs), True
-        with self.open_jobs() as open_jobs:
-            while more or open_jobs.n_open:
-                while more and open_jobs.has_room:
-                    job = next(source, source)
-                    if job is source:
-                        more = False
-                    elif job is None:
-                        break
-                    else:
-                        open_jobs.add(job)
-                yield from open_jobs.step()
-
-    @property
-    def check_prompt(self) -> Callable:
-        return self.answerer.check_prompt
-
-    @property
-    def check_option(self) -> Callable:
-        return self.answerer.check_option
-
-    @property
-    def check_options(self) -> Callable:
-        return self.answerer.check_options
-
-    @property
-    def details(self) -> Callable:
-        return self.answerer.details
-
     def _stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
         """Checks at once, and not when the first piece is asked for."""
         (option,) = self.answerer.check_options([self.answerer.check_prompt(0, prompt)], options)
