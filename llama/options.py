@@ -5,6 +5,8 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 
 import math
 import re
+import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -15,9 +17,26 @@ import torch
 # (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size]: the face of Transformers' LogitsProcessor.
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# The most answers to one prompt. They are all set up at once: with no such limit a slip of the pen in one line of a
-# data set takes all the memory there is.
+# The most answers to one prompt. They are all set up at once: without a limit, a mistyped number in one line of a data
+# set would take all the memory there is.
 MAX_SEQUENCES = 10_000
+
+# The least and the most that a number may be. Within these float32 neither overflows nor rounds to zero, whatever the
+# options are together, and integers fit into int64 tensors.
+MAX_INT = 2**63 - 1
+LIMITS = {
+    "max_gen_len": (0, MAX_INT),
+    "temperature": (0, 1e30),
+    "top_p": (1e-30, 1),
+    "top_k": (0, MAX_INT),
+    "repetition_penalty": (1e-6, 1e6),
+    "no_repeat_ngram_size": (0, MAX_INT),
+    "num_return_sequences": (1, MAX_SEQUENCES),
+    "num_beams": (1, MAX_SEQUENCES),
+    "seed": (-(2**63), 2**64 - 1),
+    "top_logprobs": (0, MAX_INT),
+}
+MAX_BIAS = 1e30
 
 
 @dataclass(frozen=True)
@@ -75,13 +94,15 @@ class DecodingOptions:
             _require(self, name, "an integer of at least 0", lambda v: integer(v) and v >= 0)
         for name in ("num_return_sequences", "num_beams"):
             _require(self, name, "an integer of at least 1", lambda v: integer(v) and v >= 1)
-        _require(self, "num_return_sequences", f"at most {MAX_SEQUENCES:,}", lambda v: v <= MAX_SEQUENCES)
         _require(self, "length_penalty", "a number from -50 to 50", lambda v: number(v) and -50 <= v <= 50)
         _require(self, "early_stopping", "True, False or 'never'", lambda v: v is True or v is False or v == "never")
         _require(self, "seed", "an integer, or None", lambda v: v is None or integer(v))
         _require(self, "logits_processor", "a callable, or None", lambda v: v is None or callable(v))
         _require(self, "stop", "strings that are not empty and token ids", lambda _: all(map(_is_stop, self.stops)))
-        _require(self, "logit_bias", "a dictionary of token ids to numbers or -inf", lambda v: v is None or _is_bias(v))
+        bias = f"a dictionary of token ids to numbers or -inf, of at most {MAX_BIAS}"
+        _require(self, "logit_bias", bias, lambda v: v is None or _is_bias(v))
+        for name in LIMITS:
+            _require_within_limits(self, name)
         if self.num_beams > 1:
             if self.temperature > 0:
                 raise ValueError(
@@ -117,7 +138,7 @@ class DecodingOptions:
         for name, ids in (("stop", [s for s in self.stops if _is_int(s)]), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    raise ValueError(f"{name} names token {token}: expected ids from 0 to {vocab_size - 1}")
+                    raise ValueError(f"{name} names token {_shown(token)}: expected ids from 0 to {vocab_size - 1}")
         if self.top_logprobs > vocab_size:
             raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most the {vocab_size} tokens there are")
 
@@ -183,7 +204,23 @@ def _is_per_prompt(name: str, value: Any) -> bool:
 def _require(options: DecodingOptions, name: str, expected: str, is_right: Callable[[Any], bool]) -> None:
     value = getattr(options, name)
     if not is_right(value):
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+        raise ValueError(f"{name} = {_shown(value)}: expected {expected}")
+
+
+def _require_within_limits(options: DecodingOptions, name: str) -> None:
+    value, (least, most) = getattr(options, name), LIMITS[name]
+    if value is not None and not least <= value <= most:
+        limit = most if value > most else least
+        shown = f"{limit:,}" if isinstance(limit, int) else limit
+        raise ValueError(f"{name} = {_shown(value)}: expected at {'most' if limit == most else 'least'} {shown}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to a line."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _is_int(value: Any) -> bool:
@@ -191,7 +228,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max  # integers can be beyond it
+    return isinstance(value, Real) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def _is_stop(value: Any) -> bool:
@@ -200,5 +238,6 @@ def _is_stop(value: Any) -> bool:
 
 def _is_bias(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        _is_int(token) and (_is_number(bias) or bias == -math.inf) for token, bias in value.items()
+        _is_int(token) and (bias == -math.inf or (_is_number(bias) and bias <= MAX_BIAS))
+        for token, bias in value.items()
     )
