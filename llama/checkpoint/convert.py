@@ -28,7 +28,7 @@ from llama.layers.packing import drop_pages
 from llama.layers.quantization import KINDS
 from llama.parallel import dtype_by_name
 from llama.tokenizer import Tokenizer
-from llama.tokenizer.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS
+from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS
 from llama.tokenizer.tokenizer_json import tokenizer_json
 
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file, as Transformers cuts them

@@ -140,8 +140,9 @@ def build_model(
             model = Transformer(args)
         loaded = load_weights(model, checkpoint, dtype, device, quantize)
         model.allocate_cache()
-    except RuntimeError as error:  # PyTorch has no class of its own for a CPU out of memory
-        if isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error) or "overflow" in str(error):
+    except (RuntimeError, OSError, OverflowError) as error:  # a CPU out of memory has no class of its own
+        too_large = isinstance(error, (torch.OutOfMemoryError, OverflowError))
+        if too_large or "alloc" in str(error) or "overflow" in str(error):
             raise MemoryError(
                 f"not enough memory on {device} for this checkpoint with max_seq_len = {args.max_seq_len} and "
                 f"max_batch_size = {args.max_batch_size}: `python -m llama info` says what it takes; lower them"

@@ -17,7 +17,7 @@ from llama.checkpoint.huggingface import HuggingFaceCheckpoint, rows_in_halves, 
 from llama.checkpoint.meta import full_shapes, partition_dim, slice_of_rank
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.writer import safetensors_header
-from llama.tokenizer.tokenizer import LLAMA3_PATTERN
+from llama.tokenizer.rank_file import LLAMA3_PATTERN
 from llama.tokenizer.tokenizer_json import tokenizer_json
 
 pytest.importorskip("transformers", reason="pip install transformers to compare with it")
@@ -411,6 +411,8 @@ def test_a_tokenizer_without_the_tokens_of_a_chat_says_so_when_one_is_asked_for(
         (lambda c: c["model"].update(type="WordPiece"), r"has a WordPiece model: expected Llama 3's byte-level BPE"),
         (lambda c: c["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"), r"the pattern '\\\\w\+'"),
         (lambda c: c.update(normalizer={"type": "NFC"}), r"the pattern None"),
+        (lambda c: c["model"].update(dropout=0.1), r"has dropout = 0.1: expected null"),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), r"has end_of_word_suffix = '</w>': expected null"),
         (lambda c: c["added_tokens"].pop(1), r"added_tokens have \[260, 262\].*expected 260 and on"),
         (lambda c: c["added_tokens"][0].update(content="<s>"), r"has no <\|begin_of_text\|> among its added_tokens"),
         (lambda c: c.pop("added_tokens"), r"is JSON, but KeyError \('added_tokens'\)"),
