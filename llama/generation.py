@@ -7,20 +7,17 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
 
 from llama import parallel
-from llama.checkpoint.loading import load_weights
-from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint import build_model, open_checkpoint
 from llama.decoding import scoring
 from llama.decoding.answering import Answer, Answerer, Jobs, TopLogprobs, wants_top
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
-from llama.layers.quantization import KINDS
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 from llama.tokenizer.open_turns import OpenDialog
@@ -91,44 +88,18 @@ class Llama:
             MemoryError: the device has no room for the weights and the cache.
         """
         started = time.perf_counter()
-        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
-        if quantize not in (None, *KINDS):
-            raise ValueError(f"quantize = {quantize!r}: expected {' or '.join(map(repr, KINDS))}, or None")
         if not isinstance(draft, (str, os.PathLike, type(None))):
             raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
         device = parallel.pick_device(device)
-        dtype = _as_dtype(dtype)
-        proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
+        proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         with parallel.fail_together():
-            tokenizer, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
-            if is_model := draft not in (None, "ngram"):
-                draft_model, draft_checkpoint = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
-            try:
-                if checkpoint.quantization and quantize not in (None, checkpoint.quantization):
-                    raise ValueError(
-                        f"quantize = {quantize!r}, but {ckpt_dir} is quantised to {checkpoint.quantization} already: "
-                        "pass None, or the checkpoint that it was made of"
-                    )
-                with torch.device("meta"):
-                    model = Transformer(checkpoint.args)
-                rounded = quantize or checkpoint.quantization
-                dtype = dtype or parallel.pick_dtype(torch.bfloat16 if rounded else checkpoint.dtype, device)
-                loaded = load_weights(model, checkpoint, dtype, device, quantize)
-                model.allocate_cache()
-                if is_model:
-                    load_weights(draft_model, draft_checkpoint, dtype, device)
-                    proposer = DraftModel(draft_model)
-            except RuntimeError as error:  # PyTorch has no class of its own for a CPU out of memory
-                if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise MemoryError(
-                    f"not enough memory on {device} for this checkpoint with max_seq_len = {max_seq_len} and "
-                    f"max_batch_size = {max_batch_size}: `python -m llama info` says what it takes; lower them"
-                ) from error
+            tokenizer, checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
+            smaller = None if draft in (None, "ngram") else open_draft(draft, tokenizer, max_seq_len, max_batch_size)
+            model, loaded = build_model(checkpoint, dtype, device, quantize)
+            if smaller is not None:
+                proposer = DraftModel(build_model(smaller, model.norm.weight.dtype, device)[0])
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
         return Llama(model, tokenizer, seed, proposer, compile)
@@ -388,11 +359,3 @@ def _named(name: str, call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by its object or its name, such as "bfloat16"."""
-    named = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if named not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"dtype = {dtype!r}: expected bfloat16, float16 or float32")
-    return named

@@ -4,7 +4,7 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 """
 
 import math
-import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -17,9 +17,28 @@ LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 PENALTIES = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "logits_processor")
 
-# The most answers to one prompt. They are all set up at once: with no such limit a slip of the pen in one line of a
-# data set takes all the memory there is.
+# The most answers to one prompt. They are all set up at once: without a limit, a mistyped number in one line of a data
+# set would take all the memory there is.
 MAX_SEQUENCES = 10_000
+
+# The kind of each number, its least and its most. Within these float32 neither overflows nor rounds to zero, whatever
+# the options are together, and integers fit into int64 tensors.
+MAX_INT = 2**63 - 1
+NUMBERS = {
+    "max_gen_len": (Integral, 0, MAX_INT),
+    "temperature": (Real, 0, 1e30),
+    "top_p": (Real, 1e-30, 1),
+    "top_k": (Integral, 0, MAX_INT),
+    "min_p": (Real, 0, 1),
+    "repetition_penalty": (Real, 1e-6, 1e6),
+    "no_repeat_ngram_size": (Integral, 0, MAX_INT),
+    "num_return_sequences": (Integral, 1, MAX_SEQUENCES),
+    "num_beams": (Integral, 1, MAX_SEQUENCES),
+    "length_penalty": (Real, -50, 50),
+    "seed": (Integral, -(2**63), 2**64 - 1),
+    "top_logprobs": (Integral, 0, MAX_INT),
+}
+MAX_BIAS = 1e30
 
 
 @dataclass(frozen=True)
@@ -64,42 +83,43 @@ class DecodingOptions:
     top_logprobs: int = 0
 
     def __post_init__(self):
-        integer, number = _is_int, _is_number
-        _require(
-            self, "max_gen_len", "an integer of at least 0, or None", lambda v: v is None or (integer(v) and v >= 0)
-        )
-        _require(self, "temperature", "a finite number of at least 0", lambda v: number(v) and v >= 0)
-        _require(self, "top_p", "a number in (0, 1]", lambda v: number(v) and 0 < v <= 1)
-        _require(self, "top_k", "an integer of at least 0, or None", lambda v: v is None or (integer(v) and v >= 0))
-        _require(self, "min_p", "a number in [0, 1], or None", lambda v: v is None or (number(v) and 0 <= v <= 1))
-        _require(self, "repetition_penalty", "a number above 0", lambda v: number(v) and v > 0)
-        for name in ("no_repeat_ngram_size", "top_logprobs"):
-            _require(self, name, "an integer of at least 0", lambda v: integer(v) and v >= 0)
-        for name in ("num_return_sequences", "num_beams"):
-            _require(self, name, "an integer of at least 1", lambda v: integer(v) and v >= 1)
-        _require(self, "num_return_sequences", f"at most {MAX_SEQUENCES:,}", lambda v: v <= MAX_SEQUENCES)
-        _require(self, "length_penalty", "a number from -50 to 50", lambda v: number(v) and -50 <= v <= 50)
-        _require(self, "early_stopping", "True, False or 'never'", lambda v: v is True or v is False or v == "never")
-        _require(self, "seed", "an integer, or None", lambda v: v is None or integer(v))
-        _require(self, "logits_processor", "a callable, or None", lambda v: v is None or callable(v))
-        _require(self, "stop", "strings that are not empty and token ids", lambda _: all(map(_is_stop, self.stops)))
-        _require(self, "logit_bias", "a dictionary of token ids to numbers or -inf", lambda v: v is None or _is_bias(v))
+        for name, (kind, least, most) in NUMBERS.items():
+            value, may_be_none = getattr(self, name), self.__dataclass_fields__[name].default is None
+            is_kind = isinstance(value, kind) and not isinstance(value, bool)
+            if (is_kind and least <= value <= most) or (value is None and may_be_none):
+                continue
+            expected = "an integer" if kind is Integral else "a number"
+            if is_kind and value == value:  # not NaN
+                expected += f" of at least {least:,}" if value < least else f" of at most {most:,}"
+            raise _mistake(self, name, expected + (", or None" if may_be_none else ""))
+        if self.early_stopping not in (True, False, "never"):
+            raise _mistake(self, "early_stopping", "True, False or 'never'")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise _mistake(self, "logits_processor", "a callable, or None")
+        if self.stop is not None and not all(map(_is_stop, self.stops)):
+            raise _mistake(self, "stop", "strings that are not empty and token ids")
+        if self.logit_bias is not None and not _is_bias(self.logit_bias):
+            raise _mistake(self, "logit_bias", f"a dictionary of token ids to numbers of at most {MAX_BIAS}, or -inf")
         if self.num_beams > 1:
-            if self.temperature > 0:
-                raise ValueError(
-                    f"num_beams = {self.num_beams} with temperature = {self.temperature}: a beam search does not "
-                    "sample, so expected temperature = 0 with it (top_p, top_k and min_p then have no part)"
-                )
-            if self.top_logprobs or any(isinstance(stop, str) for stop in self.stops):
-                raise ValueError(
-                    f"num_beams = {self.num_beams} with top_logprobs or a stop string: "
-                    "expected neither in a beam search (ids in `stop` are fine)"
-                )
-            if self.num_return_sequences > self.num_beams:
-                raise ValueError(
-                    f"num_return_sequences = {self.num_return_sequences} with num_beams = {self.num_beams}: "
-                    "expected at most as many answers as beams"
-                )
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        """Raises ValueError if an option does not go with a beam search."""
+        if self.temperature > 0:
+            raise ValueError(
+                f"num_beams = {self.num_beams} with temperature = {self.temperature}: a beam search does not "
+                "sample, so expected temperature = 0 with it (top_p, top_k and min_p then have no part)"
+            )
+        if self.top_logprobs or self.stop_strings:
+            raise ValueError(
+                f"num_beams = {self.num_beams} with top_logprobs or a stop string: "
+                "expected neither in a beam search (ids in `stop` are fine)"
+            )
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences = {self.num_return_sequences} with num_beams = {self.num_beams}: "
+                "expected at most as many answers as beams"
+            )
 
     @property
     def stops(self) -> list[str | int]:
@@ -144,7 +164,9 @@ class DecodingOptions:
         for option, ids in (("stop", [s for s in self.stops if _is_int(s)]), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    raise ValueError(f"{name}{option} names token {token}: expected ids from 0 to {vocab_size - 1}")
+                    raise ValueError(
+                        f"{name}{option} names token {_shown(token)}: expected ids from 0 to {vocab_size - 1}"
+                    )
         if self.top_logprobs > vocab_size:
             found = f"top_logprobs = {self.top_logprobs}"
             raise ValueError(f"{name}{found}: expected at most the {vocab_size} tokens there are")
@@ -181,22 +203,6 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
     return result
-
-
-def from_json(options: dict[str, Any]) -> dict[str, Any]:
-    """Decoding options as a file has them. Raises TypeError.
-
-    The ids of a logit_bias are strings in JSON, and pandas writes the integers of a column as 5.0 if one is missing.
-    """
-    _check_names(options)
-    is_whole = {name: isinstance(value, float) and value.is_integer() for name, value in options.items()}
-    options = {name: int(value) if is_whole[name] else value for name, value in options.items()}
-    bias = options.get("logit_bias")
-    if isinstance(bias, dict):
-        is_id = re.compile(r"\d{1,18}", re.ASCII).fullmatch
-        ids = {int(key) if isinstance(key, str) and is_id(key) else key: value for key, value in bias.items()}
-        options = options | {"logit_bias": ids}
-    return options
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[int]:
@@ -237,18 +243,20 @@ def _is_per_prompt(name: str, value: Any) -> bool:
     return isinstance(value, (list, tuple)) and not callable(value)  # Transformers' LogitsProcessorList is both
 
 
-def _require(options: DecodingOptions, name: str, expected: str, is_right: Callable[[Any], bool]) -> None:
-    value = getattr(options, name)
-    if not is_right(value):
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+def _mistake(options: DecodingOptions, name: str, expected: str) -> ValueError:
+    return ValueError(f"{name} = {_shown(getattr(options, name))}: expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to a line."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_stop(value: Any) -> bool:
@@ -256,6 +264,7 @@ def _is_stop(value: Any) -> bool:
 
 
 def _is_bias(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        _is_int(token) and (_is_number(bias) or bias == -math.inf) for token, bias in value.items()
-    )
+    if not isinstance(value, Mapping) or not all(map(_is_int, value)):
+        return False
+    numbers = [bias for bias in value.values() if isinstance(bias, Real) and not isinstance(bias, bool)]
+    return len(numbers) == len(value) and all(b == -math.inf or -1e308 <= b <= MAX_BIAS for b in numbers)

@@ -1,8 +1,8 @@
-"""A checkpoint's tensors into a model: this rank's slices, each byte once, without a second copy in memory.
+"""A checkpoint's tensors into a model: this rank's slices, each byte read once, without a second copy in memory.
 
-On the CPU the matrices are used as they lie in the files at first, and are packed for decoding later (`pack`). Knows
-nothing of formats: a checkpoint is anything that reads slices of full tensors (`checkpoint.MetaCheckpoint`,
-`huggingface.HuggingFaceCheckpoint`).
+On the CPU the matrices are used at first as they lie in the files; they are packed for decoding later
+(`layers.packing`). Knows nothing of formats: a checkpoint is anything that reads slices of full tensors, such as
+`meta.MetaCheckpoint` and `huggingface.HuggingFaceCheckpoint`.
 """
 
 import math
@@ -15,20 +15,20 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from llama.checkpoint.meta import MetaCheckpoint, partition_dim, slice_of_rank
+from llama.checkpoint.meta import MetaCheckpoint, part_of_rank
 from llama.layers.linear import Linear
 from llama.layers.packing import drop_pages, is_mapped, lay_out_together
 from llama.layers.quantization import Quantized
 from llama.model import Transformer
 from llama.parallel import raise_if_a_rank_failed
 
-# How much a load copies at a time; on CUDA there are two pinned buffers of this size.
+# How many bytes are copied at a time. On CUDA there are two pinned buffers of this size.
 CHUNK_BYTES = 64 << 20
 
 
 @dataclass
 class Loaded:
-    """What a load has done: the bytes of this rank's weights, and how many of them are still the mapped file."""
+    """What a load has done: how many bytes this rank's weights have, and how many of them are still the mapped file."""
 
     n_bytes: int = 0
     n_mapped: int = 0
@@ -51,49 +51,35 @@ def load_weights(
     device: torch.device,
     quantize: str | None = None,
 ) -> Loaded:
-    """Gives a model built on the meta device its tensors, this rank's slices of the checkpoint's.
+    """Gives a model built on the meta device its tensors: this rank's slices of the checkpoint's.
 
     On the CPU, a slice that is one piece of a file and has the right dtype stays mapped and takes no memory of its own.
-    Everything else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", or where the checkpoint is
-    quantised, matrices are laid out as soon as those that belong together are there, so that only few are there as they
-    were at any time.
+    All else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", or where the checkpoint is quantised,
+    matrices are laid out as soon as those that belong together are there: at most a few are in memory unpacked.
 
     Raises:
         RankFailed: another rank has failed meanwhile (inside `parallel.fail_together`).
     """
     rank, n_ranks = model.tok_embeddings.rank, model.tok_embeddings.world_size
-    slices = {}
-    for name, full in checkpoint.shapes.items():
-        dim = partition_dim(name)
-        slices[name] = (
-            (0, 0, full[0]) if dim is None else (dim, *slice_of_rank(name, full[dim], model.args, rank, n_ranks))
-        )
-    n_bytes = sum(
-        math.prod(full) // full[dim] * (stop - start) * dtype.itemsize
-        for full, (dim, start, stop) in zip(checkpoint.shapes.values(), slices.values())
-    )
+    n_bytes = {name: math.prod(full) * dtype.itemsize // n_ranks for name, full in checkpoint.shapes.items()}
     quantize = checkpoint.quantization or quantize
     copier = StagedCopy(device) if device.type == "cuda" else None
-    parts: dict[Linear, torch.Tensor | Quantized] = {}
+    parts: dict[Linear, torch.Tensor | Quantized] = {}  # that wait for others of their layout
     loaded, together = Loaded(), {linear: group for group in model.matrices() for linear in group}
-    with tqdm(
-        desc="Loading",
-        total=n_bytes,
-        unit="B",
-        unit_scale=True,
-        delay=1,
-        disable=None if dist.get_rank() == 0 else True,
-    ) as bar:
+    is_silent = None if dist.get_rank() == 0 else True  # None: where stderr is no terminal
+    total = sum(n_bytes.values())
+    with tqdm(desc="Loading", total=total, unit="B", unit_scale=True, delay=1, disable=is_silent) as bar:
         for name in [name for name, _ in model.named_parameters()]:  # each once, though two modules may share it
             raise_if_a_rank_failed()
             module = model.get_submodule(name.removesuffix(".weight"))
+            piece = part_of_rank(name, checkpoint.shapes[name], model.args, rank, n_ranks)
             if checkpoint.quantization and module in together:
-                part = checkpoint.read(name, *slices[name]).to(device)
+                part = checkpoint.read(name, *piece).to(device)
             elif device.type == "cpu" and checkpoint.dtype == dtype:
-                part = checkpoint.read(name, *slices[name]).contiguous()
+                part = checkpoint.read(name, *piece).contiguous()
             else:
-                part = _copy(checkpoint, name, *slices[name], dtype, device, copier)
-            bar.update(math.prod(checkpoint.shapes[name]) * dtype.itemsize // n_ranks)
+                part = _copy(checkpoint, name, *piece, dtype, device, copier)
+            bar.update(n_bytes[name])
             if not quantize or module not in together:
                 module.weight = nn.Parameter(part, requires_grad=False)
                 loaded.n_bytes += part.nbytes
@@ -103,9 +89,8 @@ def load_weights(
             if all(linear in parts for linear in together[module]):
                 if copier is not None:
                     copier.wait()
-                loaded.n_bytes += lay_out_together(
-                    {linear: parts.pop(linear) for linear in together[module]}, quantize, dtype
-                )
+                group = {linear: parts.pop(linear) for linear in together[module]}
+                loaded.n_bytes += lay_out_together(group, quantize, dtype)
         if copier is not None:
             copier.finish()
     if model.args.tied_embeddings:
@@ -127,7 +112,7 @@ def pieces(
     full = checkpoint.shapes[name]
     if stop - start == full[dim]:
         dim, start, stop = 0, 0, full[0]
-    # Whole heads at a time: those of a Hugging Face file are put into another order as they are read.
+    # Whole heads at a time: a Hugging Face file has the rows of a head in another order.
     unit = checkpoint.args.head_dim
     unit_bytes = math.prod(full) // full[dim] * unit * checkpoint.dtype.itemsize
     step = max(1, CHUNK_BYTES // unit_bytes) * unit
@@ -160,14 +145,14 @@ def _copy(
 
 
 class StagedCopy:
-    """Copies from mapped files to a device through two buffers: while one is on its way, the other is filled.
+    """Copies from mapped files to a device through two buffers: while one is being sent, the other is filled.
 
-    The files are read as the buffers are filled, by several threads; the copies run on a stream of their own, and a
-    change of dtype happens on the device. Buffers are pinned memory, from which a card copies by itself.
+    Several threads read the files into the buffers. The copies run on a stream of their own, and a change of dtype
+    happens on the device. Buffers are pinned memory, from which a card copies without the CPU.
 
     Args:
-        device: where to. On the CPU (for tests) it does the same, one step after the other.
-        buffer_bytes: of each of the two; at least a row of any source.
+        device: the target's. On the CPU (for tests) it does the same, one step after the other.
+        buffer_bytes: of each of the two buffers; at least one row of any source.
     """
 
     N_THREADS = 4  # one thread reads mapped pages slower than a card takes them
@@ -202,12 +187,12 @@ class StagedCopy:
         if self.stream is None:
             target.copy_(staged)
             return
-        # The target's memory may have been something else's on the current stream.
+        # Work on the current stream may still use the target's memory for something else.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             if target.is_contiguous() and target.dtype == staged.dtype:
                 target.copy_(staged, non_blocking=True)
-            else:  # as it lies to the device, and from there: copy_ in one step would convert on the CPU
+            else:  # in two steps: a single copy_ would convert on the CPU
                 target.copy_(staged.to(self.device, non_blocking=True))
             self.sent[self.turn].record()
 

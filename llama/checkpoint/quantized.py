@@ -1,67 +1,70 @@
-"""Directories that `llama quantize` has written: matrices in 8 or 4 bits, the embedding and the norms as they were.
+"""Directories that `llama quantize` has written: matrices in 8 or 4 bits; the embedding and the norms as they were.
 
-As Meta's with one consolidated.00.pth, in which a matrix NAME.weight is its codes, beside NAME.scales and, in 4 bits,
-NAME.zeros (`products.Quantized`); two codes of 4 bits share a byte, the even column's in the lower half. params.json
-says so under "quantization"; matrices of short rows have 8 bits in both (`products.kind_of_rows`). A tied output matrix
-is not there: it is rounded while it is loaded.
+Meta's layout with one consolidated.00.pth. A matrix NAME.weight is its codes, beside NAME.scales and, in 4 bits,
+NAME.zeros (`layers.quantization.Quantized`). Two codes of 4 bits share a byte, the even column's in the lower half.
+params.json names the kind under "quantization"; matrices of short rows have 8 bits in both kinds (`kind_of_rows`). A
+tied output matrix is not in the file: it is rounded while it is loaded.
 """
 
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llama.checkpoint.meta import COLUMNS, MetaCheckpoint, find_shards, full_shapes, open_shard, partition_dim
+from llama.checkpoint.meta import COLUMNS, MetaCheckpoint, dtype_problems, name_problems, partition_dim
 from llama.layers.quantization import KINDS, Quantized, group_size, kind_of_rows
 from llama.model import ModelArgs
 
-Kept = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype
+Stored = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype
 
 
 class QuantizedCheckpoint(MetaCheckpoint):
-    """A quantised directory, whose matrices are read as `Quantized`.
+    """A quantised directory. Its matrices are read as `Quantized`; all else is as in `MetaCheckpoint`.
+
+    Args:
+        ckpt_dir, args, check: as in `MetaCheckpoint`.
+        params: the contents of its params.json.
 
     Raises:
         FileNotFoundError: there is no file with the weights.
-        ValueError: it is broken, lacks a tensor, or has one of another shape or dtype; it is of a kind not known here.
+        ValueError: it is broken, lacks a tensor, or has one of another shape or dtype; this package does not have its
+            kind of quantisation.
     """
 
-    def __init__(self, ckpt_dir: Path, args: ModelArgs, params: dict):
-        said = params["quantization"]
-        self.quantization = said.get("kind") if isinstance(said, dict) else said
+    def __init__(self, ckpt_dir: Path, args: ModelArgs, params: dict[str, Any], check: bool = True):
+        found = params["quantization"]
+        self.quantization = found.get("kind") if isinstance(found, dict) else found
         if self.quantization not in KINDS:
-            raise ValueError(f"{ckpt_dir / 'params.json'} says quantization {said!r}: expected a kind of {KINDS}")
-        self.args = args
-        self.paths = find_shards(ckpt_dir)
-        if len(self.paths) > 1:
-            raise ValueError(f"{ckpt_dir} is quantised, and has {len(self.paths)} shards: expected one")
-        self.shards = [open_shard(self.paths[0])]
-        args.tied_embeddings = "output.weight" not in self.shards[0]
-        self.shapes = full_shapes(args)
-        if args.tied_embeddings:
-            del self.shapes["output.weight"]
-        if (problem := next(self.problems(), None)) is not None:
-            raise ValueError(problem)
+            path = ckpt_dir / "params.json"
+            raise ValueError(f"{path} says quantization {reprlib.repr(found)}: expected a kind of {KINDS}")
+        super().__init__(ckpt_dir, args, check)
 
     def problems(self) -> Iterator[str]:
-        shard, dtype = self.shards[0], getattr(self.shards[0].get("norm.weight"), "dtype", None)
-        expected: dict[str, Kept] = {}
+        """What is wrong with the file, as far as names, shapes, dtypes and norms tell."""
+        if len(self.paths) > 1:
+            yield f"{self.paths[0].parent} is quantised, and has {len(self.paths)} shards: expected one"
+        path, shard = self.paths[0], self.shards[0]
+        dtype = shard["norm.weight"].dtype if "norm.weight" in shard else None
+        expected: dict[str, Stored] = {}
         for name, shape in self.shapes.items():
             expected |= stored(name, shape, self.quantization, dtype)
-        for name in sorted(shard.keys() ^ expected.keys()):
-            yield f"{self.paths[0]} {'lacks' if name in expected else 'has unexpected'} {name}"
+        yield from name_problems(path, expected, shard, f"n_layers = {self.args.n_layers}, as its params.json says")
+        if dtype is not None:
+            yield from dtype_problems(path.parent, {dtype: "norm.weight"})
         for name in expected.keys() & shard.keys():
-            found = tuple(shard[name].shape), shard[name].dtype
-            if found != expected[name]:
-                shape, kind = expected[name]
-                yield f"{self.paths[0]}: {name} is {found[1]} {list(found[0])}: expected {kind} {list(shape)}"
-            elif not is_matrix(name) and shard[name].dim() == 1 and not bool(shard[name].isfinite().all()):
-                yield f"{self.paths[0]}: {name} has numbers that are not finite: the file is damaged"
+            tensor, (shape, dtype) = shard[name], expected[name]
+            if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+                found = f"{tensor.dtype} {list(tensor.shape)[:8]}"
+                yield f"{path}: {name} is {found}: expected {dtype} {list(shape)}"
+            elif tensor.dim() == 1 and not tensor.isfinite().all():
+                yield f"{path}: {name} has numbers that are not finite: the file is damaged"
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> "torch.Tensor | Quantized":
-        """As MetaCheckpoint; a matrix comes as `Quantized`.
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor | Quantized:
+        """As `MetaCheckpoint.read`; a matrix comes as `Quantized`.
 
-        Columns that cut a group of 4-bit codes in two come as the float32 values they stand for, to be rounded anew in
+        Columns that cut a group of 4-bit codes in two come as the float32 values they stand for, to be rounded again in
         groups of their own.
         """
         shard = self.shards[0]
@@ -100,8 +103,8 @@ def zeros_of(name: str) -> str:
     return name.removesuffix("weight") + "zeros"
 
 
-def stored(name: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype | None) -> dict[str, Kept]:
-    """The tensors that are kept of a parameter: name, shape and dtype; `dtype` is of those that stay as they are."""
+def stored(name: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype | None) -> dict[str, Stored]:
+    """The tensors that a file holds of a parameter: name, shape and dtype. What is not quantised keeps its `dtype`."""
     if not is_matrix(name):
         return {name: (shape, dtype)}
     out_features, in_features = shape
@@ -109,12 +112,12 @@ def stored(name: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype | No
         return {name: (shape, torch.int8), scales_of(name): ((out_features, 1), torch.bfloat16)}
     group = group_size(in_features)
     n_groups = -(-in_features // group)
-    kept: dict[str, Kept] = {name: ((out_features, n_groups * group // 2), torch.uint8)}
-    return kept | dict.fromkeys((scales_of(name), zeros_of(name)), ((out_features, n_groups), torch.bfloat16))
+    tensors: dict[str, Stored] = {name: ((out_features, n_groups * group // 2), torch.uint8)}
+    return tensors | dict.fromkeys((scales_of(name), zeros_of(name)), ((out_features, n_groups), torch.bfloat16))
 
 
 def packed(matrix: Quantized) -> torch.Tensor:
-    """The codes as they are kept."""
+    """The codes as a file holds them."""
     if matrix.kind == "int8":
         return matrix.codes
     even, odd = (matrix.codes + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)

@@ -1,6 +1,6 @@
-"""Writing checkpoints: the two file formats tensor by tensor, and a directory that appears whole or not at all.
+"""Writes checkpoints: the two file formats tensor by tensor, and a directory that appears whole or not at all.
 
-Knows how bytes lie in the files; nothing of what a Llama's tensors are called or mean.
+Knows how bytes lie in the files; nothing of the names of a Llama's tensors or of what they mean.
 
 Formats: github.com/huggingface/safetensors; a .pth file is a zip archive with a pickle of the tensors' shapes and a
 record for the bytes of each (pytorch.org/docs/stable/notes/serialization.html).
@@ -24,16 +24,23 @@ from typing import Any
 
 import torch
 
+CHECKLIST = "checklist.chk"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @contextlib.contextmanager
 def appear_whole(dst: Path, n_bytes: int) -> Iterator[Path]:
-    """A directory to write into, which becomes `dst` at the end; after any error it is gone."""
+    """Makes a directory to write into. At the end it becomes `dst`; after an error it is removed.
+
+    Raises:
+        FileExistsError: `dst` holds something, or another process is writing it.
+        FileNotFoundError: `dst` has no parent directory.
+        OSError: it could not be written, as when n_bytes do not fit on the disk.
+    """
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not an empty directory: name another, or remove it first")
     if not dst.parent.is_dir():
-        raise FileNotFoundError(f"{dst.parent}, where {dst.name} is to be made, is not a directory")
+        raise FileNotFoundError(f"{dst.parent} is not a directory: expected one to make {dst.name} in")
     folder = dst.parent / f".{dst.name}.partial"
     try:
         folder.mkdir(exist_ok=True)
@@ -67,16 +74,16 @@ def appear_whole(dst: Path, n_bytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def progress(n_bytes: int, what: str) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, if that is a terminal."""
-    from tqdm import tqdm  # only here, where there is something to wait for
+    """A progress bar on stderr, if that is a terminal."""
+    from tqdm import tqdm  # imported late: most programs never show a bar
 
     with tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True, disable=None) as bar:
         yield bar.update
 
 
 def safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """What stands before the tensors in a safetensors file; their bytes follow in this order, without gaps."""
-    dtype_name = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)
+    """The header of a safetensors file. The tensors' bytes follow it in this order, without gaps."""
+    dtype_name = next(name for name, each in SAFETENSORS_DTYPES.items() if each == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -88,15 +95,15 @@ def safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -
 
 
 class PthFile:
-    """A file as `torch.save` writes it of a dictionary of tensors, tensor by tensor; a context manager.
+    """Writes a dictionary of tensors as `torch.save` does, but tensor by tensor; a context manager.
 
     Args:
         path: the file to make.
-        shapes: of the tensors by name, all of which are then to be written, in any order.
-        dtype: of all of them, or of each by its name.
+        shapes: the shape of each tensor, by name. All of them must be written, in any order.
+        dtype: of all tensors, or of each by its name.
     """
 
-    ALIGNMENT = 64  # of each record, so that it can be used as it lies in the file
+    ALIGNMENT = 64  # of each record, bytes: a mapped tensor can be used as it lies in the file
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype | dict[str, torch.dtype]):
         dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
@@ -112,7 +119,7 @@ class PthFile:
                 record.write(content)
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
-        """The bytes of one tensor, row after row."""
+        """Writes the bytes of one tensor, row after row."""
         with self._open_record(f"data/{self._keys[name]}") as record:
             for piece in pieces:
                 record.write(piece)
@@ -126,8 +133,8 @@ class PthFile:
 
     def _open_record(self, name: str) -> Any:
         info = zipfile.ZipInfo(f"{self._prefix}/{name}")
-        # A record is a header of 30 bytes, the name, the sizes in 20 bytes, and an extra field of any length, which
-        # moves what follows to a multiple of 64. Its own head takes 4; "FB" is PyTorch's mark for it.
+        # A record is a header of 30 bytes, the name, the sizes in 20 bytes, and an extra field, whose length moves what
+        # follows to a multiple of 64. The field's own head takes 4 bytes; "FB" is PyTorch's mark for it.
         start = self._file.tell() + 30 + len(info.filename) + 20 + 4
         padding = -start % self.ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
@@ -135,7 +142,7 @@ class PthFile:
 
 
 class _Storage:
-    """Stands in the pickle for the record with a tensor's numbers."""
+    """The record with a tensor's numbers, as the pickle refers to it."""
 
     def __init__(self, key: str, dtype: torch.dtype, size: int):
         kinds = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage}
@@ -145,7 +152,7 @@ class _Storage:
 
 
 class _Tensor:
-    """Stands in the pickle for a tensor, and is read back as one."""
+    """Pickled as a tensor is: what reads it gets a tensor."""
 
     def __init__(self, key: str, shape: tuple[int, ...], dtype: torch.dtype):
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -160,17 +167,22 @@ class _TensorPickler(pickle.Pickler):
         return obj.persistent_id if isinstance(obj, _Storage) else None
 
 
+def md5_of(path: Path, advance: Callable[[int], object]) -> str:
+    """The md5 sum of a file, hexadecimal; calls `advance` with the number of bytes after each read."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
 def write_checklist(folder: Path) -> None:
-    """checklist.chk, as md5sum writes and checks it, of all files; when it returns they are on the disk."""
-    paths = sorted(folder.iterdir())
-    lines = []
-    with progress(sum(path.stat().st_size for path in paths), "checklist.chk") as advance:
+    """Writes checklist.chk, the md5 sums of all files, as md5sum does. When it returns, the files are on the disk."""
+    paths, lines = sorted(folder.iterdir()), []
+    with progress(sum(path.stat().st_size for path in paths), CHECKLIST) as advance:
         for path in paths:
-            digest = hashlib.md5(usedforsecurity=False)
+            lines.append(f"{md5_of(path, advance)}  {path.name}\n")
             with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-                    advance(len(chunk))
                 os.fsync(file.fileno())
-            lines.append(f"{digest.hexdigest()}  {path.name}\n")
-    (folder / "checklist.chk").write_text("".join(lines))
+    (folder / CHECKLIST).write_text("".join(lines))

@@ -3,6 +3,7 @@
 Knows nothing of where a row is from.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,24 @@ def check_names(row: Mapping[str, Any], others: Iterable[str], options: Iterable
         if name not in (*KINDS, *others, *options):
             expected = f"one of {', '.join(KINDS)}; id, {', '.join(others)}; or a decoding option: {', '.join(options)}"
             raise ValueError(f"{name!r} is not known: expected {expected}")
+
+
+def from_json(options: dict[str, Any]) -> dict[str, Any]:
+    """Decoding options as a file has them. Raises TypeError if one is none.
+
+    The ids of a logit_bias are strings in JSON, and pandas writes the integers of a column as 5.0 if one is missing.
+    """
+    for name in options:
+        if name not in NAMES:
+            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+    is_whole = {name: isinstance(value, float) and value.is_integer() for name, value in options.items()}
+    options = {name: int(value) if is_whole[name] else value for name, value in options.items()}
+    bias = options.get("logit_bias")
+    if isinstance(bias, dict):
+        is_id = re.compile(r"\d{1,18}", re.ASCII).fullmatch
+        ids = {int(key) if isinstance(key, str) and is_id(key) else key: value for key, value in bias.items()}
+        options = options | {"logit_bias": ids}
+    return options
 
 
 def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from llama import parallel
 from llama.datasets.fingerprint import fingerprint
 from llama.datasets.journal import Journal
+from llama.datasets.prompts import from_json
 from llama.datasets.rows import Row, Rows
 from llama.datasets.task_queue import TaskQueue
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
-from llama.options import DecodingOptions, from_json
+from llama.options import DecodingOptions
 
 N_ERRORS_SHOWN = 10
 Task = dict[str, Any]  # JSON, with the `line` of its row; or with an `error`, if none could be made of the row

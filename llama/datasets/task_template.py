@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.options import from_json
+from llama.datasets.prompts import from_json
 
 TASK_KEYS = ("system", "user", "prompt", "options", "parse")
 # With or without commas between thousands. The 3 of 3.14 is not one; 5-3 are two, both without a sign.

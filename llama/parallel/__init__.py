@@ -3,13 +3,14 @@
 Knows nothing of Llama, of tensors or of what is computed.
 """
 
-from llama.parallel.devices import pick_device, pick_dtype
+from llama.parallel.devices import dtype_by_name, pick_device, pick_dtype
 from llama.parallel.failing import RankFailed, fail_at_once, fail_together, raise_if_a_rank_failed
 from llama.parallel.groups import initialize, partition, silence_other_ranks
 from llama.parallel.replicas import gather_from_replicas, n_replicas, replica
 
 __all__ = [
     "RankFailed",
+    "dtype_by_name",
     "fail_at_once",
     "fail_together",
     "gather_from_replicas",

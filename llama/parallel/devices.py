@@ -4,6 +4,22 @@ import os
 
 import torch
 
+# What the numbers of a checkpoint may be, and what may be computed in.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def dtype_by_name(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """One of DTYPES from its name, such as "bfloat16". A dtype is returned as it is, and so is None.
+
+    Raises:
+        ValueError: it is none of DTYPES.
+    """
+    by_name = {str(each).removeprefix("torch."): each for each in DTYPES}
+    found = by_name.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}: expected bfloat16, float16, float32 or float64")
+    return found
+
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device this rank computes on: the one asked for, else CUDA, else MPS, else the CPU.

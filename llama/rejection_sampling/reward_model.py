@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama import parallel
+from llama.checkpoint.config import REWARD_MODEL, args_from_config, context_length, read_json
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.checkpoint.huggingface_config import REWARD_MODEL, model_args, read_json
 from llama.checkpoint.loading import load_weights
 from llama.checkpoint.open import find_tokenizer
 from llama.layers.linear import Linear
@@ -147,10 +147,9 @@ def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Huggi
         tokenizer = Tokenizer(find_tokenizer(ckpt_dir))
     elif tokenizer is None:
         find_tokenizer(ckpt_dir)  # raises, saying what the directory holds
-    context = config.get("max_position_embeddings")
-    max_seq_len = context if isinstance(context, int) and context > 0 else 4096
+    max_seq_len = context_length(config, ckpt_dir)
     # The head replaces the output matrix, so whether that one would be tied does not matter.
-    args = model_args(
+    args = args_from_config(
         config | {"tie_word_embeddings": False}, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL
     )
     return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args, reward_head=True), config.get("pad_token_id")

@@ -1,28 +1,46 @@
 """Hugging Face's `tokenizer.json` and back, for the byte-pair encodings of Llama 3.
 
-Knows how that file writes ranks and special tokens, and nothing of encoding a text. It is only read where it says the
-same as a rank file would: with any other file the ids would silently be others than in training.
+Knows how that file writes ranks and special tokens; nothing of encoding a text. A file is only read if a rank file
+could say the same: with any other, the ids would silently differ from those in training.
 
 Format: github.com/huggingface/tokenizers; its byte-level alphabet is that of GPT-2 (Radford et al. 2019).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
 
+# The longest token, and all tokens together, bytes. Llama 3's have 128 and 831,311. A token is tried as a merge of two
+# at each of its bytes, so that without limits a strange file would take hours.
+MAX_TOKEN_BYTES = 1024
+MAX_VOCABULARY_BYTES = 4_000_000
+
+# Settings of a BPE model that put a mark into tokens which are not words by themselves.
+SUBWORD_MARKS = ("continuing_subword_prefix", "end_of_word_suffix")
+
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte: itself where it is visible, else the next one from U+0100 on."""
+    """The character for each byte: its own where that is visible, else the next one from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
-# For str.translate, between the file's characters and those with the bytes' numbers. All others become one that is no
-# byte, lest they be taken for themselves.
+# For str.translate: between the characters of the file and those whose numbers are the bytes. All other characters
+# become U+FFFF, which is no byte, so that none is taken for the byte of its own number.
 _CHARS = dict(enumerate(_byte_alphabet()))
 _BYTES = dict.fromkeys(range(0x100), 0xFFFF) | {ord(char): byte for byte, char in _CHARS.items()}
+
+
+def check_lengths(tokens: Collection[bytes], path: Path) -> None:
+    """Raises ValueError if a token is empty or too long, or if all together are."""
+    lengths = [len(token) for token in tokens]
+    if lengths and (min(lengths) < 1 or max(lengths) > MAX_TOKEN_BYTES or sum(lengths) > MAX_VOCABULARY_BYTES):
+        raise ValueError(
+            f"{path} has tokens of {min(lengths):,} to {max(lengths):,} bytes, {sum(lengths):,} together: "
+            f"expected 1 to {MAX_TOKEN_BYTES:,} each, and at most {MAX_VOCABULARY_BYTES:,}"
+        )
 
 
 def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[bytes, int], dict[str, int]]:
@@ -40,32 +58,41 @@ def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[byt
     """
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} begins as JSON, but is not whole ({error}); is the file cut off?") from None
     try:
         model, added = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
         vocab, merges, kind = model["vocab"], model["merges"], model["type"]
         is_sentencepiece = bool(model.get("byte_fallback")) or kind == "Unigram"
         pieces = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    except (KeyError, TypeError, AttributeError) as error:
+        cut_by = _cut_pattern(content)
+        if not all(name and name.encode() for name in added):  # a lone surrogate cannot be encoded
+            raise ValueError("an added token without a name")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         expected = "expected Hugging Face's tokenizer.json, with a BPE model and added_tokens"
-        raise ValueError(f"{path} is JSON, but {type(error).__name__} ({error}): {expected}") from None
+        raise ValueError(f"{path} is JSON, but {type(error).__name__} ({str(error)[:100]}): {expected}") from None
     if is_sentencepiece:
         raise ValueError(
             f"{path} is the JSON form of a SentencePiece model (Llama 2), which is not read: "
             "put the tokenizer.model of the same model next to it, or pass its path as tokenizer_path"
         )
-    if kind != "BPE" or (found := _cut_pattern(content)) != pattern:
-        found = f"a {kind} model" if kind != "BPE" else f"the pattern {found!r}"
+    if kind != "BPE" or cut_by != pattern:
+        found = f"a {str(kind)[:50]} model" if kind != "BPE" else f"the pattern {repr(cut_by)[:200]}"
         raise ValueError(f"{path} has {found}: expected Llama 3's byte-level BPE, cut by {pattern!r}")
-    # Vocab and merges are compared as they are written, a character for each byte.
-    vocab = {token: rank for token, rank in vocab.items() if added.get(token) != rank}
+    if settings := [key for key in ("dropout", *SUBWORD_MARKS) if model.get(key)]:
+        raise ValueError(f"{path} has {settings[0]} = {repr(model[settings[0]])[:50]}: expected null, as Llama 3's")
     try:
+        # Vocab and merges are compared as they are written, a character for each byte.
+        vocab = {token: rank for token, rank in vocab.items() if added.get(token) != rank}
         merged = [vocab[left + right] for left, right in pieces]
-        ids, added_ids = sorted(vocab.values()), sorted(added.values())
         ranks = {token.translate(_BYTES).encode("latin-1"): rank for token, rank in vocab.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its vocab and merges are not those of a byte-level BPE: {error!r}") from None
+        if not all(type(i) is int for i in (*ranks.values(), *added.values())):
+            raise TypeError("an id is not an integer")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        found = repr(error)[:200]
+        raise ValueError(f"{path}: its vocab and merges are not those of a byte-level BPE: {found}") from None
+    check_lengths(ranks, path)
+    ids, added_ids = sorted(ranks.values()), sorted(added.values())
     if ids != list(range(len(ids))):
         raise ValueError(f"{path}: the {len(ids)} ids of its vocab are not 0 to {len(ids) - 1}, each once")
     # A rank file has no merges: of all pairs whose result is a token, tiktoken merges the one with the lowest rank.
@@ -87,7 +114,7 @@ def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[byt
 
 
 def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos: str, pattern: str) -> str:
-    """The text of a tokenizer.json that encodes as tiktoken does with these ranks, and puts `bos` before a text."""
+    """The text of a tokenizer.json that encodes as tiktoken does with these ranks, and puts `bos` before each text."""
     vocab = {token.decode("latin-1").translate(_CHARS): rank for token, rank in ranks.items()}
     merges = [
         pair
@@ -131,7 +158,7 @@ def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos:
 
 
 def _cut_pattern(content: dict) -> str | None:
-    """The expression that a text is cut by, if nothing else is done to it; None if there is more, or less."""
+    """The expression that a text is cut by; None if anything else is done to it, or if there is none."""
     steps = content.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     if content.get("normalizer") is not None or [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
@@ -143,7 +170,7 @@ def _cut_pattern(content: dict) -> str | None:
 
 
 def _splits(token: str, vocab: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """The pairs of tokens that a token can be merged of."""
+    """The pairs of tokens that make a token."""
     for i in range(1, len(token)):
         if token[:i] in vocab and token[i:] in vocab:
             yield token[:i], token[i:]
