@@ -129,7 +129,7 @@ def test_beam_searches_sampled_lines_and_a_stream_between_two_records_run_beside
 BROKEN = {
     '{"id": 1, "prompt"': "not JSON: Expecting ':' delimiter",
     '{"prompt": "x", "temprature": 1}': "'temprature' is not known: expected one of prompt, messages, tokens; id,",
-    '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a finite number of at least 0",
+    '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a number of at least 0",
     '{"prompt": "x", "temperature": [1, 2]}': "temperature = [1, 2]: expected a finite number",
     '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not known",
     '{"prompt": "x", "num_return_sequences": 20000000}': "num_return_sequences = 20000000: expected at most 10,000",
