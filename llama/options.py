@@ -9,7 +9,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import torch
@@ -228,8 +228,10 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    largest = sys.float_info.max  # integers can be beyond it
-    return isinstance(value, Real) and not isinstance(value, bool) and -largest <= value <= largest
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, Rational) and not isinstance(value, Integral):  # a tensor cannot be multiplied by a Fraction
+        return False
+    return is_real and -sys.float_info.max <= value <= sys.float_info.max  # integers can be beyond
 
 
 def _is_stop(value: Any) -> bool:

@@ -66,6 +66,7 @@ def test_a_call_answers_or_names_the_option_that_it_refuses(small):
         ({"repetition_penalty": 10**30}, "repetition_penalty = 1000.*: expected at most 1000000.0"),
         ({"repetition_penalty": 1e-20}, "repetition_penalty = 1e-20: expected at least 1e-06"),
         ({"repetition_penalty": 10**400}, r"repetition_penalty = 1000.*\.\.\..*: expected a number above 0"),
+        ({"repetition_penalty": Fraction(3, 2)}, r"repetition_penalty = Fraction\(3, 2\): expected a number above 0"),
         ({"temperature": 1e308}, r"temperature = 1e\+308: expected at most 1e\+30"),
         ({"temperature": 10**5000}, "temperature = a number of thousands of digits: expected a finite number"),
         ({"top_p": 5e-324}, "top_p = 5e-324: expected at least 1e-30"),
