@@ -7,6 +7,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -85,7 +86,7 @@ class DecodingOptions:
     def __post_init__(self):
         for name, (kind, least, most) in NUMBERS.items():
             value, may_be_none = getattr(self, name), self.__dataclass_fields__[name].default is None
-            is_kind = isinstance(value, kind) and not isinstance(value, bool)
+            is_kind = isinstance(value, kind) and not isinstance(value, (bool, Fraction))  # which PyTorch does not take
             if (is_kind and least <= value <= most) or (value is None and may_be_none):
                 continue
             expected = "an integer" if kind is Integral else "a number"
@@ -266,5 +267,5 @@ def _is_stop(value: Any) -> bool:
 def _is_bias(value: Any) -> bool:
     if not isinstance(value, Mapping) or not all(map(_is_int, value)):
         return False
-    numbers = [bias for bias in value.values() if isinstance(bias, Real) and not isinstance(bias, bool)]
+    numbers = [bias for bias in value.values() if isinstance(bias, Real) and not isinstance(bias, (bool, Fraction))]
     return len(numbers) == len(value) and all(b == -math.inf or -1e308 <= b <= MAX_BIAS for b in numbers)

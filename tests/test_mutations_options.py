@@ -75,6 +75,7 @@ def test_a_call_answers_or_names_the_option_that_it_refuses(small):
         ({"seed": 10**400}, r"seed = 1000.*: expected an integer of at most 18,446,744,073,709,551,615"),
         ({"seed": -(10**5000)}, "seed = a number of thousands of digits: expected an integer of at least -9,223"),
         ({"num_beams": 10**30, "temperature": 0}, "num_beams = 1000.*: expected an integer of at most 10,000"),
+        ({"repetition_penalty": Fraction(3, 2)}, r"repetition_penalty = Fraction\(3, 2\): expected a number$"),
         ({"logit_bias": {1: 1e300}}, r"logit_bias = .*: expected a dictionary .* at most 1e\+30"),
         ({"logit_bias": {10**5000: 1}}, "logit_bias names token a number of thousands of digits: expected ids from 0"),
         ({"stop": [10**30]}, "stop names token 1000.*: expected ids from 0 to 511"),

@@ -5,7 +5,9 @@ beyond the libraries, for any model. The target appears under its name when it i
 """
 
 import base64
+import bisect
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -64,7 +66,7 @@ def convert(
     Args:
         src: Meta's directory or Hugging Face's, as `Llama.build` takes it.
         dst: the directory to make; it may exist if it is empty.
-        to: "meta" or "hf". It may be the format of `src`, whose files are then cut anew.
+        to: "meta" or "hf". It may be the format of `src`, whose files are then cut again.
         shards: Meta: how many consolidated.NN.pth, one when None. Hugging Face: how many safetensors files; when None,
             as few as hold at most 5 GB each.
         dtype: of the tensors written: bfloat16, float16, float32 or float64, or its name; the source's when None.
@@ -72,8 +74,8 @@ def convert(
     Raises:
         FileNotFoundError, ValueError, ImportError: as `Llama.build`, for `src`.
         FileExistsError: `dst` has something in it, or another conversion is writing it.
-        ValueError: `to` or `dtype` is none of these; the model cannot be cut into so many shards; Meta's format has no
-            place for the special tokens; a number is beyond float16.
+        ValueError: `to` or `dtype` is none of these; the model cannot be cut into this number of shards; Meta's format
+            has no place for the special tokens; a number is beyond float16.
         OSError: it could not be written, as when the disk is full. Nothing is left then.
     """
     src, dst = Path(src), Path(dst)
@@ -207,26 +209,22 @@ def _write_safetensors_files(
 
 def _share_out(sizes: dict[str, int], n_files: int | None) -> list[list[str]]:
     """The names in order, cut into n files of about the same size, or into files of at most `MAX_FILE_BYTES`."""
-    names, files = list(sizes), []
-    if n_files is None:
-        room = 0
-        for name in names:
-            if not files or sizes[name] > room:
-                files.append([])
-                room = MAX_FILE_BYTES
-            files[-1].append(name)
-            room -= sizes[name]
-        return files
-    if n_files > len(names):
-        raise ValueError(f"shards = {n_files}: expected at most {len(names)}, one for each tensor")
-    rest = sum(sizes.values())
-    for files_left in range(n_files, 0, -1):  # each takes at least one tensor and leaves one for each that follows
-        files.append([names.pop(0)])
-        filled, share = sizes[files[-1][0]], rest / files_left
-        while len(names) >= files_left and (files_left == 1 or filled + sizes[names[0]] / 2 <= share):
-            filled += sizes[names[0]]
-            files[-1].append(names.pop(0))
-        rest -= filled
+    names = list(sizes)
+    if n_files is not None:
+        if n_files > len(names):
+            raise ValueError(f"shards = {n_files}: expected at most {len(names)}, one for each tensor")
+        ends, cuts = list(itertools.accumulate(sizes.values())), [0]
+        for i in range(1, n_files):  # where i shares end, with a tensor in each file before and after
+            at = bisect.bisect(ends, ends[-1] * i / n_files)
+            cuts.append(min(max(at, cuts[-1] + 1), len(names) - n_files + i))
+        return [names[start:stop] for start, stop in itertools.pairwise([*cuts, len(names)])]
+    files, room = [], 0
+    for name in names:
+        if not files or sizes[name] > room:
+            files.append([])
+            room = MAX_FILE_BYTES
+        files[-1].append(name)
+        room -= sizes[name]
     return files
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint.loading import CHUNK_BYTES, pieces
-from llama.checkpoint.meta import MetaCheckpoint, open_shard
+from llama.checkpoint.meta import MetaCheckpoint, open_shard, require_directory
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.writer import CHECKLIST, md5_of
 from llama.layers.packing import drop_pages
@@ -80,7 +80,7 @@ def info(
         ("vocabulary", f"{args.vocab_size:,}"),
         ("dtype", str(checkpoint.dtype).removeprefix("torch.") + bits),
         ("files", f"{n_files} ({kind}), {_size(sum(path.stat().st_size for path in checkpoint.paths))}"),
-        ("context", f"{context:,} tokens" if context else "not known: the files do not say"),
+        ("context", f"{context:,} tokens" if context else "unknown: the files do not say"),
     ]
     for n_ranks in [n for n in args.model_parallel_sizes if n <= 16]:
         parts = memory(args, n_parameters, itemsize, n_ranks)
@@ -139,8 +139,7 @@ def verify(
         FileNotFoundError: no such directory.
     """
     folder, found = Path(ckpt_dir), Verification()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"ckpt_dir {folder} is not a directory: expected one with a checkpoint")
+    require_directory("ckpt_dir", folder, "a checkpoint")
     _verify_checklist(folder, found, advance)
     problems, tensors = _examine(folder, tokenizer_path)
     found.problems += problems

@@ -44,6 +44,13 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
 
 
+def require_directory(name: str, path: Path, expected: str) -> None:
+    """Raises FileNotFoundError if there is no such directory; `name` is what the caller calls it."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{name} {path} {what}: expected a directory with {expected}")
+
+
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """The files consolidated.00.pth, 01, … in order.
 

@@ -11,7 +11,7 @@ import torch
 from llama.checkpoint.config import args_from_config, args_from_params, read_json
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.loading import Loaded, load_weights
-from llama.checkpoint.meta import SHARD_NAME, MetaCheckpoint, listing
+from llama.checkpoint.meta import SHARD_NAME, MetaCheckpoint, listing, require_directory
 from llama.checkpoint.quantized import QuantizedCheckpoint
 from llama.layers.quantization import KINDS
 from llama.model import Transformer
@@ -65,9 +65,7 @@ def open_checkpoint(
             raise ValueError(f"{name} has {value.bit_length()} bits: expected an integer of at most {MAX_ROOM:,}")
     ckpt_dir = Path(ckpt_dir)
     expected = "params.json and consolidated.NN.pth, or config.json and model.safetensors"
-    if not ckpt_dir.is_dir():
-        what = "is a file" if ckpt_dir.exists() else "does not exist"
-        raise FileNotFoundError(f"ckpt_dir {ckpt_dir} {what}: expected a directory with {expected}")
+    require_directory("ckpt_dir", ckpt_dir, expected)
     has_params, has_config = ((ckpt_dir / name).is_file() for name in ("params.json", "config.json"))
     if not has_params and not has_config:
         found = f"no params.json in {ckpt_dir}, and no config.json: it holds {listing(ckpt_dir)}"

@@ -1,6 +1,6 @@
-"""Where the ranks of a run are: process groups, devices, replicas, and how the ranks fail together.
+"""The ranks of a run: their process groups, their devices, their replicas, and how they fail together.
 
-Knows nothing of Llama, of tensors or of what is computed.
+Knows nothing of Llama, or of what is computed.
 """
 
 from llama.parallel.devices import dtype_by_name, pick_device, pick_dtype

@@ -1,7 +1,6 @@
-"""Where the model runs: process groups, device and dtype, and the model-parallel layers.
+"""The process groups over whose ranks a model is split, and which part of a dimension each rank holds.
 
-Knows nothing of Llama: it splits matrices over ranks and adds the pieces up again. The weights and their partitioning
-are fairscale's; the forward pass is our own while no gradient is wanted, because fairscale's reduce cannot be compiled.
+Uses the caller's groups where there are any. Knows nothing of Llama or of what the ranks compute.
 """
 
 import atexit
@@ -22,15 +21,15 @@ _own_model_parallel_size: int | None = None
 
 
 def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
-    """Makes the process groups that the model-parallel layers need, as far as they are not there yet.
+    """Makes the process groups that the model-parallel layers need, if they are not there yet.
 
-    Under torchrun the world is torchrun's; in a plain `python` or a notebook it is one process, whose group needs
-    no port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used as they are.
+    Under torchrun the world is torchrun's. In a plain `python` or a notebook it is one process, whose group needs no
+    port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used as they are.
 
     Args:
-        model_parallel_size: over how many processes a model is split; the world size when None. Where it is smaller,
-            each run of that many consecutive ranks holds a whole model (a replica).
-        device: decides the backend of a group made here: NCCL for CUDA, else gloo.
+        model_parallel_size: over how many processes a model is split; the world size when None. If it is smaller,
+            every model_parallel_size consecutive ranks hold a whole model (a replica).
+        device: the backend of a group made here is NCCL for CUDA, else gloo.
 
     Raises:
         ValueError: the size does not divide the number of processes, or contradicts the caller's groups.
@@ -77,7 +76,7 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
 
 
 def _destroy_groups() -> None:
-    """At exit: ends the groups' threads, which abort the process now and then if they outlive the interpreter."""
+    """At exit: ends the groups' threads, which sometimes abort the process if they outlive the interpreter."""
     if dist.is_initialized() and getattr(sys, "last_value", None) is None:
         dist.destroy_process_group()
 
@@ -85,7 +84,7 @@ def _destroy_groups() -> None:
 def silence_other_ranks() -> None:
     """Sends stdout of every rank but 0 to nowhere, so that a script's `print` appears once.
 
-    The example scripts, Meta's and ours, rely on it. stderr, and with it every error, stays.
+    The example scripts, Meta's and ours, rely on it. stderr stays as it is, so that every error is seen.
     """
     if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
         sys.stdout = open(os.devnull, "w")

@@ -1,4 +1,4 @@
-"""Which of the whole models this process is part of, and what all of them have done. Knows nothing of models."""
+"""Which replica of the model this process is part of, and the results of all replicas. Knows nothing of models."""
 
 import functools
 from datetime import timedelta
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def replica() -> int:
-    """Which of the whole models that the processes hold this one is part of, from 0."""
+    """Which replica this process is part of, from 0."""
     return dist.get_rank() // fairscale_groups.get_model_parallel_world_size()
 
 
@@ -17,7 +17,7 @@ def n_replicas() -> int:
 
 
 def gather_from_replicas(part: list) -> list[list]:
-    """Every replica's part, on every rank. One that has finished waits for the others without spinning."""
+    """Every replica's part, on every rank. A replica that has finished sleeps until the others have."""
     if n_replicas() == 1:
         return [part]
     parts: list[list] = [[] for _ in range(n_replicas())]
@@ -27,7 +27,7 @@ def gather_from_replicas(part: list) -> list[list]:
 
 @functools.cache
 def gloo_group() -> dist.ProcessGroup:
-    """The ranks that hold the same part of each replica's model; of gloo, which sleeps, and waits however long."""
+    """The ranks that hold the same part of each replica's model, over gloo, which sleeps while it waits, for ever."""
     size, world_size = fairscale_groups.get_model_parallel_world_size(), dist.get_world_size()
     groups = [list(range(i, world_size, size)) for i in range(size)]
     made = [dist.new_group(ranks, backend="gloo", timeout=timedelta(days=365)) for ranks in groups]

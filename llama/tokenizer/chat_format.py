@@ -20,9 +20,9 @@ class ChatFormat:
     """A dialog to the ids of its prompt, in the format that the tokenizer's models were tuned on.
 
     Llama 3: each message is `<|start_header_id|>ROLE<|end_header_id|>`, two newlines, the content and `<|eot_id|>`.
-    Llama 2: `[INST] <<SYS>>`, where the tags are text. A tag that a user writes is then the same characters as one of
-    the format's: the model cannot tell them apart, and nothing here refuses them. Control tokens (`<s>`, `</s>`,
-    `<|eot_id|>`, ...) never come out of a message, in either format. Contents are stripped of white space around them.
+    Llama 2: `[INST] <<SYS>>`, where the tags are text. A user can write them too: the model cannot tell them from the
+    format's own, and they are not refused. No message ever becomes a control token (`<s>`, `</s>`, `<|eot_id|>`, …), in
+    either format. White space around a content is stripped.
 
     Formats: the model cards of Llama 3.1 and Llama 2, llama.com/docs/model-cards-and-prompt-formats.
     """
@@ -31,7 +31,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> list[int]:
-        """Ids of what stands before a message's content. The role `tool` is written `ipython`, its name in the format.
+        """Ids of a message's header. The role `tool` becomes `ipython`, its name in the format.
 
         Raises:
             ValueError: as `check` for the message; or the format is Llama 2's, which has no headers.
@@ -55,12 +55,12 @@ class ChatFormat:
         return ids + self._header("assistant")
 
     def check(self, dialog: Dialog) -> None:
-        """Says whether a dialog can be a prompt, before anything is run.
+        """Checks that a dialog can be a prompt.
 
         Raises:
-            ValueError: it is not a non-empty list of messages; a message has no `role` or no `content`, an unknown role
-                or a content that is not a str; the last one is not the user's (or a tool's result). Llama 2: after a
-                system message, if there is one, user and assistant do not alternate.
+            ValueError: it is not a list of at least one message; a message has no `role` or no `content`, an unknown
+                role or a content that is not a str; the last message is not the user's (or a tool's result). Llama 2:
+                after the system message, if there is one, user and assistant do not alternate.
         """
         self.check_messages(dialog)
         roles = [message["role"] for message in dialog]
@@ -74,7 +74,7 @@ class ChatFormat:
 
     @staticmethod
     def check_messages(dialog: Dialog) -> None:
-        """The part of `check` that holds for every dialog, whatever its format and its order."""
+        """The part of `check` that is the same for every format and every order of roles."""
         if not (isinstance(dialog, list | tuple) and dialog):
             found = "an empty list" if dialog == [] else type(dialog).__name__
             raise ValueError(f"a dialog is a list of one or more messages, the last of them the user's; found {found}")
@@ -83,13 +83,13 @@ class ChatFormat:
 
     @staticmethod
     def _check_message(message: Message, where: str = "the message") -> None:
-        known = get_args(Role)
+        roles = get_args(Role)
         if not isinstance(message, Mapping):
             problem = f"is a {type(message).__name__}, expected a dict with 'role' and 'content'"
         elif missing := [key for key in ("role", "content") if key not in message]:
             problem = f"has no {missing[0]!r}; found the keys {sorted(map(str, message))}"
-        elif message["role"] not in known:
-            problem = f"has the unknown role {message['role']!r}; known are {', '.join(known)}"
+        elif message["role"] not in roles:
+            problem = f"has the unknown role {message['role']!r}; expected one of {', '.join(roles)}"
         elif not isinstance(message["content"], str):
             problem = f"has a content of type {type(message['content']).__name__}, expected a str"
         else:

@@ -1,7 +1,7 @@
-"""Dialogs with turns left open for the model: a fixed list of the user's turns is played against it.
+"""Dialogs with open turns: the user's turns are fixed, and the model fills in its own.
 
-An assistant's message whose content is `<PLACEHOLDER>` is open: it is generated in its place, with all the turns before
-it. A dialog that ends with the user's message has an open turn at its end, as ever. Knows nothing of tokens.
+An assistant's message whose content is `<PLACEHOLDER>` is open: the model generates it from all the turns before it. A
+dialog that ends with the user's message has one open turn, after its end. Knows nothing of tokens.
 """
 
 from llama.tokenizer import ChatFormat, Dialog, Message
@@ -10,18 +10,18 @@ PLACEHOLDER = "<PLACEHOLDER>"
 
 
 class OpenDialog:
-    """A dialog, and how far it has been filled.
+    """A dialog, and which of its turns are still open.
 
     Args:
         dialog: the messages; not changed.
-        formatter: says which dialogs can be prompts.
+        formatter: checks which dialogs can be prompts.
 
     Attributes:
         messages: those of the dialog, with the answers in their places.
-        has_placeholders: whether it had any open turn but the one at its end.
+        has_placeholders: whether it had an open turn other than the one at its end.
 
     Raises:
-        ValueError: a message is none, or an open turn does not follow one of the user's.
+        ValueError: a message is not one, or an open turn does not follow a turn of the user.
     """
 
     def __init__(self, dialog: Dialog, formatter: ChatFormat):
@@ -56,7 +56,7 @@ class OpenDialog:
 
 
 def has_open_turns(dialog: object) -> bool:
-    """Whether a message of a dialog is to be generated; not, if it is no dialog."""
+    """Whether a message of a dialog is to be generated. False if it is not a dialog."""
     return isinstance(dialog, (list, tuple)) and any(map(is_open, dialog))
 
 

@@ -350,7 +350,10 @@ BAD = [
     ({"num_beams": 9, "temperature": 0}, r"prompt 0: num_beams = 9: expected at most max_batch_size = 8"),
     ({"num_beams": 2, "temperature": 0, "stop": "x"}, r"num_beams = 2 with top_logprobs or a stop string"),
     ({"length_penalty": math.inf}, r"length_penalty = inf: expected a number of at most 50"),
-    ({"logit_bias": {1: math.inf}}, r"logit_bias = .*: expected a dictionary of token ids to numbers of at most 1e\+30, or -inf"),
+    (
+        {"logit_bias": {1: math.inf}},
+        r"logit_bias = .*: expected a dictionary of token ids to numbers of at most 1e\+30, or -inf",
+    ),
     ({"early_stopping": "soon"}, r"early_stopping = 'soon': expected True, False or 'never'"),
     ({"stop": ""}, r"stop = '': expected strings that are not empty and token ids"),
     ({"stop": [1.5]}, r"stop = \[1.5\]"),

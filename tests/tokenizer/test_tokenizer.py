@@ -478,7 +478,7 @@ BAD_DIALOGS = {
     "no text": ([{"role": "user", "content": None}], "has a content of type NoneType"),
     "unknown role": (
         [{"role": "bot", "content": "x"}],
-        "unknown role 'bot'; known are system, user, assistant, ipython",
+        "unknown role 'bot'; expected one of system, user, assistant, ipython",
     ),
     "ends with the assistant": ([USER, {"role": "assistant", "content": "x"}], "not of 'assistant'"),
     "ends with the system": ([{"role": "system", "content": "x"}], "ends with a message of the user"),
