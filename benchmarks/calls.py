@@ -2,8 +2,8 @@
 
     python -m benchmarks.calls --list    # Python 3.11 or newer
 
-Counted by `sys.setprofile` on the embedded checkpoint, built and warm: functions whose code lies in `llama/`, by file and
-qualified name (so the lambdas of one function count once), and the most of them that are on the stack at once.
+Counted by `sys.setprofile` on the embedded checkpoint, built and warm: functions whose code lies in `llama/`, by file
+and qualified name (so the lambdas of one function count once), and the most of them that are on the stack at once.
 """
 
 import argparse

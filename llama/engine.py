@@ -8,7 +8,6 @@ others, and leave their slot to the next.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
 
 import torch
 
@@ -16,8 +15,7 @@ from llama.decode_step import DecodeStep
 from llama.kv_cache import Slots, shared_prefix
 from llama.layers.packing import pack
 from llama.model import Transformer
-from llama.sampling import token_logprobs, top_logprobs
-from llama.sequence import UNUSABLE_LOGITS, Search, Sequence, Speculation, choose
+from llama.sequence import Counters, Search, Sequence, choose, score_prompt
 
 # How many positions one prefill works on, padding included: enough to keep a device busy, and a bound on the memory of
 # the activations. While other sequences are decoding it is less, so that they do not stall; longer prompts are cut.
@@ -25,18 +23,6 @@ PREFILL_TOKENS = 4096
 PREFILL_TOKENS_WHILE_DECODING = 512
 # A first prefill of this many positions gains more from packed matrices than packing them takes.
 PACK_FIRST_TOKENS = 384
-# Logits of a prompt's positions are made this many at a time: 256 x 128,256 float32 are 131 MB.
-LOGITS_CHUNK = 256
-
-
-@dataclass
-class Counters:
-    """What the engine has run, in tokens: of prompts, of prompts found in the cache instead, and of answers."""
-
-    prefilled: int = 0
-    reused: int = 0
-    decoded: int = 0
-    speculation: Speculation = field(default_factory=Speculation)  # of all sequences
 
 
 class Engine:
@@ -70,9 +56,6 @@ class Engine:
         """Puts a sequence at the end of those that wait for a slot; `step` returns it once it has ended."""
         if sequence.n_slots > len(self.slots):
             raise ValueError(f"{sequence.n_slots} beams: expected at most the {len(self.slots)} slots of the cache")
-        if sequence.score_from == 0:  # nothing comes before the first token
-            sequence.prompt_token_logprobs = [0.0]
-            sequence.prompt_top_logprobs = [[]] if sequence.options.top_logprobs else []
         if sequence.n_prefill == 0:
             sequence.finish_reason = "length"
             self._ended.append(sequence)
@@ -86,7 +69,9 @@ class Engine:
         if self.partial is not None and self.partial[0] in sequences:
             self.partial = None
         searches = {s.search for s in sequences} - {None}
-        self._release([s for s in self.running if s in sequences or s.search in searches])
+        for sequence in self.running[:]:
+            if sequence in sequences or sequence.search in searches:
+                self._release(sequence)
 
     @property
     def has_work(self) -> bool:
@@ -134,7 +119,9 @@ class Engine:
                 limit = sequence.n_reusable
                 source, shared = self.slots.find(sequence.prompt, limit)
                 # One that begins like a prompt of this group waits until that one's keys are there.
-                if any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
+                if group and any(
+                    shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group
+                ):
                     break
             wider = max(width, sequence.n_prefill - shared)
             if group and wider * (len(group) + 1) > budget:
@@ -157,9 +144,14 @@ class Engine:
     @property
     def n_free(self) -> int:
         """How many slots neither a sequence has nor a search may still grow into."""
-        searches = {s.search for s in self.running} - {None}
-        n_used = sum(s.search is None for s in self.running) + sum(search.n_slots for search in searches)
-        return len(self.slots) - n_used - (0 if self.partial is None else self.partial[0].n_slots)
+        n_free = len(self.slots) - (0 if self.partial is None else self.partial[0].n_slots)
+        searches = set()
+        for sequence in self.running:
+            if sequence.search not in searches:
+                n_free -= sequence.n_slots
+            if sequence.search is not None:
+                searches.add(sequence.search)
+        return n_free
 
     def _continue_partial(self) -> None:
         """Prefills the next piece of a long prompt; after the last, the sequence is running."""
@@ -175,48 +167,25 @@ class Engine:
         self._prefill([sequence], [done], slot, [stop])
 
     def _prefill(self, group: list[Sequence], starts: list[int], first_slot: int, stops: list[int]) -> None:
-        """Runs prompt[start:stop] of each sequence, right-padded to one width; a whole prompt gets its next token.
-
-        Rows whose padding would leave the cache start earlier instead, and write again what is there already.
-        """
-        width = max(stop - start for start, stop in zip(starts, stops))
-        starts = [min(start, self.model.args.max_seq_len - width) for start in starts]
-        rows = [s.prompt[start:stop] for s, start, stop in zip(group, starts, stops)]
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
-        if tokens.numel() >= PACK_FIRST_TOKENS:
+        """Runs prompt[start:stop] of each sequence; one whose whole prompt has run gets its next token."""
+        texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
+        if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
             self._pack()
-        hidden = self.model.hidden_states(tokens, starts, slice(first_slot, first_slot + len(group)))
+        hidden, at = run_rows(self.model, texts, starts, first_slot)
         whole, last = [], []  # the rows that get a token now, and their last columns
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
-            slot = first_slot + row
-            self.counters.prefilled += stop - len(self.slots.tokens[slot])
-            self.slots.record(slot, start, rows[row])
+            self.counters.prefilled += stop - start
+            self.slots.record(first_slot + row, start, sequence.prompt[start:stop])
             if sequence.score_from is not None and sequence.finish_reason is None:
-                self._score_prompt(sequence, hidden[row], start, stop)
+                score_prompt(sequence, hidden[row, at[row] :], start, stop, self.model.logits)
             if stop == sequence.n_prefill and sequence.finish_reason is None:
                 if sequence.max_new_tokens == 0:
                     sequence.finish_reason = "length"
                 else:
                     whole.append(row)
-                    last.append(stop - start - 1)
+                    last.append(at[row] + stop - start - 1)
         if whole:
             self._choose([group[row] for row in whole], self.model.logits(hidden[whole, last]))
-
-    def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor, start: int, stop: int) -> None:
-        """Scores the tokens after positions [start, stop) that have no score yet, from the hidden states [T, dim]."""
-        first = sequence.score_from + len(sequence.prompt_token_logprobs)
-        following = torch.tensor(sequence.prompt[first : stop + 1], device=self.device)
-        hidden = hidden[first - 1 - start :]
-        for i in range(0, len(following), LOGITS_CHUNK):
-            targets = following[i : i + LOGITS_CHUNK]
-            logits = self.model.logits(hidden[i : i + len(targets)])
-            if not bool(logits.amax(dim=-1).isfinite().all()):
-                sequence.fail(UNUSABLE_LOGITS)
-                return
-            sequence.prompt_token_logprobs += token_logprobs(logits, targets).tolist()
-            sequence.prompt_is_greedy &= torch.equal(logits.argmax(dim=-1), targets)
-            if sequence.options.top_logprobs:
-                sequence.prompt_top_logprobs += top_logprobs(logits, sequence.options.top_logprobs)
 
     # Decode
 
@@ -238,13 +207,15 @@ class Engine:
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Gives each sequence its next token, from the logits after its last [B, vocab_size]; a search its beams."""
-        searches = dict.fromkeys(s.search for s in sequences if s.search is not None)
-        if not searches:
-            choose(sequences, logits)
-            return
-        rows = {sequence: row for row, sequence in enumerate(sequences)}
-        if sampled := [sequence for sequence in rows if sequence.search is None]:
-            choose(sampled, logits[[rows[sequence] for sequence in sampled]])
+        rows, sampled, searches = {}, [], {}
+        for row, sequence in enumerate(sequences):
+            rows[sequence] = row
+            if sequence.search is None:
+                sampled.append(sequence)
+            else:
+                searches[sequence.search] = None
+        if sampled:
+            choose(sampled, logits[[rows[sequence] for sequence in sampled]] if searches else logits)
         for search in searches:
             self._advance(search, logits[[rows[beam] for beam in search.beams]])
 
@@ -275,7 +246,8 @@ class Engine:
         if movers:
             stop = max(len(self.slots.tokens[slot]) for slot in sources)
             self.slots.copy(sources, free[: len(movers)], start, stop)
-        self._release([self.running[slot] for slot in free[len(movers) :]])
+        for beam in [self.running[slot] for slot in free[len(movers) :]]:
+            self._release(beam)
         if not search.beams:
             self._ended.append(search.sequence)
 
@@ -292,18 +264,18 @@ class Engine:
         return slot
 
     def _release_ended(self) -> None:
-        ended = [s for s in self.running if s.finish_reason is not None]
-        self._release(ended)
-        self._ended += ended
+        for sequence in self.running[:]:
+            if sequence.finish_reason is not None:
+                self._release(sequence)
+                self._ended.append(sequence)
 
-    def _release(self, sequences: list[Sequence]) -> None:
-        """Takes sequences out of their slots; the last running ones move down into them."""
-        for sequence in sequences:
-            slot = self.running.index(sequence)
-            last = self.running.pop()
-            if last is not sequence:
-                self.running[slot] = last
-            self.slots.swap(len(self.running), slot)
+    def _release(self, sequence: Sequence) -> None:
+        """Takes a sequence out of its slot; the last running one moves down into it."""
+        slot = self.running.index(sequence)
+        last = self.running.pop()
+        if last is not sequence:
+            self.running[slot] = last
+        self.slots.swap(len(self.running), slot)
 
     def _give_up(self, reason: str) -> None:
         """Ends the sequences in progress with an error, and forgets what the slots hold."""
@@ -314,3 +286,21 @@ class Engine:
             self._ended.append(sequence)
         self.running, self.partial = [], None
         self.slots.forget()
+
+
+def run_rows(
+    model: Transformer, texts: list[list[int]], starts: list[int], first_slot: int
+) -> tuple[torch.Tensor, list[int]]:
+    """Runs text[start:] of each of B texts, whose earlier keys are in its slot, right-padded to one width.
+
+    Rows whose padding would leave the cache start earlier instead, and write again what is there already.
+
+    Returns:
+        the hidden states [B, T, dim], and the column at which text[start] is in each row.
+    """
+    width = max(len(text) - start for text, start in zip(texts, starts))
+    firsts = [min(start, model.args.max_seq_len - width) for start in starts]
+    rows = [text[first:] + [0] * (width - len(text) + first) for text, first in zip(texts, firsts)]
+    tokens = torch.tensor(rows, device=model.rotary.device)
+    hidden = model.hidden_states(tokens, firsts, slice(first_slot, first_slot + len(rows)))
+    return hidden, [start - first for start, first in zip(starts, firsts)]

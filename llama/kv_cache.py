@@ -116,6 +116,8 @@ class Slots:
         self.tokens: list[list[int]] = [[] for _ in range(cache.max_batch_size)]
         self._last_used = [0] * cache.max_batch_size
         self._clock = 0
+        self._age = 0  # of the model: how often it may have changed,
+        self._ages = [0] * cache.max_batch_size  # and when each slot's keys were made
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -129,9 +131,11 @@ class Slots:
 
     def find(self, prompt: list[int], limit: int) -> tuple[int, int]:
         """The slot that holds the longest beginning of a prompt, and its length up to `limit`; 0 if it is too short."""
-        lengths = [shared_prefix(prompt, tokens, limit) for tokens in self.tokens]
-        slot = max(range(len(lengths)), key=lengths.__getitem__)
-        return slot, lengths[slot]
+        best, longest = 0, 0
+        for slot, tokens in enumerate(self.tokens):
+            if self._ages[slot] == self._age and (n := shared_prefix(prompt, tokens, limit)) > longest:
+                best, longest = slot, n
+        return best, longest
 
     def take(self, slot: int, source: int, shared: int) -> None:
         """Gives a slot, the first free one, the first `shared` positions of another, and forgets the rest of it.
@@ -145,12 +149,14 @@ class Slots:
             if shared:
                 self.copy([source], [slot], 0, shared)
         del self.tokens[slot][shared:]
+        self._ages[slot] = self._age
 
     def copy(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
         """Gives each target slot the positions [start, stop) of its source, where both agree on those before."""
         self.cache.move(sources, targets, start, stop)
         for source, target in zip(sources, targets):
             self.tokens[target][start:] = self.tokens[source][start:stop]
+            self._ages[target] = self._ages[source]
 
     def spare_position(self, slot: int) -> int:
         """A position of a slot that may be overwritten: the one after what it holds, given up where it is full."""
@@ -162,8 +168,12 @@ class Slots:
         if a == b:
             return
         self.cache.move([a, b], [b, a], 0, max(len(self.tokens[a]), len(self.tokens[b])))
-        for record in (self.tokens, self._last_used):
+        for record in (self.tokens, self._last_used, self._ages):
             record[a], record[b] = record[b], record[a]
+
+    def outdate(self) -> None:
+        """Notes that the model may have changed: no new prompt takes keys that were made before."""
+        self._age += 1
 
     def forget(self) -> None:
         """Forgets what all slots hold."""

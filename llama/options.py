@@ -109,6 +109,16 @@ class DecodingOptions:
         return list(self.stop) if isinstance(self.stop, (list, tuple, set, frozenset)) else [self.stop]
 
     @property
+    def stop_strings(self) -> list[str]:
+        """Those of `stops` that are text."""
+        return [stop for stop in self.stops if isinstance(stop, str)] if self.stop is not None else []
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Those of `stops` that are ids."""
+        return frozenset(self.stops).difference(self.stop_strings) if self.stop is not None else frozenset()
+
+    @property
     def has_penalties(self) -> bool:
         """Whether the logits depend on more than the model."""
         none = self.repetition_penalty == 1 and self.no_repeat_ngram_size == 0

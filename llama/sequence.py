@@ -14,6 +14,8 @@ import torch
 from llama.options import DecodingOptions
 from llama.sampling import RandomStream, next_tokens, process_logits, token_logprobs, top_logprobs
 
+# Logits of a prompt's positions are made this many at a time: 256 x 128,256 float32 are 131 MB.
+LOGITS_CHUNK = 256
 UNUSABLE_LOGITS = "the model's logits are NaN or infinite: look for damaged weights with `llama verify`"
 
 
@@ -29,6 +31,16 @@ class Speculation:
     steps: int = 0
     proposed: int = 0
     accepted: int = 0
+
+
+@dataclass
+class Counters:
+    """What the engine has run, in tokens: of prompts, of prompts found in the cache instead, and of answers."""
+
+    prefilled: int = 0
+    reused: int = 0
+    decoded: int = 0
+    speculation: Speculation = field(default_factory=Speculation)  # of all sequences
 
 
 @dataclass(eq=False)
@@ -76,6 +88,11 @@ class Sequence:
     error: str | None = None
     cause: BaseException | None = None
     speculation: Speculation = field(default_factory=Speculation)
+
+    def __post_init__(self):
+        if self.score_from == 0:  # nothing comes before the first token
+            self.prompt_token_logprobs = [0.0]
+            self.prompt_top_logprobs = [[]] if self.options.top_logprobs else []
 
     @property
     def n_slots(self) -> int:
@@ -149,9 +166,10 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
     peaks = logits.amax(dim=-1).tolist()
-    chosen_from = logits
+    chosen_from, wants_logprobs = logits, False
     for row, sequence in enumerate(sequences):
         options, processed = sequence.options, None
+        wants_logprobs |= sequence.logprobs
         try:
             if not math.isfinite(peaks[row]):
                 raise ValueError(UNUSABLE_LOGITS)
@@ -167,7 +185,7 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
             chosen_from = logits.clone() if chosen_from is logits else chosen_from
             chosen_from[row] = processed
     chosen = draw(sequences, chosen_from)
-    logprobs = token_logprobs(logits, chosen).tolist() if any(s.logprobs for s in sequences) else None
+    logprobs = token_logprobs(logits, chosen).tolist() if wants_logprobs else None
     tokens = chosen.tolist()
     for row, (sequence, token) in enumerate(zip(sequences, tokens)):
         if sequence.finish_reason is None and sequence.append(token) and sequence.logprobs:
@@ -188,10 +206,35 @@ def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> tor
     Returns:
         ids, int64 [B].
     """
-    # The position of the token to come, counted from the start of the prompt.
-    positions = [len(s.prompt) + len(s.tokens) + ahead for s in sequences]
-    seeds = torch.tensor([s.random.seed(p) for s, p in zip(sequences, positions)], device=logits.device)
-    n = logits.shape[-1]
-    settings = [(o.temperature, min(o.top_k or 0, n), o.top_p, o.min_p or 0) for o in (s.options for s in sequences)]
+    seeds, settings = [], []
+    for sequence in sequences:
+        # The position of the token to come, counted from the start of the prompt.
+        seeds.append(sequence.random.seed(len(sequence.prompt) + len(sequence.tokens) + ahead))
+        o = sequence.options
+        settings.append((o.temperature, min(o.top_k or 0, logits.shape[-1]), o.top_p, o.min_p or 0))
     columns = torch.tensor(settings, dtype=torch.float64).T.to(logits.device)
-    return next_tokens(logits, seeds, *columns)
+    return next_tokens(logits, torch.tensor(seeds, device=logits.device), *columns)
+
+
+def score_prompt(
+    sequence: Sequence, hidden: torch.Tensor, start: int, stop: int, logits_of: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Scores the tokens of a prompt that follow positions [start, stop) and have no score yet.
+
+    Args:
+        hidden: the hidden states of these positions, [at least stop - start, dim].
+        logits_of: hidden states [T, dim] to logits [T, vocab_size].
+    """
+    first = sequence.score_from + len(sequence.prompt_token_logprobs)
+    following = torch.tensor(sequence.prompt[first : stop + 1], device=hidden.device)
+    hidden = hidden[first - 1 - start :]
+    for i in range(0, len(following), LOGITS_CHUNK):
+        targets = following[i : i + LOGITS_CHUNK]
+        logits = logits_of(hidden[i : i + len(targets)])
+        if not bool(logits.amax(dim=-1).isfinite().all()):
+            sequence.fail(UNUSABLE_LOGITS)
+            return
+        sequence.prompt_token_logprobs += token_logprobs(logits, targets).tolist()
+        sequence.prompt_is_greedy &= torch.equal(logits.argmax(dim=-1), targets)
+        if sequence.options.top_logprobs:
+            sequence.prompt_top_logprobs += top_logprobs(logits, sequence.options.top_logprobs)

@@ -19,7 +19,7 @@ from llama import DecodingOptions, Llama, parallel
 from llama.checkpoint.open import find_tokenizer
 from llama.cli.arguments import BatchLoading, Decoding, OneAnswer, is_first_rank
 from llama.datasets.batch import run_batch_files
-from llama.datasets.fingerprint import identity
+from llama.datasets.fingerprint import fingerprint as fingerprint_of
 from llama.datasets.journal import check_target
 from llama.datasets.rows import Rows
 from llama.datasets.task_template import read_template
@@ -185,7 +185,7 @@ def rescore(
     llama, fingerprint = None, scoring.fingerprint
     if scoring.scorer in ("logprob", "mean_logprob", "judge"):  # the others do not use the model
         llama = loading.build()
-        fingerprint["model"] = identity(llama)
+        fingerprint["model"] = fingerprint_of(llama)
     arguments = (files.source, files.target, scoring.load(llama, loading), plan, fingerprint)
     scoring.run(rescore_files, files, *arguments, prompts=prompts)
 

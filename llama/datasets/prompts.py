@@ -1,14 +1,16 @@
-"""What a row asks of a model: a text, a dialog or token ids; and the ids of its prompt.
+"""What a row asks of a model, a text, a dialog or token ids, and the ids of its prompt.
 
-Knows nothing of what else a row holds, or of where it is from.
+Knows nothing of where a row is from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama.generation import Llama
+from llama.options import NAMES
 
 KINDS = ("prompt", "messages", "tokens")  # a text to be continued, a dialog to be answered, ids
+OPTIONS = tuple(name for name in NAMES if name != "logits_processor")  # a file holds no code
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -19,11 +21,19 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return given[0]
 
 
+def check_names(row: Mapping[str, Any], others: Iterable[str], options: Iterable[str]) -> None:
+    """Raises ValueError if a row has a field that is neither a prompt, nor one of `others`, nor a decoding option."""
+    for name in row:
+        if name not in (*KINDS, *others, *options):
+            expected = f"one of {', '.join(KINDS)}; id, {', '.join(others)}; or a decoding option: {', '.join(options)}"
+            raise ValueError(f"{name!r} is not known: expected {expected}")
+
+
 def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
     """The ids of a row's prompt.
 
     Raises:
-        ValueError, TypeError: as `kind_of`; the prompt is empty, too long, or not what its kind says.
+        ValueError, TypeError: as `kind_of`; or the prompt is empty, too long, or not what its kind says.
     """
     kind = kind_of(row)
     ids = row[kind]
@@ -33,4 +43,4 @@ def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
         if not isinstance(ids, str) or not ids:
             raise ValueError(f"prompt = {ids!r}: expected a text that is not empty")
         ids = llama.tokenizer.encode(ids, bos=True)
-    return llama.check_prompt("the prompt", ids)
+    return llama.answerer.check_prompt("the prompt", ids)

@@ -1,14 +1,13 @@
-"""Task prompts: what is said to the model for a line of data, and what is read out of its answer, without code.
+"""Task templates: what is asked of the model for a row of data, and what is read out of its answer, without code.
 
-A template file is JSON: {"tasks": {NAME: TASK, …}}. A line names its `task`, unless there is only one. A TASK has
+A template file is JSON: {"tasks": {NAME: TASK, …}}. A row names its `task`, unless there is only one. A TASK has
 
-- `user`, a text in which {field} stands for a field of the line, {id} for its id ({{ and }} for braces), and perhaps
-  `system`, another;
-  or instead `prompt`, a text to be continued;
-- `options`: decoding options, which a line may override;
-- `parse`: how the answer is read: "integer", the first one in it; {"regex": R}, the first group of its first match (all
-  of the match if R has no group); {"integers": k}, k distinct ones; {"choice": [A, B, …]}, the only one of these that
-  stands by itself in it.
+- `user`, a text in which {field} stands for a field of the row and {id} for its id ({{ and }} are braces), and perhaps
+  another, `system`; or instead of these `prompt`, a text to be continued;
+- `options`: decoding options, which a row may override;
+- `parse`: what is read out of the answer: "integer", the first one in it; {"regex": R}, the first group of the first
+  match (the whole match if R has no group); {"integers": k}, k distinct ones; {"choice": [A, B, …]}, the only one of
+  these that stands by itself in it.
 
 Knows nothing of models.
 """
@@ -25,13 +24,20 @@ from typing import Any
 from llama.options import from_json
 
 TASK_KEYS = ("system", "user", "prompt", "options", "parse")
-# With commas between thousands, or without; the 3 of 3.14 is none, and 5-3 are two without a sign.
+# With or without commas between thousands. The 3 of 3.14 is not one; 5-3 are two, both without a sign.
 INTEGER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?!\.?\d)", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: pieces of text and fields by turns, decoding options, and the rule that reads an answer."""
+    """One task.
+
+    Attributes:
+        name: its name in the template.
+        texts: its `system`, `user` or `prompt`, each as pairs of a text and the field after it.
+        options: decoding options.
+        parse: the rule that reads an answer; None if it is not read.
+    """
 
     name: str
     texts: dict[str, list[tuple[str, str | None]]]
@@ -44,10 +50,10 @@ class Task:
         return {field for pieces in self.texts.values() for _, field in pieces if field is not None}
 
     def render(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The `prompt` or `messages` of a line. What its fields hold is text, and is not looked into.
+        """The `prompt` or `messages` of a row. Its fields are filled in as they are, braces and all.
 
         Raises:
-            ValueError: the line lacks a field.
+            ValueError: the row lacks a field.
         """
         texts = {name: self._fill(pieces, fields) for name, pieces in self.texts.items()}
         if "prompt" in texts:
@@ -55,7 +61,7 @@ class Task:
         return {"messages": [{"role": role, "content": texts[role]} for role in ("system", "user") if role in texts]}
 
     def read(self, answer: str) -> dict[str, Any]:
-        """What is read out of an answer, as `parsed`; with `parse_error` where that is nothing."""
+        """What is read out of an answer, as `parsed`; where that is nothing, `parse_error` says why."""
         if self.parse is None:
             return {}
         try:
@@ -98,11 +104,7 @@ class Template:
             raise ValueError("there is no task: expected one or more in 'tasks'")
 
     def task_of(self, fields: dict[str, Any]) -> Task:
-        """The task of a line.
-
-        Raises:
-            ValueError: it names none that is known, or none though there are several.
-        """
+        """The task of a row. Raises ValueError if it names one that is not there, or none of several."""
         name = fields.get("task", next(iter(self.tasks)) if len(self.tasks) == 1 else None)
         if not isinstance(name, str) or name not in self.tasks:
             raise ValueError(f"task = {name!r}: expected one of {', '.join(map(repr, self.tasks))}")
@@ -134,7 +136,7 @@ def _read_task(name: str, task: Any) -> Task:
 
 
 def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
-    """A text and the field after it, and so on."""
+    """A text, cut into pairs of a piece and the field after it."""
     if not isinstance(text, str):
         raise ValueError(f"{key} = {text!r}: expected a text")
     try:
@@ -148,7 +150,7 @@ def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
 
 
 def _as_text(value: Any) -> str:
-    """A field in a text: a list is a line for each of its items, numbered from 1."""
+    """What is filled in for a field: a list becomes a numbered line for each item."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -157,7 +159,7 @@ def _as_text(value: Any) -> str:
 
 
 def _rule(parse: Any) -> Callable[[str], Any]:
-    """The function that reads an answer; it raises ValueError where there is nothing to read."""
+    """The function that reads an answer. It raises ValueError if there is nothing to read."""
     if parse == "integer":
         return _first_integer
     if isinstance(parse, dict) and len(parse) == 1:
@@ -205,7 +207,7 @@ def _regex(pattern: re.Pattern) -> Callable[[str], str]:
 
 
 def _choice(answer: str, choices: list[str]) -> str:
-    # The longest first, so that "A+" is not taken for "A".
+    # The longest first, so that "A+" is not read as "A".
     either = "|".join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))
     found = list(dict.fromkeys(re.findall(rf"(?<!\w)(?:{either})(?!\w)", answer)))
     if len(found) != 1:

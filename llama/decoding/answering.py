@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.decoding.beam_search import BeamSearch
-from llama.decoding.shared_engine import SharedEngine
+from llama.decoding.shared_engine import Call, SharedEngine
 from llama.decoding.speculative import SpeculativeEngine
 from llama.engine import Engine
 from llama.options import DecodingOptions, check_ids, per_prompt
@@ -127,11 +127,12 @@ class Answerer:
         for index, (prompt, option) in enumerate(zip(prompts, settings)):
             jobs.append(Job(index, prompt, option, occurrences[tuple(prompt)], logprobs, echo))
             occurrences[tuple(prompt)] += 1
-        mine = jobs[parallel.replica() :: parallel.n_replicas()] if shared else jobs
+        is_split = shared and parallel.n_replicas() > 1
+        mine = jobs[parallel.replica() :: parallel.n_replicas()] if is_split else jobs
         # The largest budgets first: a long answer begun last would run on alone.
         waiting = deque(sorted(mine, key=lambda job: -self.budget(job.prompt, job.option)))
         answers: dict[int, list[Answer]] = {}
-        n_tokens, started, cause = 0, time.perf_counter(), None
+        n_tokens, started = 0, time.perf_counter()
         bar = tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0)
         with parallel.fail_at_once(), bar, Jobs(self) as open_jobs:
             while waiting or open_jobs.n_open:
@@ -139,26 +140,28 @@ class Answerer:
                     open_jobs.add(waiting.popleft())
                 for job, group in open_jobs.step():
                     answers[job.key] = group
-                    n_tokens += sum(len(answer.tokens) for answer in group)
+                    for answer in group:
+                        n_tokens += len(answer.tokens)
                     bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
                     bar.update()
-            cause = open_jobs.cause
-        if shared:
+        if is_split:
             answers = {key: group for part in parallel.gather_from_replicas(answers) for key, group in part.items()}
-        by_prompt = [answers[index] for index in range(len(jobs))]
-        failed = [(index, a.error) for index, group in enumerate(by_prompt) for a in group if a.error is not None]
+        by_prompt, failed = [], []
+        for index in range(len(jobs)):
+            by_prompt.append(answers[index])
+            failed += [(index, answer.error) for answer in answers[index] if answer.error is not None]
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             first = failed[0][0] if names is None else names[failed[0][0]]
-            raise GenerationError(f"prompt {first}{others}: {failed[0][1]}", by_prompt) from cause
+            raise GenerationError(f"prompt {first}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
         return by_prompt
 
     def stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
         """Yields the text of one answer while it is decided."""
         sequence = self.sequence(Job(None, prompt, option), 0)
-        text = AnswerText(self.tokenizer, _stop_strings(option))
+        text = AnswerText(self.tokenizer, option.stop_strings)
         n_sent = 0
-        with parallel.fail_at_once(), self.shared.open() as call:
+        with parallel.fail_at_once(), Call(self.shared) as call:
             call.add(sequence)
             while call.n_open:
                 call.step(every=True)
@@ -188,9 +191,11 @@ class Answerer:
             digest = hashlib.blake2b(f"{self.seed} {next(self._calls)}".encode(), digest_size=8).digest()
             own = int.from_bytes(digest, "little")
             options = options | {"seed": own if seed is None else [own if s is None else s for s in seed]}
-        settings = per_prompt(len(prompts), **options)
-        for index, option in {id(option): (index, option) for index, option in enumerate(settings)}.values():
-            self.check_option(option, f"prompt {index}: ")
+        settings, checked = per_prompt(len(prompts), **options), None
+        for index, option in enumerate(settings):
+            if option is not checked:  # of most calls all are the same one
+                option.check_model(self.vocab_size, self.max_batch_size, f"prompt {index}: ")
+                checked = option
         return settings
 
     def details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict) -> dict:
@@ -217,19 +222,23 @@ class Answerer:
             self.budget(job.prompt, option),
             option,
             RandomStream(option.seed, job.prompt, job.occurrence, sample),
-            frozenset(self.tokenizer.stop_tokens) | {stop for stop in option.stops if isinstance(stop, int)},
+            option.stop_ids.union(self.tokenizer.stop_tokens),
             logprobs=logprobs,
-            score_from=0 if logprobs and job.echo and sample == job.first_sample else None,
+            score_from=0 if logprobs and job.echo and sample == job.first_sample and option.num_beams == 1 else None,
         )
-        if stops := _stop_strings(option):  # the text is followed only where something looks for a string in it
-            sequence.should_stop = AnswerText(self.tokenizer, stops).follow
+        if option.stop_strings:  # the text is followed only where something looks for a string in it
+            sequence.should_stop = AnswerText(self.tokenizer, option.stop_strings).follow
         return sequence
 
     def answer_of(self, sequence: Sequence, before: list[int]) -> Answer:
         """What came of a sequence; the text of the ids `before` begins its own."""
-        text = AnswerText(self.tokenizer, _stop_strings(sequence.options), before)
-        text.follow(sequence.tokens)
-        whole, n = text.finish(), text.n_tokens
+        stops, n = sequence.options.stop_strings, len(sequence.tokens)
+        if stops:
+            text = AnswerText(self.tokenizer, stops, before)
+            text.follow(sequence.tokens)
+            whole, n = text.finish(), text.n_tokens
+        else:
+            whole = self.tokenizer.decode_bytes(before + sequence.tokens).decode(errors="replace")
         return Answer(
             sequence.tokens[:n],
             whole,
@@ -248,7 +257,7 @@ class Answerer:
         return room if option.max_gen_len is None else min(option.max_gen_len, room)
 
 
-class Jobs:
+class Jobs(Call):
     """Jobs that are answered beside each other, and beside those of all other callers.
 
     Leaving its `with` cancels what is not done.
@@ -258,28 +267,12 @@ class Jobs:
     """
 
     def __init__(self, answerer: Answerer):
+        super().__init__(answerer.shared)
         self.cause: BaseException | None = None
         self._answerer = answerer
-        self._call = answerer.shared.open()
-        self._owners: dict[Sequence, Job] = {}
+        self._jobs: dict[Sequence, Job] = {}
         self._groups: dict[Job, list[Sequence]] = {}  # of the jobs that are not done
         self._n_missing: Counter[Job] = Counter()
-
-    def __enter__(self) -> "Jobs":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._call.__exit__(*exception)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether one more job would find a slot that nothing waits for."""
-        return self._call.has_room
-
-    @property
-    def n_open(self) -> int:
-        """How many jobs have been added and not been returned by `step`."""
-        return len(self._groups)
 
     def add(self, job: Job) -> None:
         """Takes a job; `step` returns it once it is done."""
@@ -288,22 +281,22 @@ class Jobs:
             first = self._answerer.sequence(job, 0)
             first.search = BeamSearch(first)
             group = [first]
-            if first.score_from is not None:  # a search is not scored: its prompt is, by itself
+            if job.echo and job.logprobs:  # its prompt is scored by itself
                 group.append(Sequence(job.prompt, 0, option, score_from=0))
-                first.score_from = None
         else:
-            samples = range(job.first_sample, job.first_sample + option.num_return_sequences)
-            group = [self._answerer.sequence(job, sample) for sample in samples]
+            group = []
+            for sample in range(job.first_sample, job.first_sample + option.num_return_sequences):
+                group.append(self._answerer.sequence(job, sample))
         self._groups[job], self._n_missing[job] = group, len(group)
         for sequence in group:
-            self._owners[sequence] = job
-            self._call.add(sequence)
+            self._jobs[sequence] = job
+            super().add(sequence)
 
     def step(self) -> list[tuple[Job, list[Answer]]]:
         """Lets the engine run until answers have ended; returns the jobs that are done by it, with their answers."""
         done = []
-        for sequence in self._call.step():
-            job = self._owners.pop(sequence)
+        for sequence in super().step():
+            job = self._jobs.pop(sequence)
             self.cause = self.cause or sequence.cause
             self._n_missing[job] -= 1
             if not self._n_missing[job]:
@@ -314,17 +307,16 @@ class Jobs:
         """The answers to a job whose sequences have all ended."""
         del self._n_missing[job]
         group, before = self._groups.pop(job), job.prompt if job.echo else []
-        first = group[0]
+        first, answers = group[0], []
         if first.search is None:
-            answers = [self._answerer.answer_of(sequence, before) for sequence in group]
-        elif first.error is not None:
-            answers = [Answer([], "", "error", first.error) for _ in range(job.option.num_return_sequences)]
+            for sequence in group:
+                answers.append(self._answerer.answer_of(sequence, before))
+        elif (error := first.error or group[-1].error) is not None:
+            answers = [Answer([], "", "error", error) for _ in range(job.option.num_return_sequences)]
         else:
-            answers = []
             for hypothesis in first.search.hypotheses:
-                text = AnswerText(self._answerer.tokenizer, [], before)
-                text.follow(hypothesis.tokens)
-                answers.append(Answer(hypothesis.tokens, text.finish(), hypothesis.finish_reason))
+                text = self._answerer.tokenizer.decode_bytes(before + hypothesis.tokens).decode(errors="replace")
+                answers.append(Answer(hypothesis.tokens, text, hypothesis.finish_reason))
                 answers[-1].token_logprobs, answers[-1].score = hypothesis.token_logprobs, hypothesis.score
         scored = group[-1] if first.search is not None else first  # one of them scores the prompt for all
         for answer in answers:
@@ -337,7 +329,3 @@ def wants_top(options: dict[str, Any]) -> bool:
     """Whether the most likely tokens are asked for, of any of the prompts."""
     top = options.get("top_logprobs")
     return any(top) if isinstance(top, (list, tuple)) else bool(top)
-
-
-def _stop_strings(option: DecodingOptions) -> list[str]:
-    return [stop for stop in option.stops if isinstance(stop, str)]

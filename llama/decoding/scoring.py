@@ -14,6 +14,7 @@ from typing import TypedDict
 
 from llama import parallel
 from llama.decoding.answering import Answerer, GenerationError, TopLogprobs
+from llama.decoding.shared_engine import Call
 from llama.options import DecodingOptions
 from llama.sequence import Sequence
 
@@ -58,7 +59,7 @@ def score_tokens(
     waiting = _in_waves([tuple(ids[:start]) for ids, start in texts], len(engine.slots), shared)[::-1]
     results: dict[int, TokenScores] = {}
     owners: dict[Sequence, int] = {}
-    with parallel.fail_at_once(), answerer.shared.open() as call:
+    with parallel.fail_at_once(), Call(answerer.shared) as call:
         while waiting or call.n_open:
             while waiting and call.has_room:
                 ids, start = texts[index := waiting.pop()]

@@ -26,85 +26,84 @@ class SharedEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.n_steps = 0
-        self._lock = threading.RLock()
-        self._owners: dict[Sequence, Call] = {}
-        self._changes: deque[tuple[Callable, Any]] = deque()  # for the engine, before its next step
-        self._driver: int | None = None  # the thread that runs a step
-        self._sleepers: dict[Call, None] = {}  # in the order they came
-        self._only_thread: int | None = None  # of several ranks
+        self.lock = threading.RLock()
+        self.owners: dict[Sequence, Call] = {}
+        self.driver: int | None = None  # the thread that runs a step
+        self.sleepers: dict[Call, None] = {}  # in the order they came
+        self.only_thread: int | None = None  # of several ranks
+        self._changes: deque[tuple[Callable, Any]] = deque()
 
-    def open(self) -> "Call":
-        """A new caller. Raises RuntimeError on several ranks if the calls so far came from another thread."""
-        here = threading.get_ident()
-        if self._only_thread not in (None, here):
-            raise RuntimeError(
-                f"a call from a second thread, {threading.current_thread().name!r}, in a run of {dist.get_world_size()}"
-                " processes: each must make the same calls in the same order, so expected one thread"
-            )
-        if dist.get_world_size() > 1:
-            self._only_thread = here
-        return Call(self)
-
-    def _change(self, change: Callable, argument: Any) -> None:
-        """Has the engine changed at once, or after the step that it is in."""
-        self._changes.append((change, argument))
-        if self._driver is None:
+    def change(self, method: Callable, argument: Any) -> None:
+        """Has the engine changed at once, or after the step that it is in. The caller holds the lock."""
+        self._changes.append((method, argument))
+        if self.driver is None:
             self._make_changes()
 
     def _make_changes(self) -> None:
         while self._changes:
-            change, argument = self._changes.popleft()
-            change(argument)
+            method, argument = self._changes.popleft()
+            method(argument)
 
-    def _drive(self) -> None:
-        """Runs one step without the lock, and wakes those that it concerns."""
-        self._driver = threading.get_ident()
-        self._make_changes()
-        self._lock.release()
+    def drive(self) -> None:
+        """Runs one step without the lock, and wakes those whom it concerns."""
+        self.driver = threading.get_ident()
+        self.lock.release()
         try:
             ended = self.engine.step()
         except BaseException:
-            ended = [s for s in [*self._owners] if s.finish_reason is not None]
+            ended = [s for s in [*self.owners] if s.finish_reason is not None]
             raise
         finally:
-            self._lock.acquire()
-            self._driver = None
-            self._make_changes()
+            self.lock.acquire()
+            self.driver = None
             self.n_steps += 1
             for sequence in ended:
-                if (owner := self._owners.pop(sequence, None)) is not None:
-                    del owner._open[sequence]
-                    owner._ended.append(sequence)
-            for call in self._sleepers:
-                if call._ended or call._wants_steps:
-                    call._news.notify()
+                if (owner := self.owners.pop(sequence, None)) is not None:
+                    owner.end(sequence)
+            for call in self.sleepers:
+                if call.has_news:
+                    call.news.notify()
+            self._make_changes()
 
 
 class Call:
-    """One caller's sequences. Leaving its `with` cancels those that have not ended; their slots are free then."""
+    """One caller's sequences. Leaving its `with` cancels those that have not ended; their slots are free then.
+
+    Raises:
+        RuntimeError: on several ranks, if the calls so far came from another thread.
+    """
 
     def __init__(self, shared: SharedEngine):
-        self._shared = shared
+        if dist.get_world_size() > 1:
+            here = threading.get_ident()
+            if shared.only_thread not in (None, here):
+                raise RuntimeError(
+                    f"a call from a second thread, {threading.current_thread().name!r}, in a run of "
+                    f"{dist.get_world_size()} processes: expected calls from one thread, the same ones in each process"
+                )
+            shared.only_thread = here
+        self.shared = shared
+        self.news = threading.Condition(shared.lock)
         self._open: dict[Sequence, None] = {}
         self._ended: list[Sequence] = []
-        self._news = threading.Condition(shared._lock)
+        self._n_slots = 0  # of those that are open
         self._wants_steps = False
 
     def __enter__(self) -> "Call":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _interrupts_held(), self._shared._lock:
+        with _interrupts_held(), self.shared.lock:
             for sequence in self._open:
-                del self._shared._owners[sequence]
+                del self.shared.owners[sequence]
             if self._open:
-                self._shared._change(self._shared.engine.cancel, set(self._open))
+                self.shared.change(self.shared.engine.cancel, set(self._open))
             self._open, self._ended = {}, []
 
     @property
     def has_room(self) -> bool:
         """Whether a sequence more would keep the slots busy: add as long as it is so, and the queue stays short."""
-        return sum(sequence.n_slots for sequence in [*self._open]) < len(self._shared.engine.slots)
+        return self._n_slots < len(self.shared.engine.slots)
 
     @property
     def n_open(self) -> int:
@@ -113,10 +112,11 @@ class Call:
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the engine's queue, behind those of every caller."""
-        with _interrupts_held(), self._shared._lock:
-            self._shared._owners[sequence] = self
+        with _interrupts_held(), self.shared.lock:
+            self.shared.owners[sequence] = self
             self._open[sequence] = None
-            self._shared._change(self._shared.engine.add, sequence)
+            self._n_slots += sequence.n_slots
+            self.shared.change(self.shared.engine.add, sequence)
 
     def step(self, every: bool = False) -> list[Sequence]:
         """Lets the engine run until some of this call's sequences have ended, and returns these; [] if none are open.
@@ -126,37 +126,47 @@ class Call:
 
         Raises:
             KeyboardInterrupt: Ctrl-C in the main thread, once the step that it runs has ended.
-            Exception: whatever a step that ran in this thread raised; its sequences have failed, those of others too.
+            Exception: whatever a step that ran in this thread raised. The sequences of all callers that were in
+                progress have failed then.
         """
-        shared = self._shared
-        with _interrupts_held() as held, shared._lock:
+        shared = self.shared
+        with _interrupts_held() as held, shared.lock:
             n_steps = shared.n_steps
             try:
-                while self._open and not self._ended and not (every and shared.n_steps > n_steps):
-                    if shared._driver is None:
-                        shared._drive()
-                        if held.came:
-                            break
-                    elif shared._driver == threading.get_ident():
+                while self._open and not self._ended and not (every and shared.n_steps > n_steps) and not held.came:
+                    if shared.driver is None:
+                        shared.drive()
+                    elif shared.driver == threading.get_ident():
                         raise RuntimeError("a logits_processor called the model that runs it: expected another model")
                     else:
                         self._sleep(every, held)
             finally:
-                if shared._driver is None and shared._sleepers:  # somebody else takes the wheel
-                    next(iter(shared._sleepers))._news.notify()
+                if shared.driver is None and shared.sleepers:  # somebody else takes the wheel
+                    next(iter(shared.sleepers)).news.notify()
             ended, self._ended = self._ended, []
             return ended
+
+    @property
+    def has_news(self) -> bool:
+        """Whether this call, which sleeps, wants to be woken."""
+        return bool(self._ended) or self._wants_steps
+
+    def end(self, sequence: Sequence) -> None:
+        """Notes that a sequence has ended."""
+        del self._open[sequence]
+        self._ended.append(sequence)
+        self._n_slots -= sequence.n_slots
 
     def _sleep(self, every: bool, held: "_interrupts_held") -> None:
         """Waits until another thread has news for this call, or leaves it the wheel."""
         self._wants_steps = every
-        self._shared._sleepers[self] = None
+        self.shared.sleepers[self] = None
         held.waits = True
         try:
-            self._news.wait()
+            self.news.wait()
         finally:
             held.waits = False
-            del self._shared._sleepers[self]
+            del self.shared.sleepers[self]
 
 
 class _interrupts_held:

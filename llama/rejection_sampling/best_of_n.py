@@ -1,6 +1,6 @@
 """What drawing n answers and keeping the best is worth: the best-of-n curve, a histogram of the scores, a summary.
 
-Knows numbers alone: nothing of models, answers or files but the PNG it draws.
+Knows nothing of models or answers: scores go in, text and a PNG come out.
 """
 
 import math
@@ -13,17 +13,17 @@ BAR_WIDTH = 40
 
 
 def best_of_n(scores: Sequence[float], n: int) -> float:
-    """The expected best score of n answers, estimated without bias from N >= n that were drawn.
+    """The expected best score of n answers, an unbiased estimate from the scores of N >= n answers.
 
-    It is the mean of the maximum over all sets of n of them: the i-th smallest score is the maximum of C(i - 1, n - 1)
-    of the C(N, n) sets. For scores of 0 and 1 that is pass@n of Chen et al. 2021 (arXiv 2107.03374).
+    It is the mean, over all sets of n of the N, of the best score in the set: the i-th smallest score is the best of
+    C(i - 1, n - 1) of the C(N, n) sets. For scores of 0 and 1 that is pass@n of Chen et al. 2021 (arXiv 2107.03374).
 
     Raises:
         ValueError: n is not from 1 to N.
     """
     if not 1 <= n <= len(scores):
         raise ValueError(f"best of {n} out of {len(scores)} scores: expected n from 1 to as many as there are")
-    # Each weight from the one above it: the binomials themselves overflow, and their logarithms lose digits.
+    # Each weight is made of the one above it: the binomials overflow, and their logarithms lose digits.
     weight, terms = n / len(scores), []
     for i, score in zip(range(len(scores), n - 1, -1), sorted(scores, reverse=True)):
         terms.append(weight * score)
@@ -35,8 +35,8 @@ def curve(groups: Sequence[Sequence[float]]) -> list[tuple[int, float, float, in
     """The best-of-n curve of many prompts, each with its scores.
 
     Returns:
-        (n, mean over the prompts, its standard error over the prompts, how many prompts have n scores) for n = 1, 2,
-        4, … and the largest; the standard error of a single prompt is NaN.
+        (n, mean over the prompts, its standard error, number of prompts with n scores) for n = 1, 2, 4, … and the
+        largest; the standard error of a single prompt is NaN.
     """
     largest = max(map(len, groups), default=0)
     points = []
@@ -55,7 +55,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def histogram(scores: Sequence[float]) -> list[tuple[float, float, int]]:
-    """(from, to, how many scores) of up to HISTOGRAM_BINS equal bins; a bin for each value where there are few."""
+    """(from, to, number of scores) of HISTOGRAM_BINS equal bins, or of a bin for each value if there are few values."""
     values = sorted(set(scores))
     if len(values) <= HISTOGRAM_BINS // 2:
         return [(value, value, sum(score == value for score in scores)) for value in values]
@@ -71,12 +71,12 @@ class Summary:
     """The scores of a run, prompt by prompt.
 
     Attributes:
-        threshold: the score that ended the drawing for a prompt; None where as many were drawn for each.
-        n_first: how many of a prompt's scores were drawn before any was looked at; None: all.
+        threshold: the score that ended the drawing for a prompt; None if the same number was drawn for each.
+        n_first: how many answers to a prompt were drawn before the first was scored; None: all.
         groups: each prompt's scores in the order they were drawn, None for an answer that could not be scored.
-        first_error: why the first of these could not.
-        n_failed: prompts without answers, broken lines say.
-        is_selection: whether some prompts have only those answers that an earlier score was best for.
+        first_error: why the first of these could not be.
+        n_failed: prompts without answers, broken lines for example.
+        is_selection: whether some prompts have only the answers that an earlier run kept as the best.
     """
 
     threshold: float | None = None
@@ -94,7 +94,8 @@ class Summary:
     def curve(self) -> list[tuple[int, float, float, int]]:
         """As `curve`; of a selection there is none.
 
-        Of the answers that were drawn until one was good enough, only those count that were not.
+        Where answers were drawn until one was good enough, the first n alone count: the others were drawn because
+        those were not good enough, and would bend the curve.
         """
         if self.is_selection:
             return []
@@ -111,7 +112,7 @@ class Summary:
             lines[0] += f"; {self.n_failed:,} lines failed"
         if not scores:
             return lines[0]
-        best = [max(known) for group in self.groups if (known := [s for s in group if s is not None])]
+        best = [max(scored) for group in self.groups if (scored := [s for s in group if s is not None])]
         lines += [f"score: mean {_mean(scores):.4f}, mean of the best of each prompt {_mean(best):.4f}"]
         if self.threshold is not None:
             n_accepted = sum(score >= self.threshold for score in scores)
@@ -158,7 +159,7 @@ def require_matplotlib() -> type:
     try:
         from matplotlib.figure import Figure  # an optional extra
     except ImportError:
-        raise ImportError("a plot needs matplotlib: pip install matplotlib (or `pip install 'llama[plot]'`)") from None
+        raise ImportError("a plot needs matplotlib: pip install matplotlib (or `pip install '.[plot]'`)") from None
     return Figure
 
 

@@ -1,7 +1,7 @@
-"""A Llama that says how good an answer is: the network with a scalar head, and dialogs to the ids that it reads.
+"""Reward models: a Llama with a scalar head, and the ids that it reads of a dialog.
 
-Reads Hugging Face's `LlamaForSequenceClassification` directories with one label, as the public Llama-3 reward models
-are. The score is the head's value at the last token of a text (Ouyang et al. 2022, arXiv 2203.02155; Touvron et al.
+The directories are Hugging Face's `LlamaForSequenceClassification` with one label, as the public Llama-3 reward models
+are. The reward is the head's value at the last token of a text (Ouyang et al. 2022, arXiv 2203.02155; Touvron et al.
 2023, arXiv 2307.09288). Knows nothing of where answers come from.
 """
 
@@ -27,7 +27,7 @@ BATCH_TOKENS = 4096
 
 
 class RewardTransformer(Transformer):
-    """The network up to its last norm, and a vector in place of the output matrix. Without a cache."""
+    """The network up to its last norm, and a vector in place of the output matrix. It has no cache."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -60,7 +60,7 @@ class RewardModel:
 
         Args:
             ckpt_dir: Hugging Face's directory, with config.json and safetensors files.
-            tokenizer: whose ids the model reads where its directory has no tokenizer.
+            tokenizer: whose ids the model reads if its directory has no tokenizer.
             model_parallel_size: over how many processes it is split, as in `Llama.build`.
             device: as in `Llama.build`.
             dtype: of weights and computation; the checkpoint's, or the nearest the device has, when None.
@@ -88,8 +88,8 @@ class RewardModel:
     def encode(self, prompt: str | Dialog, answer: str) -> list[int]:
         """The ids of a prompt and an answer to it.
 
-        A dialog and its answer in the chat format of the model's tokenizer, the end of the answer's turn included; a
-        text and what continues it as one text.
+        A dialog and its answer are in the chat format of the model's tokenizer, with the end of the answer's turn. A
+        text and its continuation are one text.
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt + answer, bos=True)
@@ -99,9 +99,9 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, texts: Sequence[Sequence[int]]) -> list[float]:
-        """The reward of each text of ids, at its last token; of unequal lengths, any number of them.
+        """The reward of each text of ids, at its last token. Any number of texts, of any lengths.
 
-        As in Transformers, ids of config.json's pad_token_id at the end of a text are no part of it.
+        As in Transformers, ids of config.json's pad_token_id at the end of a text do not count.
 
         Raises:
             ValueError: a text is empty or too long for the model. Nothing has run then.
@@ -115,7 +115,7 @@ class RewardModel:
                 raise ValueError(f"text {index} has {len(row):,} tokens: expected 1 to {limit:,} for the reward model")
             rows.append(row)
         rewards = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # of like lengths together
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # like lengths together, for less padding
         with parallel.fail_at_once():
             while order:
                 width = len(rows[order[0]])
@@ -149,7 +149,7 @@ def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Huggi
         find_tokenizer(ckpt_dir)  # raises, saying what the directory holds
     context = config.get("max_position_embeddings")
     max_seq_len = context if isinstance(context, int) and context > 0 else 4096
-    # The head stands where the output matrix would, so that it does not matter whether that one would be tied.
+    # The head replaces the output matrix, so whether that one would be tied does not matter.
     args = model_args(
         config | {"tie_word_embeddings": False}, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL
     )
