@@ -40,21 +40,11 @@ def main(argv: list[str] | None = None) -> None:
         argv: the command and its arguments; `sys.argv[1:]` when None.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv == ["--version"]:
-        print(f"llama {__version__}")
-        return
-    app = tyro.extras.SubcommandApp()
-    for command in COMMANDS:
-        app.command(command)
     try:
-        app.cli(
-            prog="llama",
-            description=f"Llama inference, version {__version__}. `llama COMMAND --help` explains a command.",
-            args=argv or ["--help"],
-            use_underscores=True,
-            console_outputs=is_first_rank(),  # under torchrun every process reads the same line
-            config=CONFIG,
-        )
+        try:
+            _call(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be handled
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails once more
         sys.exit(0)
@@ -63,6 +53,24 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _call(argv: list[str]) -> None:
+    """Reads the line, and runs its command. Raises SystemExit for help, or where the line is no call."""
+    if argv == ["--version"]:
+        print(f"llama {__version__}")
+        return
+    app = tyro.extras.SubcommandApp()
+    for command in COMMANDS:
+        app.command(command)
+    app.cli(
+        prog="llama",
+        description=f"Llama inference, version {__version__}. `llama COMMAND --help` explains a command.",
+        args=argv or ["--help"],
+        use_underscores=True,
+        console_outputs=is_first_rank(),  # under torchrun every process reads the same line
+        config=CONFIG,
+    )
 
 
 def _as_typed(message: str, argv: list[str]) -> str:

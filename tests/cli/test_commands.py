@@ -197,7 +197,7 @@ def test_a_line_that_is_no_call_is_explained_in_a_few_lines(words, expected, not
         ("complete hi --stop=", "--stop = '': expected strings that are not empty"),
         ("chat --ckpt_dir /nowhere", "/nowhere"),
         ("chat --ckpt_dir CKPT --max_seq_len 0", "--max_seq_len = 0: expected an integer of at least 1"),
-        ("complete hi --ckpt_dir CKPT --logit_bias {9999:1}", "names token 9999: expected ids from 0 to 511"),
+        ("chat --ckpt_dir CKPT --logit_bias {9999:1}", "names token 9999: expected ids from 0 to 511"),
         ("complete too-long --ckpt_dir CKPT --max_seq_len 8", "has 9 tokens: expected at most max_seq_len = 8"),
         ("complete hi --device abacus --ckpt_dir CKPT", "abacus"),
         ("complete hi --draft /nowhere --ckpt_dir CKPT", "/nowhere"),
@@ -215,6 +215,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, expected, write_checkpoint
     (line,) = (line for line in err.splitlines() if not line.startswith("Loaded"))
     assert line.startswith("llama: ") and expected in line and "Llama.build" not in line
     assert out == ""
+
+
+def test_the_context_is_what_the_embedded_model_was_trained_on_and_else_2048(write_checkpoint):
+    assert arguments.Loading(device="cpu").build().args.max_seq_len == 256
+    assert arguments.Loading(str(write_checkpoint()), device="cpu").build().args.max_seq_len == 2048
+    assert arguments.Loading(max_seq_len=300, device="cpu").build().args.max_seq_len == 300
 
 
 def test_an_empty_text_has_no_score(write_checkpoint, capfd):
@@ -241,15 +247,24 @@ def test_without_the_embedded_checkpoint_it_says_what_to_pass(monkeypatch, capsy
     assert exit.value.code == 2 and "pass --ckpt_dir DIR" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
-    command = [*LLAMA, "complete", "One day", "--max_gen_len", "200", "--temperature", "1", "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=ENV, **pipes) as process:
-        assert process.stdout.read(1)
-        process.stdout.close()
-        shown = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 0
-    assert re.fullmatch(r"Loaded .*\n", shown)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["complete", "One day", "--max_gen_len", "200", "--temperature", "1", "--device", "cpu"],  # piece by piece
+        ["info", DEMO],  # all at once, at the end
+        ["--help"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command):
+    reader, writer = os.pipe()
+    env = ENV | {"PYTHONUNBUFFERED": ""}  # with the buffer that users have
+    with subprocess.Popen([*LLAMA, *command], env=env, stdout=writer, stderr=subprocess.PIPE) as process:
+        os.close(writer)
+        os.close(reader)
+        shown = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 0
+    assert re.fullmatch(r"(Loaded .*\n)?", shown)
 
 
 def test_ctrl_c_ends_a_command_with_130_and_no_traceback():
