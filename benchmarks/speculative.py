@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.shapes import write_tokenizer
 from llama import Llama, ModelArgs, Transformer, parallel
-from llama.cli.commands import DEMO
+from llama.cli.arguments import DEMO
 from llama.decoding.speculative import DraftModel
 from llama.engine import Counters
 from llama.sampling import filtered

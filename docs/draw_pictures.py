@@ -191,9 +191,12 @@ def cost() -> Drawing:
     return drawing
 
 
+PICTURES_DRAWN = (house, slots, prefix, cost)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    for draw in (house, slots, prefix, cost):
+    for draw in PICTURES_DRAWN:
         (PICTURES / f"{draw.__name__}.svg").write_text(str(draw()), encoding="utf-8")
 
 

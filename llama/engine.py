@@ -167,30 +167,23 @@ class Engine:
         self._prefill([sequence], [done], slot, [stop])
 
     def _prefill(self, group: list[Sequence], starts: list[int], first_slot: int, stops: list[int]) -> None:
-        """Runs prompt[start:stop] of each sequence, right-padded to one width; a whole prompt gets its next token.
-
-        Rows whose padding would leave the cache start earlier instead, and write again what is there already.
-        """
-        width = max(stop - start for start, stop in zip(starts, stops))
-        starts = [min(start, self.model.args.max_seq_len - width) for start in starts]
-        rows = [s.prompt[start:stop] for s, start, stop in zip(group, starts, stops)]
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
-        if tokens.numel() >= PACK_FIRST_TOKENS:
+        """Runs prompt[start:stop] of each sequence; one whose whole prompt has run gets its next token."""
+        texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
+        if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
             self._pack()
-        hidden = self.model.hidden_states(tokens, starts, slice(first_slot, first_slot + len(group)))
+        hidden, at = run_rows(self.model, texts, starts, first_slot)
         whole, last = [], []  # the rows that get a token now, and their last columns
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
-            slot = first_slot + row
-            self.counters.prefilled += stop - len(self.slots.tokens[slot])
-            self.slots.record(slot, start, rows[row])
+            self.counters.prefilled += stop - start
+            self.slots.record(first_slot + row, start, sequence.prompt[start:stop])
             if sequence.score_from is not None and sequence.finish_reason is None:
-                score_prompt(sequence, hidden[row], start, stop, self.model.logits)
+                score_prompt(sequence, hidden[row, at[row] :], start, stop, self.model.logits)
             if stop == sequence.n_prefill and sequence.finish_reason is None:
                 if sequence.max_new_tokens == 0:
                     sequence.finish_reason = "length"
                 else:
                     whole.append(row)
-                    last.append(stop - start - 1)
+                    last.append(at[row] + stop - start - 1)
         if whole:
             self._choose([group[row] for row in whole], self.model.logits(hidden[whole, last]))
 
@@ -293,3 +286,21 @@ class Engine:
             self._ended.append(sequence)
         self.running, self.partial = [], None
         self.slots.forget()
+
+
+def run_rows(
+    model: Transformer, texts: list[list[int]], starts: list[int], first_slot: int
+) -> tuple[torch.Tensor, list[int]]:
+    """Runs text[start:] of each of B texts, whose earlier keys are in its slot, right-padded to one width.
+
+    Rows whose padding would leave the cache start earlier instead, and write again what is there already.
+
+    Returns:
+        the hidden states [B, T, dim], and the column at which text[start] is in each row.
+    """
+    width = max(len(text) - start for text, start in zip(texts, starts))
+    firsts = [min(start, model.args.max_seq_len - width) for start in starts]
+    rows = [text[first:] + [0] * (width - len(text) + first) for text, first in zip(texts, firsts)]
+    tokens = torch.tensor(rows, device=model.rotary.device)
+    hidden = model.hidden_states(tokens, firsts, slice(first_slot, first_slot + len(rows)))
+    return hidden, [start - first for start, first in zip(starts, firsts)]

@@ -328,10 +328,19 @@ class Llama:
 
     # What the other houses build on
 
-    def answer(self, prompts: SequenceOf[SequenceOf[int]], *flags: bool, **options: Any) -> list[list[Answer]]:
-        """The answers to each prompt, with all there is to tell of them; `flags` as in `Answerer.answer`."""
+    def answer(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        logprobs: bool = False,
+        echo: bool = False,
+        progress: bool = False,
+        shared: bool = True,
+        **options: Any,
+    ) -> list[list[Answer]]:
+        """The answers to each prompt of ids, with all there is to tell of them: see `Answerer.answer`."""
         prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        return self.answerer.answer(prompts, self.answerer.check_options(prompts, options), *flags)
+        settings = self.answerer.check_options(prompts, options)
+        return self.answerer.answer(prompts, settings, logprobs, echo, progress, shared)
 
     def open_jobs(self) -> Jobs:
         """For jobs that come one after the other, on this replica alone. Use it in a `with`; nothing is checked."""
@@ -346,38 +355,6 @@ class Llama:
                 raise ValueError(f"text {index} has {found}: expected at least one each, and {limit} together at most")
             self.answerer.check_prompt(f"text {index}", ids, any_length=True)
         return scoring.score_tokens(self.answerer, texts, shared=shared)
-
-    # Until data sets use `open_jobs` and `answerer`:
-
-    def answer_jobs(self, jobs: Iterable) -> Iterator[tuple]:
-        source, more = iter(jobs), True
-        with self.open_jobs() as open_jobs:
-            while more or open_jobs.n_open:
-                while more and open_jobs.has_room:
-                    job = next(source, source)
-                    if job is source:
-                        more = False
-                    elif job is None:
-                        break
-                    else:
-                        open_jobs.add(job)
-                yield from open_jobs.step()
-
-    @property
-    def check_prompt(self) -> Callable:
-        return self.answerer.check_prompt
-
-    @property
-    def check_option(self) -> Callable:
-        return self.answerer.check_option
-
-    @property
-    def check_options(self) -> Callable:
-        return self.answerer.check_options
-
-    @property
-    def details(self) -> Callable:
-        return self.answerer.details
 
     def _stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
         """Checks at once, and not when the first piece is asked for."""

@@ -238,7 +238,7 @@ class Answerer:
             text.follow(sequence.tokens)
             whole, n = text.finish(), text.n_tokens
         else:
-            whole = self.tokenizer.decode(before + sequence.tokens)
+            whole = self.tokenizer.decode_bytes(before + sequence.tokens).decode(errors="replace")
         return Answer(
             sequence.tokens[:n],
             whole,
@@ -315,7 +315,7 @@ class Jobs(Call):
             answers = [Answer([], "", "error", error) for _ in range(job.option.num_return_sequences)]
         else:
             for hypothesis in first.search.hypotheses:
-                text = self._answerer.tokenizer.decode(before + hypothesis.tokens)
+                text = self._answerer.tokenizer.decode_bytes(before + hypothesis.tokens).decode(errors="replace")
                 answers.append(Answer(hypothesis.tokens, text, hypothesis.finish_reason))
                 answers[-1].token_logprobs, answers[-1].score = hypothesis.token_logprobs, hypothesis.score
         scored = group[-1] if first.search is not None else first  # one of them scores the prompt for all

@@ -26,7 +26,7 @@ import torch
 
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.open import open_checkpoint
-from llama.engine import PREFILL_TOKENS, Engine
+from llama.engine import PREFILL_TOKENS, Engine, run_rows
 from llama.kv_cache import Slots
 from llama.layers.packing import pack
 from llama.model import Transformer
@@ -88,14 +88,14 @@ class SpeculativeEngine(Engine):
         """
         sequences = list(self.running)
         n_held = [len(s.prompt) + len(s.tokens) - 1 for s in sequences]
-        wanted = {slot: [s.tokens[-1], *proposals[slot]] for slot, s in enumerate(sequences)}
-        hidden, at = _run_behind(self.slots, wanted, self.model)
+        texts = [s.prompt + s.tokens + proposal for s, proposal in zip(sequences, proposals)]
+        hidden, at = run_rows(self.model, texts, n_held, 0)
         logits = self.model.logits(
-            torch.cat([hidden[row, at[row] : at[row] + len(ids)] for row, ids in wanted.items()])
+            torch.cat([rows[first : first + 1 + len(p)] for rows, first, p in zip(hidden, at, proposals)])
         )
-        firsts = [0, *itertools.accumulate(map(len, wanted.values()))]
+        firsts = [0, *itertools.accumulate(1 + len(proposal) for proposal in proposals)]
         accepted = [0] * len(sequences)
-        alive = [row for row in wanted if sequences[row].search is None]
+        alive = [row for row, sequence in enumerate(sequences) if sequence.search is None]
         while alive:
             positions = [firsts[row] + accepted[row] for row in alive]
             chosen = choose([sequences[row] for row in alive], logits[positions])
@@ -106,10 +106,10 @@ class SpeculativeEngine(Engine):
             alive = [row for row in agreed if sequences[row].finish_reason is None]
         for slot, (sequence, n) in enumerate(zip(sequences, accepted)):
             # Behind these lie the keys of what was rejected, which the next step overwrites.
-            self.slots.record(slot, n_held[slot], wanted[slot][: n + 1])
+            self.slots.record(slot, n_held[slot], texts[slot][n_held[slot] :][: n + 1])
             if sequence.search is None:
                 self._count(sequence, len(proposals[slot]), n)
-        beams = [row for row in wanted if sequences[row].search is not None]
+        beams = [row for row, sequence in enumerate(sequences) if sequence.search is not None]
         if beams:
             self.counters.decoded += len(beams)
             self._choose([sequences[row] for row in beams], logits[[firsts[row] for row in beams]])
@@ -250,12 +250,18 @@ class DraftModel:
         return text[len(self.slots.tokens[slot]) :]
 
     def _run(self, wanted: dict[int, list[int]]) -> torch.Tensor:
-        """Runs ids behind what their slots hold; the hidden states after the last of each, [len(wanted), dim]."""
-        hidden, at = _run_behind(self.slots, wanted, self.model)
+        """Runs ids behind what their slots hold; the hidden states after the last of each, [len(wanted), dim].
+
+        Slots in between that want nothing are run along on padding, which is written behind what they hold.
+        """
+        first, last = min(wanted), max(wanted)
+        held = self.slots.tokens[first : last + 1]
+        texts = [tokens + wanted.get(slot, []) for slot, tokens in enumerate(held, first)]
+        hidden, at = run_rows(self.model, texts, list(map(len, held)), first)
+        columns = [at[slot - first] + len(ids) - 1 for slot, ids in wanted.items()]
         for slot, ids in wanted.items():
             self.slots.record(slot, len(self.slots.tokens[slot]), ids)
-        first = min(wanted)
-        return hidden[[slot - first for slot in wanted], [at[slot] + len(ids) - 1 for slot, ids in wanted.items()]]
+        return hidden[[slot - first for slot in wanted], columns]
 
     def _draw(self, sequences: list[Sequence], texts: list[list[int]], logits: torch.Tensor, ahead: int) -> list[int]:
         """The token that each sequence would get if this were its model."""
@@ -265,36 +271,6 @@ class DraftModel:
             if o.has_penalties:
                 logits[row] = process_logits(logits[row], text, *o.penalties[:-1])  # not the caller's code
         return draw(sequences, logits, ahead).tolist()
-
-
-def _run_behind(slots: Slots, wanted: dict[int, list[int]], model: Transformer) -> tuple[torch.Tensor, dict[int, int]]:
-    """One pass over ids of unequal number, each behind what its slot holds, right-padded to one width.
-
-    Rows whose padding would leave the cache start earlier, and write again what is there already. Slots in between that
-    want nothing are run along on padding, which is written behind what they hold.
-
-    Args:
-        slots: the record of the cache.
-        wanted: the ids of each slot, at least one.
-        model: runs them.
-
-    Returns:
-        the hidden states [B, T, dim], from the first slot wanted to the last; and for each slot wanted, at which
-        column its ids begin.
-    """
-    first, last = min(wanted), max(wanted)
-    width = max(map(len, wanted.values()))
-    rows, starts, at = [], [], {}
-    for slot in range(first, last + 1):
-        held, ids = slots.tokens[slot], wanted.get(slot, [])
-        start = min(len(held), slots.cache.max_seq_len - width)
-        row = held[start:] + ids
-        rows.append(row + [0] * (width - len(row)))
-        starts.append(start)
-        at[slot] = len(held) - start
-    tokens = torch.tensor(rows, device=slots.cache.keys[0].device)
-    hidden = model.hidden_states(tokens, starts, slice(first, last + 1))
-    return hidden, {slot: at[slot] for slot in wanted}
 
 
 def open_draft(
@@ -321,11 +297,10 @@ def check_tokenizer(draft: Tokenizer, target: Tokenizer) -> None:
         if (found := getattr(draft, name)) != (expected := getattr(target, name)):
             raise ValueError(f"the draft's tokenizer has {name} = {found}: expected the model's, {expected}")
     special, expected_special = (set(t.special_tokens.values()) for t in (draft, target))
-    if differing := special ^ expected_special:
-        token = min(differing)
-        which = "draft's" if token in special else "model's"
-        raise ValueError(f"token {token} is special in the {which} tokenizer alone: expected the same tokens in both")
     for token in range(target.n_words):
+        if token in special ^ expected_special:
+            which = "draft's" if token in special else "model's"
+            raise ValueError(f"token {token} is special in the {which} tokenizer alone: expected it in both")
         found, expected = draft.token_bytes(token), target.token_bytes(token)
         if found != expected and token not in special:
             raise ValueError(f"token {token} is {found!r} in the draft's tokenizer: expected the model's, {expected!r}")

@@ -385,7 +385,7 @@ def test_the_command_answers_a_csv_file_and_says_how_it_went(write_checkpoint, t
         (["in.jsonl", "out.txt"], "out.txt: expected a name that ends in .jsonl"),
         (["in.jsonl", "out.jsonl", "--template", "no.json"], "no.json"),
         (["in.jsonl", "out.jsonl", "--template", "bad.json"], "bad.json: task 'a': parse = \"intger\": expected"),
-        (["in.jsonl", "out.jsonl", "--temperature", "-1"], "temperature = -1: expected"),
+        (["in.jsonl", "out.jsonl", "--temperature", "-1"], "--temperature = -1.0: expected"),
     ],
 )
 def test_mistakes_are_a_line_before_the_weights_are_read(tmp_path, monkeypatch, capsys, arguments, message):

@@ -32,7 +32,6 @@ def picky(row, answers):
     return [1.0] * len(answers)
 """
 SAMPLE = ["sample", "in.jsonl", "out.jsonl", "--scorer", "scorers:total", "--dtype", "float32", "--max_batch_size", "8"]
-NAMES_OF_PLACES = {"in.jsonl": "source", "out.jsonl": "target"}
 SAMPLE += ["--temperature", "1.8", "--top_p", "1.0", "--max_gen_len", "60"]
 
 
@@ -420,8 +419,8 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file of what a"),
         (["--plot", "nope/x.png"], "--plot nope/x.png: there is no directory nope: expected one that is there"),
         (["--plot", "."], "--plot .: it is a directory: expected a PNG to write"),
-        (["--target", "in.jsonl/out.jsonl"], "in.jsonl is a file: expected a directory for out.jsonl"),
-        (["--source", "scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
+        (["in.jsonl -> in.jsonl/out.jsonl"], "in.jsonl is a file: expected a directory for out.jsonl"),
+        (["in.jsonl -> scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(folder, args, message):
@@ -430,8 +429,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, args, message):
         from llama import Tokenizer
 
         message = message.replace("2304", str(Tokenizer(DEMO / "tokenizer.model").n_words))
-    command = [word for word in SAMPLE if f"--{NAMES_OF_PLACES.get(word)}" not in args]
-    result = run(folder, *command, *args)
+    old, arrow, new = args[0].partition(" -> ")  # another file, or further options
+    result = run(folder, *(new if arrow and word == old else word for word in SAMPLE), *(() if arrow else args))
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert not (folder / "out.jsonl").exists()
     if "reward:" in str(args):  # whose directory is read after the model
