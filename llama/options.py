@@ -93,7 +93,7 @@ class DecodingOptions:
             if is_kind and value == value:  # not NaN
                 expected += f" of at least {least:,}" if value < least else f" of at most {most:,}"
             raise _mistake(self, name, expected + (", or None" if may_be_none else ""))
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise _mistake(self, "early_stopping", "True, False or 'never'")
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise _mistake(self, "logits_processor", "a callable, or None")
