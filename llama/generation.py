@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,29 +15,12 @@ import torch.distributed as dist
 from llama import parallel
 from llama.checkpoint import build_model, open_checkpoint
 from llama.decoding import scoring
-from llama.decoding.answering import Answer, Answerer, Jobs, TopLogprobs, wants_top
+from llama.decoding.answering import Answer, Answerer, ChatPrediction, CompletionPrediction, Jobs, wants_top
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 from llama.tokenizer.open_turns import OpenDialog
-
-
-class CompletionPrediction(TypedDict, total=False):
-    generation: str
-    tokens: list[str]  # with logprobs=True: the text of each token,
-    logprobs: list[float]  # and its natural-log probability
-    top_logprobs: TopLogprobs  # with top_logprobs=k
-    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
-
-
-class ChatPrediction(TypedDict, total=False):
-    generation: Message
-    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
-    tokens: list[str]
-    logprobs: list[float]
-    top_logprobs: TopLogprobs
-    speculation: dict[str, int]
 
 
 class Llama:
@@ -75,16 +58,13 @@ class Llama:
             dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
             compile: whether to compile the decoding step with `torch.compile`: a minute the first time on a machine.
             quantize: "int8" or "int4" rounds the matrices while they are loaded, to a half or a quarter of bfloat16's
-                bytes (`llama.layers.quantization`); the embedding and the norms stay. The computation is in bfloat16
-                unless `dtype` says otherwise, which has the fast kernels.
-            draft: what proposes tokens, for the model to check several at a time: the same answers, sooner. The
-                directory of a smaller model with the same tokenizer, or "ngram", which looks the last tokens up in
-                prompt and answer (`llama.decoding.speculative`). Beam searches do without.
+                bytes; the embedding and the norms stay. The computation is in bfloat16 unless `dtype` is given.
+            draft: what proposes tokens for the model to check several at a time: the same answers, sooner. The
+                directory of a smaller model with the same tokenizer, or "ngram" (`llama.decoding.speculative`).
 
         Raises:
             FileNotFoundError: a directory or file is missing.
-            ValueError: a file is broken, disagrees with another, or a number is out of range.
-                On several processes each raises when one does.
+            ValueError: a file is broken, disagrees with another, or a number is out of range; on every process.
             MemoryError: the device has no room for the weights and the cache.
         """
         started = time.perf_counter()
@@ -206,7 +186,7 @@ class Llama:
             For each answer {"generation": text}, with "tokens", "logprobs" and "top_logprobs" when these are asked for.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        ids = self._encode_texts(prompts)
+        ids = self.answerer.encode_texts(prompts)
         by_prompt = self.answerer.answer(ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
         predictions: list[CompletionPrediction] = []
         for prompt, group in zip(ids, by_prompt):
@@ -267,7 +247,7 @@ class Llama:
         `text_completion` returns with the same seed. An answer of nothing yields nothing. Closing the iterator ends
         the answer and frees its slot.
         """
-        return self._stream(self._encode_texts([prompt])[0], options)
+        return self._stream(self.answerer.encode_texts([prompt])[0], options)
 
     def stream_chat(self, dialog: Dialog, **options: Any) -> Iterator[str]:
         """Yields the answer to a dialog while it is decided, as `stream_text` does."""
@@ -287,11 +267,7 @@ class Llama:
         Raises:
             ValueError, TypeError: as in `generate`, naming the text by its index.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts is a str: expected a list of them, so pass [text]")
-        ids = [self.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
-        ids = [self.answerer.check_prompt(index, prompt, any_length=True) for index, prompt in enumerate(ids)]
-        return scoring.score_texts(self.answerer, ids, top_logprobs, stride)
+        return scoring.score_texts(self.answerer, texts, top_logprobs, stride)
 
     def perplexity(self, texts: SequenceOf, stride: int | None = None) -> list[float]:
         """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`."""
@@ -319,12 +295,6 @@ class Llama:
 
     def score_tokens(self, texts: SequenceOf[tuple[list[int], int]], shared: bool = False) -> list[scoring.TokenScores]:
         """The scores of the tokens of each (ids, start), from start on: see `llama.decoding.scoring.score_tokens`."""
-        limit = self.args.max_seq_len + 1
-        for index, (ids, start) in enumerate(texts):
-            if not 0 < start < len(ids) <= limit:
-                found = f"a context of {start} tokens and a continuation of {len(ids) - start}"
-                raise ValueError(f"text {index} has {found}: expected at least one each, and {limit} together at most")
-            self.answerer.check_prompt(f"text {index}", ids, any_length=True)
         return scoring.score_tokens(self.answerer, texts, shared=shared)
 
     def _stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
@@ -340,17 +310,6 @@ class Llama:
         """The prompt of the next open turn."""
         ids = _named(f"dialog {index}", self.formatter.encode_dialog_prompt, dialog.prompt)
         return self.answerer.check_prompt(index, ids)
-
-    def _encode_texts(self, prompts: SequenceOf[str]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a str: expected a list of them, so pass [prompt]")
-        prompts = list(prompts)
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                kind = type(prompt).__name__
-                raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
-        ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
-        return [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(ids)]
 
 
 def _named(name: str, call: Callable[..., Any], *args: Any) -> Any:

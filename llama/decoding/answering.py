@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -24,10 +24,28 @@ from llama.engine import Engine
 from llama.options import DecodingOptions, check_ids, per_prompt
 from llama.sampling import RandomStream
 from llama.sequence import Sequence, Speculation
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Dialog, Message, Tokenizer
 from llama.tokenizer.answer_text import AnswerText
 
 TopLogprobs = list[list[tuple[int, float]]]  # for each token, the most likely (id, log-probability), best first
+
+
+class Details(TypedDict, total=False):
+    """What a prediction has besides its text, when asked for."""
+
+    tokens: list[str]  # with logprobs=True: the text of each token,
+    logprobs: list[float]  # and its natural-log probability
+    top_logprobs: TopLogprobs  # with top_logprobs=k
+    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
+
+
+class CompletionPrediction(Details, total=False):
+    generation: str
+
+
+class ChatPrediction(Details, total=False):
+    generation: Message
+    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
 
 
 @dataclass
@@ -179,6 +197,18 @@ class Answerer:
         """The ids of a prompt, by `options.check_ids`; an int as its name is its index in the call."""
         name = f"prompt {name}" if isinstance(name, int) else name
         return check_ids(name, ids, self.vocab_size, None if any_length else self.max_seq_len)
+
+    def encode_texts(self, texts: SequenceOf[str]) -> list[list[int]]:
+        """The prompts of texts to be continued. Raises ValueError or TypeError, naming the text by its index."""
+        if isinstance(texts, str):
+            raise TypeError("prompts is a str: expected a list of them, so pass [prompt]")
+        prompts = []
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
+            prompts.append(self.check_prompt(index, self.tokenizer.encode(text, bos=True)))
+        return prompts
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
         """Raises ValueError, begun by `name`, if options name tokens or ask for beams that the model does not have."""
