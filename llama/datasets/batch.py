@@ -38,8 +38,7 @@ def run_batch(
         lines: dictionaries as described above, taken one at a time, as there is room to answer them.
         template: the content of a template file (llama.datasets.task_template), or the file's path.
         logprobs: whether to record the log-probability of each token, for rows that do not say.
-        options: the decoding options of rows that have none of their own; `seed` is the run's, and each row's seed is
-            made of it and the row's id.
+        options: the decoding options of rows that have none of their own; a row's seed is made of `seed` and its id.
 
     Yields:
         {"id", "line" (its number, from 1), "text", "finish_reason" ("stop", "length" or "error"), "prompt_tokens" and
@@ -155,10 +154,9 @@ class _Batch(Run):
         return result
 
     def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
-        record = {"id": row.id, **result}
-        if "error" in result:
-            record = {"id": row.id, "line": row.number, "text": "", "finish_reason": "error"} | result
-        elif self.template is not None:
+        failed = {"text": "", "finish_reason": "error"} if "error" in result else {}
+        record = super().record_of(row, task, failed | result)
+        if not failed and self.template is not None:
             template = self.template.task_of(row.fields)
             record |= {"task": template.name, **template.read(record["text"])}
             for answer in record.get("answers", ()):

@@ -169,7 +169,7 @@ class Journal(contextlib.AbstractContextManager):
         writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         content = {"rows": found.n_rows, "digest": found.digest, "parameters": parameters, "writer": writer}
         with _replacing(self._sidecar) as file:
-            file.write(_to_json(content, indent=1))
+            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode(errors="backslashreplace") + b"\n")
 
     def _read_sidecar(self) -> dict[str, Any]:
         """Which run the journal belongs to. Raises ValueError if the sidecar is damaged."""
@@ -241,9 +241,9 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [] if before == now else [f"{name} was {was}, and is {is_now}"]
 
 
-def _to_json(value: Any, indent: int | None = None) -> bytes:
-    """Strict JSON in UTF-8; half of a surrogate pair, which UTF-8 does not have, is an escape."""
-    text = json.dumps(_finite(value), ensure_ascii=False, default=str, indent=indent)
+def _to_json(value: Any) -> bytes:
+    """A line of strict JSON in UTF-8; half of a surrogate pair, which UTF-8 does not have, is an escape."""
+    text = json.dumps(_finite(value), ensure_ascii=False, default=str)
     return text.encode(errors="backslashreplace") + b"\n"
 
 

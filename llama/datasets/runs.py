@@ -120,13 +120,13 @@ class Run(ABC):
         return None if journal is None else summary
 
     def option_of(self, options: dict[str, Any]) -> DecodingOptions:
-        """The options of a row, after those of the run, checked. Raises ValueError or TypeError."""
+        """The options of a row, and for those it lacks the run's. Raises ValueError or TypeError."""
         option = DecodingOptions(**self.options | from_json(options))
         self.llama.answerer.check_option(option)
         return option
 
     def with_seed(self, options: dict[str, Any], row: Row) -> dict[str, Any]:
-        """The options of a row, which gets a seed if it has none: a function of the run's seed and the row's id."""
+        """The options of a row, which gets a seed if it has none."""
         return options if options.get("seed") is not None else options | {"seed": line_seed(self.seed, row.id)}
 
     def _begin(self, task: Task) -> Job | Result:
@@ -197,5 +197,5 @@ def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dic
 
 
 def line_seed(seed: int, id: str | int | None) -> int:
-    """The seed of a line, of 48 bits."""
+    """The seed of a row, of 48 bits: a function of the run's seed and the row's id."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {id}".encode(errors="replace"), digest_size=6).digest(), "little")

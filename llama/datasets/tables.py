@@ -86,11 +86,9 @@ def _check_quotes(path: Path) -> None:
         for cell in QUOTED_CELL.finditer(content):
             if not cell[1] or cell[2]:
                 line = content[: cell.start()].count(b"\n") + 1
-                problem = (
-                    "a cell has text after its closing quote" if cell[1] else "a quote opens a cell, none closes it"
-                )
+                problem = "cell has text after its closing quote" if cell[1] else "quote opens a cell, none closes it"
                 expected = 'expected "" for each quote inside a quoted cell (JSON lines have no such limits)'
-                raise ValueError(f"{path}, line {line}: {problem}, so it cannot be told where rows end: {expected}")
+                raise ValueError(f"{path}, line {line}: a {problem}, so it cannot be told where rows end: {expected}")
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
@@ -126,8 +124,7 @@ def _without_nulls(values: dict[str, Any]) -> Cells:
     fields = {}
     for name, value in values.items():
         try:
-            if value is not None:
-                fields[name] = json.loads(json.dumps(value, default=_as_json))
+            fields |= {} if value is None else {name: json.loads(json.dumps(value, default=_as_json))}
         except ValueError as error:
             return {"raw": values}, f"column {name!r}: {error}"
     return fields, None

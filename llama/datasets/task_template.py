@@ -44,7 +44,7 @@ class Task:
         return {field for pieces in self.texts.values() for _, field in pieces if field is not None}
 
     def render(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The `prompt` or `messages` of a row; its fields are text, braces and all. Raises ValueError if one lacks."""
+        """The `prompt` or `messages` of a row; braces in its fields are text. Raises ValueError if it lacks a field."""
         texts = dict.fromkeys(self.texts, "")
         for name, pieces in self.texts.items():
             for text, field in pieces:
