@@ -1,7 +1,4 @@
-"""What a row asks of a model, a text, a dialog or token ids, and the ids of its prompt.
-
-Knows nothing of where a row is from.
-"""
+"""What a row asks of a model, a text, a dialog or token ids, and the ids of its prompt. Knows nothing of files."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +9,7 @@ from llama.options import NAMES
 
 KINDS = ("prompt", "messages", "tokens")  # a text to be continued, a dialog to be answered, ids
 OPTIONS = tuple(name for name in NAMES if name != "logits_processor")  # a file holds no code
+KEYS = (*KINDS, "logprobs", "metadata", *OPTIONS)  # the fields of a row, besides its id
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -49,11 +47,7 @@ def from_json(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
-    """The ids of a row's prompt.
-
-    Raises:
-        ValueError, TypeError: as `kind_of`; or the prompt is empty, too long, or not what its kind says.
-    """
+    """The ids of a row's prompt. Raises ValueError or TypeError if it has not one, or it is empty or too long."""
     kind = kind_of(row)
     ids = row[kind]
     if kind == "messages":

@@ -61,9 +61,7 @@ class RewardModel:
         Args:
             ckpt_dir: Hugging Face's directory, with config.json and safetensors files.
             tokenizer: whose ids the model reads if its directory has no tokenizer.
-            model_parallel_size: over how many processes it is split, as in `Llama.build`.
-            device: as in `Llama.build`.
-            dtype: of weights and computation; the checkpoint's, or the nearest the device has, when None.
+            model_parallel_size, device, dtype: as in `Llama.build`.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
@@ -80,17 +78,11 @@ class RewardModel:
         return RewardModel(model, tokenizer, pad_id)
 
     def __init__(self, model: RewardTransformer, tokenizer: Tokenizer, pad_id: int | None = None):
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id
         self.formatter = ChatFormat(tokenizer)
-        self.pad_id = pad_id
 
     def encode(self, prompt: str | Dialog, answer: str) -> list[int]:
-        """The ids of a prompt and an answer to it.
-
-        A dialog and its answer are in the chat format of the model's tokenizer, with the end of the answer's turn. A
-        text and its continuation are one text.
-        """
+        """The ids of a text with its continuation, or of a dialog with its answer and the end of the answer's turn."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt + answer, bos=True)
         ids = self.formatter.encode_dialog_prompt(prompt)
@@ -99,9 +91,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, texts: Sequence[Sequence[int]]) -> list[float]:
-        """The reward of each text of ids, at its last token. Any number of texts, of any lengths.
-
-        As in Transformers, ids of config.json's pad_token_id at the end of a text do not count.
+        """The reward of each text of ids. As in Transformers, padding ids at its end do not count.
 
         Raises:
             ValueError: a text is empty or too long for the model. Nothing has run then.
@@ -149,7 +139,6 @@ def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Huggi
         find_tokenizer(ckpt_dir)  # raises, saying what the directory holds
     max_seq_len = context_length(config, ckpt_dir)
     # The head replaces the output matrix, so whether that one would be tied does not matter.
-    args = args_from_config(
-        config | {"tie_word_embeddings": False}, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL
-    )
+    config |= {"tie_word_embeddings": False}
+    args = args_from_config(config, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL)
     return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args, reward_head=True), config.get("pad_token_id")
