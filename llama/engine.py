@@ -47,7 +47,7 @@ class Engine:
         self._ended: list[Sequence] = []  # since the last step returned
 
     def compile(self) -> str:
-        """Compiles the decoding step, with the matrices as they will be then; says how long it took."""
+        """Compiles the decoding step, with the matrices as they will be then; returns how long it took."""
         self._pack()
         self.decode_step = DecodeStep(self.model, compile=True)
         return self.decode_step.warm_up()
@@ -81,12 +81,8 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One prefill, if a prompt waits and a slot is free, and one new token for each running sequence.
 
-        Returns:
-            the sequences that have ended since the last step.
-
-        Raises:
-            Exception: whatever the model raises, such as running out of memory. All sequences in progress have failed
-                then, since their keys may be half written; those that wait go on waiting.
+        Returns the sequences that have ended since the last step. Raises whatever the model raises, such as running out
+        of memory: all sequences in progress have failed then, for their keys may be half written; the others wait on.
         """
         try:
             if self.partial is not None:
@@ -109,20 +105,14 @@ class Engine:
         """Prefills the next prompts together, each behind what the cache already has of it."""
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         first_slot, n_free = len(self.running), self.n_free
-        group: list[Sequence] = []
-        starts: list[int] = []
-        width = 0
+        group, starts, width = [], [], 0
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
-            source, shared = 0, 0
-            if self.reuse_prefixes:
-                limit = sequence.n_reusable
-                source, shared = self.slots.find(sequence.prompt, limit)
-                # One that begins like a prompt of this group waits until that one's keys are there.
-                if group and any(
-                    shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group
-                ):
-                    break
+            limit = sequence.n_reusable if self.reuse_prefixes else 0
+            source, shared = self.slots.find(sequence.prompt, limit)
+            # One that begins like a prompt of this group waits until that one's keys are there.
+            if any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
+                break
             wider = max(width, sequence.n_prefill - shared)
             if group and wider * (len(group) + 1) > budget:
                 break
@@ -226,7 +216,6 @@ class Engine:
         free ones; slots that are left over are released.
         """
         slots = [self.running.index(beam) for beam in search.beams]
-        n_prompt = len(search.sequence.prompt)
         parents = search.advance(logits.log_softmax(-1))
         stays, sources, movers = set(), [], []
         for parent, beam in zip(parents, search.beams):
@@ -238,7 +227,7 @@ class Engine:
                 stays.add(slot)
                 self.running[slot] = beam
         free = [slot for slot in slots if slot not in stays]
-        start = n_prompt if len(free) >= len(movers) else 0  # a new slot lacks the prompt
+        start = len(search.sequence.prompt) if len(free) >= len(movers) else 0  # a new slot lacks the prompt
         while len(free) < len(movers):
             free.append(self._new_slot())
         for slot, beam in zip(free, movers):

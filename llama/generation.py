@@ -18,8 +18,9 @@ from llama.decoding import scoring
 from llama.decoding.answering import Answer, Answerer, ChatPrediction, CompletionPrediction, Jobs, wants_top
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
+from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p  # noqa: F401  # importable from here
 from llama.model import ModelArgs, Transformer
-from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer  # noqa: F401
 from llama.tokenizer.open_turns import OpenDialog
 
 
@@ -136,8 +137,7 @@ class Llama:
         Args:
             prompt_tokens: the prompts, each a list of at least one id; any number of them.
             max_gen_len: the most new tokens of an answer; as many as fit when None.
-            temperature: divides the logits before sampling; 0 takes the most likely token each time.
-            top_p: samples from the smallest set of tokens that holds this much of the probability, in (0, 1].
+            temperature, top_p: as in `DecodingOptions`; temperature 0 takes the most likely token each time.
             logprobs: whether to return the log-probability of each token.
             echo: whether each answer begins with its prompt; the first prompt token's logprob is 0.0.
             progress: whether to show a bar of the prompts done and tokens/s.
@@ -247,14 +247,14 @@ class Llama:
         `text_completion` returns with the same seed. An answer of nothing yields nothing. Closing the iterator ends
         the answer and frees its slot.
         """
-        return self._stream(self.answerer.encode_texts([prompt])[0], options)
+        return self.answerer.open_stream(self.answerer.encode_texts([prompt])[0], options)
 
     def stream_chat(self, dialog: Dialog, **options: Any) -> Iterator[str]:
         """Yields the answer to a dialog while it is decided, as `stream_text` does."""
         opened = _named("dialog 0", OpenDialog, dialog, self.formatter)
         if opened.has_placeholders:
             raise ValueError("a stream is one answer: expected a dialog without open turns")
-        return self._stream(self._encode_dialog(0, opened), options)
+        return self.answerer.open_stream(self._encode_dialog(0, opened), options)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[scoring.Score]:
         """The log-probability of each token of texts, without generating.
@@ -275,19 +275,9 @@ class Llama:
 
     # What the other houses build on
 
-    def answer(
-        self,
-        prompts: SequenceOf[SequenceOf[int]],
-        logprobs: bool = False,
-        echo: bool = False,
-        progress: bool = False,
-        shared: bool = True,
-        **options: Any,
-    ) -> list[list[Answer]]:
-        """The answers to each prompt of ids, with all there is to tell of them: see `Answerer.answer`."""
-        prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        settings = self.answerer.check_options(prompts, options)
-        return self.answerer.answer(prompts, settings, logprobs, echo, progress, shared)
+    def answer(self, prompts: SequenceOf[SequenceOf[int]], *flags: bool, **options: Any) -> list[list[Answer]]:
+        """The answers to each prompt of ids, with all there is to tell of them: see `Answerer.answer_all`."""
+        return self.answerer.answer_all(prompts, *flags, **options)
 
     def open_jobs(self) -> Jobs:
         """For jobs that come one after the other, on this replica alone. Use it in a `with`; nothing is checked."""
@@ -296,15 +286,6 @@ class Llama:
     def score_tokens(self, texts: SequenceOf[tuple[list[int], int]], shared: bool = False) -> list[scoring.TokenScores]:
         """The scores of the tokens of each (ids, start), from start on: see `llama.decoding.scoring.score_tokens`."""
         return scoring.score_tokens(self.answerer, texts, shared=shared)
-
-    def _stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
-        """Checks at once, and not when the first piece is asked for."""
-        (option,) = self.answerer.check_options([self.answerer.check_prompt(0, prompt)], options)
-        if option.num_beams > 1 or option.num_return_sequences > 1:
-            raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
-        if option.top_logprobs:
-            raise ValueError("a stream is text alone: expected top_logprobs = 0")
-        return self.answerer.stream(prompt, option)
 
     def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
         """The prompt of the next open turn."""

@@ -140,13 +140,6 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def matrices(self) -> Iterator[tuple[Linear, ...]]:
-        attention, feed_forward = self.attention, self.feed_forward
-        yield attention.wq, attention.wk, attention.wv
-        yield (attention.wo,)
-        yield feed_forward.w1, feed_forward.w3
-        yield (feed_forward.w2,)
-
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor | None, cache: CacheView | None
     ) -> torch.Tensor:
@@ -155,11 +148,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.groups.initialize` makes it).
+    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.initialize` makes it).
 
-    Parameters carry the names of Meta's checkpoints. They are uninitialised until a checkpoint is loaded, or
-    `init_weights` is called. Without a cache (`allocate_cache`) the model is a plain differentiable function of its
-    tokens, for training.
+    Parameters carry the names of Meta's checkpoints. Without a cache (`allocate_cache`) the model is a plain
+    differentiable function of its tokens, for training.
     """
 
     def __init__(self, args: ModelArgs):
@@ -198,21 +190,18 @@ class Transformer(nn.Module):
     def matrices(self) -> Iterator[tuple[Linear, ...]]:
         """All matrices but the embedding, in the order of a pass; those that multiply the same input together."""
         for block in self.layers:
-            yield from block.matrices()
-        yield (self.output,)
+            attention, feed_forward = block.attention, block.feed_forward
+            yield from ((attention.wq, attention.wk, attention.wv), (attention.wo,))
+            yield from ((feed_forward.w1, feed_forward.w3), (feed_forward.w2,))
+        if "output" in self._modules:  # a reward model has none
+            yield (self.output,)
 
     def allocate_cache(self) -> None:
         """Makes room for the keys and values of `max_batch_size` sequences of `max_seq_len` positions."""
-        attention, weight = self.layers[0].attention, self.norm.weight
-        self.cache = KVCache(
-            self.args.n_layers,
-            self.args.max_batch_size,
-            attention.n_local_kv_heads,
-            self.args.max_seq_len,
-            self.args.head_dim,
-            weight.dtype,
-            weight.device,
-        )
+        args, weight = self.args, self.norm.weight
+        n_kv_heads = self.layers[0].attention.n_local_kv_heads
+        shape = (args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim)
+        self.cache = KVCache(args.n_layers, shape, weight.dtype, weight.device)
 
     def forward(self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor" = 0) -> torch.Tensor:
         """Logits of the token that follows each position.
@@ -284,15 +273,10 @@ class Transformer(nn.Module):
         if self.cache is not None and batch_size > self.cache.max_batch_size:
             raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {self.cache.max_batch_size}")
         slots = slice(0, batch_size) if slots is None else slots
-        if first == last:  # all rows at the same position
-            positions = slice(first, length)
-            mask = None
-            if first > 0 and n_new > 1:
-                mask = torch.ones(n_new, length, dtype=torch.bool, device=tokens.device).tril(first)[None, None]
-        else:
-            starts = torch.tensor(starts, device=tokens.device)
-            positions = starts[:, None] + torch.arange(n_new, device=tokens.device)  # [B, T]
-            keys = torch.arange(length, device=tokens.device)
-            mask = (keys <= positions[:, :, None])[:, None]  # [B, 1, T, length]
+        positions, mask = slice(first, length), None
+        if first != last or (first > 0 and n_new > 1):
+            queries = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(n_new, device=tokens.device)
+            mask = (torch.arange(length, device=tokens.device) <= queries[:, :, None])[:, None]  # [.., 1, T, length]
+            positions = positions if first == last else queries  # [B, T]
         cache = None if self.cache is None else CacheView(self.cache, slots, positions, length)
         return self.rotary[positions], mask, cache

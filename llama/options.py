@@ -44,44 +44,29 @@ MAX_BIAS = 1e30
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How the answers to one prompt are decoded. `per_prompt` makes one for each prompt of a call.
+    """How the answers to one prompt are decoded. `per_prompt` makes one for each prompt of a call."""
 
-    Attributes:
-        max_gen_len: the most new tokens of an answer; None: as many as fit.
-        temperature: divides the logits before sampling; 0 takes the most likely token each time.
-        top_p: samples from the smallest set of tokens that holds this much of the probability, in (0, 1].
-        top_k: samples from the k most likely tokens (and those tied with the last); None or 0: from all.
-        min_p: drops tokens less than min_p times as likely as the most likely one, in [0, 1] (arXiv 2407.01082).
-        repetition_penalty: divides the logits above 0, and multiplies those below, of every token of the prompt and
-            the answer so far (CTRL, arXiv 1909.05858); 1 is none.
-        no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer; 0: no such rule.
-        num_return_sequences: answers to each prompt, at most 10,000.
-        num_beams: beam search with so many beams if more than 1; needs temperature 0.
-        length_penalty: a beam's score is its log-probability / length ** length_penalty.
-        early_stopping: when a beam search ends: True, False or "never", as in Transformers.
-        stop: strings that end the answer where they begin, and ids of tokens that do; neither is part of it.
-        logit_bias: added to the logits of the ids it names.
-        seed: makes the answers reproducible.
-        logits_processor: called as Transformers' with ids [1, T] and logits [1, vocab_size]; returns logits.
-        top_logprobs: how many of the most likely tokens to report at each position.
-    """
-
-    max_gen_len: int | None = None
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int | None = None
-    min_p: float | None = None
+    max_gen_len: int | None = None  # the most new tokens of an answer; None: as many as fit
+    temperature: float = 0.6  # divides the logits before sampling; 0 takes the most likely token each time
+    top_p: float = 0.9  # samples from the smallest set of tokens that holds this much of the probability, in (0, 1]
+    top_k: int | None = (
+        None  # samples from the k most likely tokens (and those tied with the last); None or 0: from all
+    )
+    min_p: float | None = None  # drops tokens less than min_p times as likely as the likeliest (arXiv 2407.01082)
+    # Divides the logits above 0, and multiplies those below, of every token of the prompt and the answer so far (CTRL,
+    # arXiv 1909.05858); 1 is none.
     repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    num_return_sequences: int = 1
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
+    no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice in prompt and answer; 0: no such rule
+    num_return_sequences: int = 1  # answers to each prompt, at most 10,000
+    num_beams: int = 1  # beam search with that many beams if more than 1; needs temperature 0
+    length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
+    early_stopping: bool | str = False  # when a beam search ends: True, False or "never", as in Transformers
+    # Strings that end the answer where they begin, and ids of tokens that do; neither is part of it.
     stop: str | int | list[str | int] | None = None
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    logits_processor: LogitsProcessor | None = None
-    top_logprobs: int = 0
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of the ids it names
+    seed: int | None = None  # makes the answers reproducible
+    logits_processor: LogitsProcessor | None = None  # called as Transformers'; returns logits [1, vocab_size]
+    top_logprobs: int = 0  # how many of the most likely tokens to report at each position
 
     def __post_init__(self):
         for name, (kind, least, most) in NUMBERS.items():

@@ -174,8 +174,29 @@ class Answerer:
             raise GenerationError(f"prompt {first}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
         return by_prompt
 
-    def stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
-        """Yields the text of one answer while it is decided."""
+    def answer_all(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        logprobs: bool = False,
+        echo: bool = False,
+        progress: bool = False,
+        shared: bool = True,
+        **options: Any,
+    ) -> list[list[Answer]]:
+        """As `answer`, of prompts and options that have not been checked."""
+        prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
+        return self.answer(prompts, self.check_options(prompts, options), logprobs, echo, progress, shared)
+
+    def open_stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
+        """The text of one answer while it is decided; what is wrong is raised at once, not with the first piece."""
+        (option,) = self.check_options([self.check_prompt(0, prompt)], options)
+        if option.num_beams > 1 or option.num_return_sequences > 1:
+            raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
+        if option.top_logprobs:
+            raise ValueError("a stream is text alone: expected top_logprobs = 0")
+        return self._stream(prompt, option)
+
+    def _stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
         sequence = self.sequence(Job(None, prompt, option), 0)
         text = AnswerText(self.tokenizer, option.stop_strings)
         n_sent = 0
