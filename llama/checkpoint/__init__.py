@@ -4,18 +4,6 @@ Knows how files lie on the disk and how a model is cut over ranks. Knows nothing
 of it. `llama.checkpoint.convert` writes directories, `llama.checkpoint.inspect` describes and verifies them.
 """
 
-from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.checkpoint.loading import Loaded, load_weights
-from llama.checkpoint.meta import MetaCheckpoint
-from llama.checkpoint.open import Checkpoint, build_model, find_tokenizer, open_checkpoint
+from llama.checkpoint.open import Checkpoint, build_model, open_checkpoint
 
-__all__ = [
-    "Checkpoint",
-    "HuggingFaceCheckpoint",
-    "Loaded",
-    "MetaCheckpoint",
-    "build_model",
-    "find_tokenizer",
-    "load_weights",
-    "open_checkpoint",
-]
+__all__ = ["Checkpoint", "build_model", "open_checkpoint"]

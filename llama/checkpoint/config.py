@@ -21,11 +21,23 @@ MAX_LAYERS, MAX_SIZE = 10_000, 1 << 20
 LEAST_FLOAT, MOST_FLOAT = 1e-12, 1e16
 MAX_JSON_BYTES = 16 << 20  # the index of a model of 100,000 tensors fits
 
-# The keys of params.json that this package reads. Files carry others too.
+# The fields of ModelArgs that params.json has under their own names, and those of config.json with the keys there. Both
+# files carry other keys too.
 PARAMS = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"), int)
 PARAMS |= dict.fromkeys(("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scale_factor"), float)
 PARAMS |= dict.fromkeys(("use_scaled_rope", "tied_embeddings"), bool)
+CONFIG = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+}
 REQUIRED = ("dim", "n_layers", "n_heads")
+
+# What config.json may say of parts that this package has in one form only.
+SUPPORTED = {"quantization_config": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 # How Llama 3.1 and later scale their rotary embedding (`model.rotary_frequencies`), but for the factor.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -57,30 +69,20 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
 def args_from_params(
     params: dict[str, Any], ckpt_dir: Path, vocab_size: int, max_seq_len: int, max_batch_size: int
 ) -> ModelArgs:
-    """The shape of a model from Meta's params.json.
+    """The shape of a model from the contents of Meta's params.json.
 
-    Args:
-        params: the contents of the file.
-        ckpt_dir: where it is from, for messages.
-        vocab_size: the tokenizer's. Llama 2's files leave it to the tokenizer.
-        max_seq_len, max_batch_size: what the cache has room for; not in the file.
-
-    Raises:
-        ValueError: a key is missing, or of the wrong kind, or out of range; the vocabulary is not the tokenizer's.
+    `vocab_size` is the tokenizer's, to which Llama 2's files leave it; max_seq_len and max_batch_size are what the
+    cache has room for. Raises ValueError if a key is missing, of the wrong kind or out of range, or if the vocabulary
+    is not the tokenizer's.
     """
     path = ckpt_dir / "params.json"
-    args = {
-        key: _value(path, params, key, kind)
-        for key, kind in PARAMS.items()
-        if key in REQUIRED or params.get(key) is not None
-    }
+    args = _fields(path, params, {name: name for name in PARAMS})
     if params.get("vocab_size") not in (None, -1):
         _check_vocabulary(path, params, vocab_size)
     # Llama 3.2 1B and 3B scale by 32 and not by 8. Their params.json does not say so, but their shapes do.
     if "rope_scale_factor" not in args and (args["dim"], args["n_layers"]) in {(2048, 16), (3072, 28)}:
         args["rope_scale_factor"] = 32.0
-    sizes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-    return _model_args(path, **args, **sizes)
+    return _model_args(path, args, vocab_size, max_seq_len, max_batch_size)
 
 
 def args_from_config(
@@ -103,29 +105,15 @@ def args_from_config(
         found, use = (KINDS[kind] for kind in (architectures[0], architecture))
         raise ValueError(f"{path.parent} is {found} ({architectures[0]}): expected {use} ({architecture})")
     _require(path, "architectures", [architecture], architectures)
-    _require(path, "quantization_config", None, config.get("quantization_config"))
-    _require(path, "hidden_act", "silu", config.get("hidden_act", "silu"))
-    for key in ("attention_bias", "mlp_bias"):
-        _require(path, key, False, config.get(key) or False)
-    dim, n_heads = _value(path, config, "hidden_size"), _value(path, config, "num_attention_heads")
-    _require(path, "head_dim", dim // n_heads, config.get("head_dim") or dim // n_heads)
+    for key, supported in SUPPORTED.items():
+        _require(path, key, supported, supported if config.get(key) is None else config[key])
+    args = {"norm_eps": 1e-6} | _fields(path, config, CONFIG) | _rotary_args(path, config)  # 1e-6 is their default
+    head_dim = args["dim"] // args["n_heads"]
+    _require(path, "head_dim", head_dim, config.get("head_dim") or head_dim)
     _check_vocabulary(path, config, vocab_size)
-    multiple_of, ffn_dim_multiplier = feed_forward_params(dim, _value(path, config, "intermediate_size"))
-    return _model_args(
-        path,
-        dim=dim,
-        n_layers=_value(path, config, "num_hidden_layers"),
-        n_heads=n_heads,
-        n_kv_heads=_value(path, config, "num_key_value_heads", default=n_heads),
-        vocab_size=vocab_size,
-        multiple_of=multiple_of,
-        ffn_dim_multiplier=ffn_dim_multiplier,
-        norm_eps=_value(path, config, "rms_norm_eps", float, default=1e-6),  # Transformers' default
-        tied_embeddings=_value(path, config, "tie_word_embeddings", bool, default=False),
-        max_seq_len=max_seq_len,
-        max_batch_size=max_batch_size,
-        **_rotary_args(path, config),
-    )
+    hidden_dim = _value(path, config, "intermediate_size")
+    args["multiple_of"], args["ffn_dim_multiplier"] = feed_forward_params(args["dim"], hidden_dim)
+    return _model_args(path, args, vocab_size, max_seq_len, max_batch_size)
 
 
 def _rotary_args(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -146,19 +134,14 @@ def _rotary_args(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def context_length(config: dict[str, Any], ckpt_dir: Path) -> int:
-    """How many tokens a config.json says that the model was made for; 4,096 if it does not say.
-
-    Raises:
-        ValueError: it is no length.
-    """
+    """How many tokens a config.json says that the model was made for; 4,096 if it does not say."""
     return _value(ckpt_dir / "config.json", config, "max_position_embeddings", default=4096)
 
 
 def feed_forward_params(dim: int, hidden_dim: int) -> tuple[int, float | None]:
     """`multiple_of` and `ffn_dim_multiplier` from which `ModelArgs`, and Meta's code, compute exactly this hidden size.
 
-    Raises:
-        ValueError: none do.
+    Raises ValueError if none do.
     """
     if (dim, hidden_dim) in PUBLISHED_FEED_FORWARDS:
         return PUBLISHED_FEED_FORWARDS[dim, hidden_dim]
@@ -169,6 +152,12 @@ def feed_forward_params(dim: int, hidden_dim: int) -> tuple[int, float | None]:
         if args.hidden_dim == hidden_dim:
             return multiple_of, multiplier
     raise ValueError(f"no ffn_dim_multiplier gives a hidden size of {hidden_dim} with dim = {dim}")
+
+
+def _fields(path: Path, content: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """The fields of `ModelArgs` that a file has; `keys` are their names there."""
+    present = {name: key for name, key in keys.items() if name in REQUIRED or content.get(key) is not None}
+    return {name: _value(path, content, key, PARAMS[name]) for name, key in present.items()}
 
 
 def _value(path: Path, content: dict[str, Any], key: str, kind: type = int, default: Any = None) -> Any:
@@ -201,9 +190,9 @@ def _check_vocabulary(path: Path, content: dict[str, Any], vocab_size: int) -> N
         )
 
 
-def _model_args(path: Path, **args: Any) -> ModelArgs:
+def _model_args(path: Path, args: dict[str, Any], vocab_size: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
     try:
-        made = ModelArgs(**args)
+        made = ModelArgs(**args, vocab_size=vocab_size, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if made.head_dim % 2 or made.hidden_dim < 1:
@@ -223,21 +212,15 @@ def config_json(args: ModelArgs, bos_id: int, eos_id: int, dtype: str) -> dict[s
     scaling = None
     if args.use_scaled_rope:
         scaling = {"rope_type": "llama3", "factor": args.rope_scale_factor} | LLAMA3_SCALING
-    return {
+    return {key: getattr(args, name) for name, key in CONFIG.items()} | {
         "architectures": [CAUSAL_LM],
         "model_type": "llama",
-        "hidden_size": args.dim,
         "intermediate_size": args.hidden_dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads,
         "vocab_size": args.vocab_size,
         "max_position_embeddings": 131072 if scaling else 4096 if args.rope_theta == 10000 else 8192,
         "hidden_act": "silu",
-        "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": scaling,
-        "tie_word_embeddings": args.tied_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": bos_id,
@@ -248,14 +231,11 @@ def config_json(args: ModelArgs, bos_id: int, eos_id: int, dtype: str) -> dict[s
 
 def params_json(args: ModelArgs) -> dict[str, Any]:
     """Meta's params.json of a model, without keys that Meta's code of its generation fails at."""
-    params = {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads}
-    params |= {"vocab_size": args.vocab_size, "multiple_of": args.multiple_of}
+    names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps"]
     if args.ffn_dim_multiplier is not None:
-        params["ffn_dim_multiplier"] = args.ffn_dim_multiplier
-    params["norm_eps"] = args.norm_eps
+        names.append("ffn_dim_multiplier")
     if args.rope_theta != 10000:  # Llama 2's, whose code does not know the key
-        params["rope_theta"] = args.rope_theta
+        names.append("rope_theta")
     if args.use_scaled_rope:
-        params["use_scaled_rope"] = True
-        params["rope_scale_factor"] = args.rope_scale_factor  # a key of our own
-    return params
+        names += ["use_scaled_rope", "rope_scale_factor"]  # the second is a key of our own
+    return {name: getattr(args, name) for name in names}

@@ -21,9 +21,9 @@ import torch
 from llama.checkpoint.config import config_json, params_json, read_json
 from llama.checkpoint.huggingface import INDEX_NAME, HuggingFaceCheckpoint, file_name, has_rotary_rows, rows_in_halves
 from llama.checkpoint.loading import pieces
-from llama.checkpoint.meta import COLUMNS, ROWS, MetaCheckpoint, part_of_rank
+from llama.checkpoint.meta import COLUMNS, ROWS, MetaCheckpoint, Part, part_of_rank, shape_of_part
 from llama.checkpoint.open import Checkpoint, find_tokenizer, open_checkpoint
-from llama.checkpoint.quantized import is_matrix, packed, scales_of, stored, zeros_of
+from llama.checkpoint.quantized import Stored, is_matrix, packed, scales_of, stored, zeros_of
 from llama.checkpoint.writer import PthFile, appear_whole, progress, safetensors_header, write_checklist
 from llama.layers import layouts
 from llama.layers.packing import drop_pages
@@ -47,7 +47,6 @@ LLAMA3_CHAT_TEMPLATE = (
 )
 
 Advance = Callable[[int], object]  # called with the number of bytes after each write
-Part = tuple[int, int, int]  # [start, stop) along a dimension: dim, start, stop
 
 
 def convert(
@@ -67,8 +66,8 @@ def convert(
         src: Meta's directory or Hugging Face's, as `Llama.build` takes it.
         dst: the directory to make; it may exist if it is empty.
         to: "meta" or "hf". It may be the format of `src`, whose files are then cut again.
-        shards: Meta: how many consolidated.NN.pth, one when None. Hugging Face: how many safetensors files; when None,
-            as few as hold at most 5 GB each.
+        shards: how many consolidated.NN.pth (one when None) or safetensors files (when None, as few as hold at most
+            5 GB each).
         dtype: of the tensors written: bfloat16, float16, float32 or float64, or its name; the source's when None.
 
     Raises:
@@ -78,97 +77,55 @@ def convert(
             has no place for the special tokens; a number is beyond float16.
         OSError: it could not be written, as when the disk is full. Nothing is left then.
     """
-    src, dst = Path(src), Path(dst)
     if to not in ("meta", "hf"):
         raise ValueError(f"to = {to!r}: expected 'meta' or 'hf'")
-    dtype = dtype_by_name(dtype)
     if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
         raise ValueError(f"shards = {shards!r}: expected an integer of at least 1, or None")
-    tokenizer, source = _open(src)
+    _write(Path(src), Path(dst), to, shards, dtype_by_name(dtype))
+
+
+def quantize(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
+    """Writes a checkpoint with its matrices in "int8" or "int4", as `Llama.build(src, quantize=to)` rounds them.
+
+    `Llama.build(dst)` then reads a half or a quarter of the bytes, on any number of processes. All else is as in
+    `convert`; ValueError also for numbers that are not finite.
+    """
+    if to not in KINDS:
+        raise ValueError(f"to = {to!r}: expected {' or '.join(map(repr, KINDS))}")
+    _write(Path(src), Path(dst), to, None, None)
+
+
+def _write(src: Path, dst: Path, to: str, shards: int | None, dtype: torch.dtype | None) -> None:
+    tokenizer, source = open_checkpoint(src)
+    if source.quantization is not None:
+        raise ValueError(f"{src} is quantised to {source.quantization}: expected the checkpoint that it was made of")
     dtype = dtype or source.dtype
-    n_bytes = dtype.itemsize * sum(math.prod(shape) for shape in source.shapes.values())
+    tensors: dict[str, Stored] = {}
+    for name, shape in source.shapes.items():
+        tensors |= stored(name, shape, to, dtype) if to in KINDS else {name: (shape, dtype)}
+    n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     with appear_whole(dst, n_bytes) as folder:
         with progress(n_bytes, f"{dst.name} ({to})") as advance:
-            if to == "meta":
+            if to == "hf":
+                _write_hugging_face_texts(src, folder, tokenizer, source, dtype)
+                _write_safetensors_files(folder, source, shards, dtype, advance)
+            else:
                 _write_meta_tokenizer(src, folder, tokenizer)
+            if to in KINDS:
+                _write_json(folder / "params.json", params_json(source.args) | {"quantization": {"kind": to}})
+                _write_quantised_file(folder, source, to, tensors, advance)
+            elif to == "meta":
                 if isinstance(source, MetaCheckpoint):
                     shutil.copyfile(src / "params.json", folder / "params.json")
                 else:
                     _write_json(folder / "params.json", params_json(source.args))
                 _write_pth_files(folder, source, shards or 1, dtype, advance)
-            else:
-                _write_hugging_face_texts(src, folder, tokenizer, source, dtype)
-                _write_safetensors_files(folder, source, shards, dtype, advance)
         write_checklist(folder)
-
-
-def quantize(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
-    """Writes a checkpoint with its matrices in 8 or 4 bits, as `Llama.build(src, quantize=to)` would round them.
-
-    `Llama.build(dst)` then reads a half or a quarter of the bytes, on any number of processes. All else is as in
-    `convert`.
-
-    Args:
-        src: Meta's directory or Hugging Face's.
-        dst: the directory to make; it may exist if it is empty.
-        to: "int8" or "int4".
-
-    Raises:
-        As `convert`; ValueError also for numbers that are not finite.
-    """
-    src, dst = Path(src), Path(dst)
-    if to not in KINDS:
-        raise ValueError(f"to = {to!r}: expected {' or '.join(map(repr, KINDS))}")
-    tokenizer, source = _open(src)
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for name, shape in source.shapes.items():
-        tensors |= stored(name, shape, to, source.dtype)
-    shapes = {name: shape for name, (shape, _) in tensors.items()}
-    dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
-    n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
-    with appear_whole(dst, n_bytes) as folder:
-        _write_meta_tokenizer(src, folder, tokenizer)
-        _write_json(folder / "params.json", params_json(source.args) | {"quantization": {"kind": to}})
-        path = folder / "consolidated.00.pth"
-        with progress(n_bytes, f"{dst.name} ({to})") as advance, PthFile(path, shapes, dtypes) as file:
-            for name in source.shapes:
-                if not is_matrix(name):
-                    file.write(name, _bytes(source.read(name), advance))
-                    continue
-                scales_and_zeros: dict[str, list[torch.Tensor]] = {scales_of(name): [], zeros_of(name): []}
-                file.write(name, _codes(source, name, to, scales_and_zeros, advance))
-                for other, parts in scales_and_zeros.items():
-                    if other in tensors:
-                        file.write(other, _bytes(torch.cat(parts).bfloat16(), advance))
-        write_checklist(folder)
-
-
-def _open(src: Path) -> tuple[Tokenizer, Checkpoint]:
-    tokenizer, source = open_checkpoint(src)
-    if source.quantization is not None:
-        raise ValueError(f"{src} is quantised to {source.quantization}: expected the checkpoint that it was made of")
-    return tokenizer, source
 
 
 def _bytes(tensor: torch.Tensor, advance: Advance) -> Iterator[memoryview]:
     yield memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
     advance(tensor.nbytes)
-
-
-def _codes(
-    source: Checkpoint, name: str, kind: str, scales_and_zeros: dict[str, list[torch.Tensor]], advance: Advance
-) -> Iterator[memoryview]:
-    """The bytes of a matrix's codes, some rows at a time: each row is rounded by itself. Collects scales and zeros."""
-    for *_, rows in pieces(source, name, ROWS, 0, source.shapes[name][0]):
-        try:
-            matrix = layouts.quantize(rows, kind)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        drop_pages(rows)
-        scales_and_zeros[scales_of(name)].append(matrix.scales)
-        if matrix.zeros is not None:
-            scales_and_zeros[zeros_of(name)].append(matrix.zeros)
-        yield from _bytes(packed(matrix), advance)
 
 
 def _part_bytes(
@@ -191,20 +148,18 @@ def _write_safetensors_files(
     folder: Path, source: Checkpoint, n_files: int | None, dtype: torch.dtype, advance: Advance
 ) -> None:
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in source.shapes.items()}
-    files = _share_out(sizes, n_files)
-    weight_map = {}
+    files, weight_map = _share_out(sizes, n_files), {}
     for number, names in enumerate(files, start=1):
-        only_one = len(files) == 1
-        path = folder / ("model.safetensors" if only_one else f"model-{number:05d}-of-{len(files):05d}.safetensors")
-        with path.open("wb") as file:
+        path = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        with (folder / path).open("wb") as file:
             file.write(safetensors_header({file_name(name): source.shapes[name] for name in names}, dtype))
             for name in names:
                 whole = ROWS, 0, source.shapes[name][0]
                 file.writelines(_part_bytes(source, name, whole, dtype, advance, in_halves=True))
-                weight_map[file_name(name)] = path.name
+                weight_map[file_name(name)] = path
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / INDEX_NAME, index)
+        metadata = {"total_size": sum(sizes.values())}
+        _write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _share_out(sizes: dict[str, int], n_files: int | None) -> list[list[str]]:
@@ -240,15 +195,41 @@ def _write_pth_files(folder: Path, source: Checkpoint, n_shards: int, dtype: tor
         files: list[tuple[PthFile, dict[str, Part]]] = []
         for i in range(n_shards):
             parts = {name: part_of_rank(name, full[name], args, i, n_shards) for name in full}
-            shapes = {
-                name: (*full[name][:dim], stop - start, *full[name][dim + 1 :])
-                for name, (dim, start, stop) in parts.items()
-            }
+            shapes = {name: shape_of_part(full[name], part) for name, part in parts.items()}
             file = PthFile(folder / f"consolidated.{i:02d}.pth", shapes, dtype)
             files.append((stack.enter_context(file), parts))
         for name in full:
             for file, parts in files:
                 file.write(name, _part_bytes(source, name, parts[name], dtype, advance))
+
+
+def _write_quantised_file(
+    folder: Path, source: Checkpoint, kind: str, tensors: dict[str, Stored], advance: Advance
+) -> None:
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
+    with PthFile(folder / "consolidated.00.pth", shapes, dtypes) as file:
+        for name in source.shapes:
+            if not is_matrix(name):
+                file.write(name, _bytes(source.read(name), advance))
+                continue
+            rest: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+            file.write(name, _codes(source, name, kind, rest, advance))
+            for other, parts in zip((scales_of(name), zeros_of(name)), zip(*rest)):
+                if other in tensors:
+                    file.write(other, _bytes(torch.cat(parts).bfloat16(), advance))
+
+
+def _codes(source: Checkpoint, name: str, kind: str, rest: list[tuple], advance: Advance) -> Iterator[memoryview]:
+    """The bytes of a matrix's codes, rounded some rows at a time; their scales and zeros go to `rest`."""
+    for *_, rows in pieces(source, name, ROWS, 0, source.shapes[name][0]):
+        try:
+            matrix = layouts.quantize(rows, kind)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        drop_pages(rows)
+        rest.append((matrix.scales, matrix.zeros))
+        yield from _bytes(packed(matrix), advance)
 
 
 def _write_meta_tokenizer(src: Path, folder: Path, tokenizer: Tokenizer) -> None:
@@ -273,9 +254,8 @@ def _write_hugging_face_texts(
     """config.json and the files of the tokenizer: the source's own where it has them."""
     dtype_name = str(dtype).removeprefix("torch.")
     if isinstance(source, HuggingFaceCheckpoint):
-        config = read_json(src / "config.json", "the config.json of a Llama")
-        config.pop("dtype", None)
-        config["torch_dtype"] = dtype_name  # the name that Transformers 4 and 5 both read
+        config = read_json(src / "config.json", "the config.json of a Llama") | {"torch_dtype": dtype_name}
+        config.pop("dtype", None)  # which Transformers 4 does not read
     else:
         config = config_json(source.args, tokenizer.bos_id, tokenizer.eos_id, dtype_name)
     _write_json(folder / "config.json", config)

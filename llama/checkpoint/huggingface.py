@@ -66,8 +66,7 @@ def rows_in_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 def read_index(ckpt_dir: Path) -> dict[str, str]:
     """The file of each tensor, from the index of a directory; empty if it has none, or needs none.
 
-    Raises:
-        ValueError: the index is broken.
+    Raises ValueError if the index is broken.
     """
     path = ckpt_dir / INDEX_NAME
     if (ckpt_dir / "model.safetensors").is_file() or not path.is_file():
@@ -85,9 +84,7 @@ def read_index(ckpt_dir: Path) -> dict[str, str]:
 def find_files(ckpt_dir: Path) -> list[Path]:
     """The safetensors files of a model: model.safetensors, or those that an index or their own numbers name.
 
-    Raises:
-        FileNotFoundError: there are none, or not all.
-        ValueError: the index is broken.
+    Raises FileNotFoundError if there are none, or not all; ValueError if the index is broken.
     """
     if (ckpt_dir / "model.safetensors").is_file():
         return [ckpt_dir / "model.safetensors"]
@@ -101,8 +98,7 @@ def find_files(ckpt_dir: Path) -> list[Path]:
         if any(ckpt_dir.glob("pytorch_model*.bin")):
             found += "; .bin files are not read (Transformers' save_pretrained writes safetensors)"
         raise FileNotFoundError(f"{found}: expected model.safetensors, or model-00001-of-0000N.safetensors and on")
-    missing = [name[:100] for name in names if not os.path.isfile(ckpt_dir / name)]  # takes any name
-    if missing:
+    if missing := [name[:100] for name in names if not os.path.isfile(ckpt_dir / name)]:  # takes any name
         some = ", ".join(missing[:8])
         raise FileNotFoundError(f"{source} in {ckpt_dir} means {len(names)} files, but {some} is missing")
     return [ckpt_dir / name for name in names]
@@ -111,22 +107,8 @@ def find_files(ckpt_dir: Path) -> list[Path]:
 class HuggingFaceCheckpoint:
     """Hugging Face's directory. Its full tensors can be read in slices, under Meta's names.
 
-    Names, shapes and dtypes are checked against `args` when it is opened, unless `check` is False, as in
-    `meta.MetaCheckpoint`.
-
-    Args:
-        ckpt_dir: the directory.
-        args: the shape of the model.
-        check: whether to raise the first of the problems.
-        reward_head: whether it has a reward model's head, `score.weight`, in place of the output matrix.
-
-    Attributes:
-        args, dtype, shapes, paths: as in `meta.MetaCheckpoint`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is broken, or a tensor is missing, too many, or of another shape or dtype.
-        ImportError: the safetensors package is not installed.
+    Checks, attributes and errors are those of `meta.MetaCheckpoint`; ImportError if the safetensors package is not
+    installed. With `reward_head` it has a reward model's head, `score.weight`, in place of the output matrix.
     """
 
     quantization: str | None = None

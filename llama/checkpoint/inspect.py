@@ -5,7 +5,7 @@ Both kinds of directory, Meta's and Hugging Face's. Prints nothing and builds no
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,8 +62,7 @@ def info(
 ) -> list[tuple[str, str]]:
     """What a directory holds and needs: (name, value) pairs in the order to show them. Reads headers, not weights.
 
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `Llama.build`.
+    Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does.
     """
     _, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
     args, itemsize = checkpoint.args, checkpoint.dtype.itemsize
@@ -101,17 +100,11 @@ def _size(n_bytes: int) -> str:
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """What `verify` found."""
 
-    Attributes:
-        problems: what is wrong, a message each; empty if the directory is sound.
-        notes: what was left unchecked, and why.
-        n_tensors, n_bytes: how much was read.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    n_tensors: int = 0
+    problems: list[str] = field(default_factory=list)  # what is wrong, a message each; empty if the directory is sound
+    notes: list[str] = field(default_factory=list)  # what was left unchecked, and why
+    n_tensors: int = 0  # how much was read
     n_bytes: int = 0
 
 
@@ -128,22 +121,13 @@ def verify(
 ) -> Verification:
     """Reads a whole directory: is every tensor there, of the right shape, finite? Are the sums of checklist.chk right?
 
-    After a problem it goes on, to find them all. It needs the memory of a few chunks of CHUNK_BYTES.
-
-    Args:
-        ckpt_dir: the directory, Meta's or Hugging Face's.
-        tokenizer_path: as in `Llama.build`.
-        advance: called with the number of bytes after each read.
-
-    Raises:
-        FileNotFoundError: no such directory.
+    After a problem it goes on, to find them all. It needs the memory of a few chunks of CHUNK_BYTES. It calls `advance`
+    with the number of bytes after each read. Raises FileNotFoundError if there is no such directory.
     """
     folder, found = Path(ckpt_dir), Verification()
     require_directory("ckpt_dir", folder, "a checkpoint")
     _verify_checklist(folder, found, advance)
-    problems, tensors = _examine(folder, tokenizer_path)
-    found.problems += problems
-    for label, parts in tensors:
+    for label, parts in _open_all(folder, tokenizer_path, found):
         n_bad = 0
         for part in parts:
             n_bad += _count_not_finite(part)
@@ -156,35 +140,33 @@ def verify(
     return found
 
 
-Tensors = Iterator[tuple[str, Iterator[torch.Tensor]]]  # each one's label, and its numbers in pieces
-
-
-def _examine(folder: Path, tokenizer_path: str | os.PathLike | None) -> tuple[list[str], Tensors]:
-    """What is wrong with a directory as far as its headers tell, and the tensors that can be read."""
+def _open_all(
+    folder: Path, tokenizer_path: str | os.PathLike | None, found: Verification
+) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+    """Notes what is wrong in the headers. Yields the tensors that can be read: a label, and the numbers in parts."""
+    shards: dict[Path, dict[str, torch.Tensor]] = {}
     try:
         _, checkpoint = open_checkpoint(folder, tokenizer_path, check=False)
     except (OSError, ValueError, ImportError) as error:
-        problems, shards = [str(error)], {}
+        problems = [str(error)]
         for path in sorted(folder.glob("consolidated.*.pth")):
             try:
                 shards[path] = open_shard(path)
             except (OSError, ValueError) as damage:
                 problems.append(str(damage))
-        return list(dict.fromkeys(problems)), _tensors_of_shards(shards)
-    problems = list(checkpoint.problems())
-    if isinstance(checkpoint, MetaCheckpoint):
-        return problems, _tensors_of_shards(dict(zip(checkpoint.paths, checkpoint.shards)))
-    shapes = {} if problems else checkpoint.shapes
-    return problems, (
-        (name, (piece for *_, piece in pieces(checkpoint, name, 0, 0, shape[0]))) for name, shape in shapes.items()
-    )
-
-
-def _tensors_of_shards(shards: dict[Path, dict[str, torch.Tensor]]) -> Tensors:
+        found.problems += dict.fromkeys(problems)  # each once
+    else:
+        problems = list(checkpoint.problems())
+        found.problems += problems
+        if isinstance(checkpoint, MetaCheckpoint):
+            shards = dict(zip(checkpoint.paths, checkpoint.shards))
+        elif not problems:
+            for name, shape in checkpoint.shapes.items():
+                yield name, (piece for *_, piece in pieces(checkpoint, name, 0, 0, shape[0]))
     for path, shard in shards.items():
         for name, tensor in shard.items():
             rows = max(1, CHUNK_BYTES // max(1, tensor[:1].nbytes)) if tensor.dim() else 1
-            yield f"{path.name}: {name}", iter(tensor.split(rows) if tensor.dim() else [tensor])
+            yield f"{path.name}: {name}", tensor.split(rows) if tensor.dim() else [tensor]
 
 
 def _count_not_finite(part: torch.Tensor) -> int:

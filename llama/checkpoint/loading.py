@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from llama.checkpoint.meta import MetaCheckpoint, part_of_rank
+from llama.checkpoint.meta import MetaCheckpoint, Part, part_of_rank, shape_of_part
 from llama.layers.linear import Linear
 from llama.layers.packing import drop_pages, is_mapped, lay_out_together
 from llama.layers.quantization import Quantized
@@ -28,10 +28,10 @@ CHUNK_BYTES = 64 << 20
 
 @dataclass
 class Loaded:
-    """What a load has done: how many bytes this rank's weights have, and how many of them are still the mapped file."""
+    """What a load has done."""
 
-    n_bytes: int = 0
-    n_mapped: int = 0
+    n_bytes: int = 0  # of this rank's weights
+    n_mapped: int = 0  # how many of them are still the mapped file
 
     def describe(self, device: torch.device, seconds: float, n_ranks: int) -> str:
         """One line for the user: how long, how much, where, how fast."""
@@ -57,8 +57,7 @@ def load_weights(
     All else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", or where the checkpoint is quantised,
     matrices are laid out as soon as those that belong together are there: at most a few are in memory unpacked.
 
-    Raises:
-        RankFailed: another rank has failed meanwhile (inside `parallel.fail_together`).
+    Raises RankFailed if another rank has failed meanwhile (inside `parallel.fail_together`).
     """
     rank, n_ranks = model.tok_embeddings.rank, model.tok_embeddings.world_size
     n_bytes = {name: math.prod(full) * dtype.itemsize // n_ranks for name, full in checkpoint.shapes.items()}
@@ -78,7 +77,7 @@ def load_weights(
             elif device.type == "cpu" and checkpoint.dtype == dtype:
                 part = checkpoint.read(name, *piece).contiguous()
             else:
-                part = _copy(checkpoint, name, *piece, dtype, device, copier)
+                part = _copy(checkpoint, name, piece, dtype, device, copier)
             bar.update(n_bytes[name])
             if not quantize or module not in together:
                 module.weight = nn.Parameter(part, requires_grad=False)
@@ -103,11 +102,11 @@ def load_weights(
 
 def pieces(
     checkpoint: MetaCheckpoint, name: str, dim: int, start: int, stop: int
-) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+) -> Iterator[tuple[int, int, torch.Tensor]]:
     """[start, stop) along `dim` of a full tensor, cut so that each piece has at most CHUNK_BYTES.
 
-    Yields:
-        dim, start and stop of the piece (along the rows if all of the tensor is wanted), and what `read` gives for it.
+    Yields the dimension along which it was cut (the rows if all of the tensor is wanted), where the piece starts in
+    [start, stop), and what `read` gives for it.
     """
     full = checkpoint.shapes[name]
     if stop - start == full[dim]:
@@ -117,65 +116,53 @@ def pieces(
     unit_bytes = math.prod(full) // full[dim] * unit * checkpoint.dtype.itemsize
     step = max(1, CHUNK_BYTES // unit_bytes) * unit
     for first in range(start, stop, step):
-        last = min(first + step, stop)
-        yield dim, first, last, checkpoint.read(name, dim, first, last)
+        yield dim, first - start, checkpoint.read(name, dim, first, min(first + step, stop))
 
 
 def _copy(
     checkpoint: MetaCheckpoint,
     name: str,
-    dim: int,
-    start: int,
-    stop: int,
+    part: Part,
     dtype: torch.dtype,
     device: torch.device,
     copier: "StagedCopy | None",
 ) -> torch.Tensor:
-    """[start, stop) along `dim` of a full tensor, as a tensor of its own."""
-    shape = list(checkpoint.shapes[name])
-    shape[dim] = stop - start
-    target = torch.empty(shape, dtype=dtype, device=device)
-    for along, first, last, piece in pieces(checkpoint, name, dim, start, stop):
-        part = target.narrow(along, first - (start if along == dim else 0), last - first)
+    """A part of a full tensor, as a tensor of its own."""
+    target = torch.empty(shape_of_part(checkpoint.shapes[name], part), dtype=dtype, device=device)
+    for along, at, piece in pieces(checkpoint, name, *part):
+        place = target.narrow(along, at, piece.shape[along])
         if copier is None:
-            part.copy_(piece)
+            place.copy_(piece)
         else:
-            copier.copy(piece, part)
+            copier.copy(piece, place)
     return target
 
 
 class StagedCopy:
     """Copies from mapped files to a device through two buffers: while one is being sent, the other is filled.
 
-    Several threads read the files into the buffers. The copies run on a stream of their own, and a change of dtype
-    happens on the device. Buffers are pinned memory, from which a card copies without the CPU.
-
-    Args:
-        device: the target's. On the CPU (for tests) it does the same, one step after the other.
-        buffer_bytes: of each of the two buffers; at least one row of any source.
+    Several threads read the files into the buffers, each of `buffer_bytes` (at least one row of any source) of pinned
+    memory, from which a card copies without the CPU. The copies run on a stream of their own, and a change of dtype
+    happens on the device. Where that is the CPU (for tests), one step comes after the other.
     """
 
     N_THREADS = 4  # one thread reads mapped pages slower than a card takes them
 
     def __init__(self, device: torch.device, buffer_bytes: int = CHUNK_BYTES):
-        self.device = device
-        on_cuda = device.type == "cuda"
-        self.buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(2)]
-        self.stream = torch.cuda.Stream(device) if on_cuda else None
-        self.sent = [torch.cuda.Event() for _ in range(2)] if on_cuda else []  # a buffer's last copy has ended
+        self.device, self.module = device, torch.get_device_module(device)  # torch.cpu has streams that do nothing
+        is_pinned = device.type == "cuda"
+        self.buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(2)]
+        self.stream = self.module.Stream(device)
+        self.sent = [self.module.Event() for _ in range(2)]  # a buffer's last copy has ended
         self.turn = 0
         self.threads = ThreadPoolExecutor(self.N_THREADS)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies `source`, on the CPU, to `target`, on the device; returns when `source` has been read.
-
-        A source larger than a buffer goes in pieces.
-        """
+        """Copies `source`, on the CPU, to `target`, on the device, in pieces; returns when `source` has been read."""
         rows = max(1, self.buffers[0].nbytes // max(1, source[:1].nbytes))
         for source_part, target_part in zip(source.split(rows), target.split(rows)):
             self.turn = 1 - self.turn
-            if self.stream is not None:
-                self.sent[self.turn].synchronize()
+            self.sent[self.turn].synchronize()
             staged = self.buffers[self.turn][: source_part.nbytes].view(source.dtype).view(source_part.shape)
             thread_rows = -(-len(staged) // self.N_THREADS)
             shares = zip(staged.split(thread_rows), source_part.split(thread_rows))
@@ -184,12 +171,9 @@ class StagedCopy:
             self._send(staged, target_part)
 
     def _send(self, staged: torch.Tensor, target: torch.Tensor) -> None:
-        if self.stream is None:
-            target.copy_(staged)
-            return
         # Work on the current stream may still use the target's memory for something else.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        self.stream.wait_stream(self.module.current_stream(self.device))
+        with self.module.stream(self.stream):
             if target.is_contiguous() and target.dtype == staged.dtype:
                 target.copy_(staged, non_blocking=True)
             else:  # in two steps: a single copy_ would convert on the CPU
@@ -198,11 +182,9 @@ class StagedCopy:
 
     def wait(self) -> None:
         """Lets what runs on the device from now on see what has been sent."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.module.current_stream(self.device).wait_stream(self.stream)
 
     def finish(self) -> None:
         """Waits until everything has arrived."""
         self.threads.shutdown()
-        if self.stream is not None:
-            self.stream.synchronize()
+        self.module.synchronize(self.device)

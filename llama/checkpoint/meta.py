@@ -24,13 +24,14 @@ from llama.parallel.devices import DTYPES
 
 SHARD_NAME = re.compile(r"consolidated\.(\d{1,4})\.pth")
 
-# Along which dimension a full matrix is cut into shards. Norms are whole in every shard. tok_embeddings is cut along
-# the embedding dimension in Llama 1 and 2 and along the vocabulary in Llama 3; its shape tells which.
+# Along which dimension the model cuts a matrix over its ranks. Norms are whole in each. Files are cut alike, but for
+# tok_embeddings in Llama 1 and 2, which is cut along the embedding dimension; its shape tells.
 ROWS, COLUMNS = 0, 1
-PARTITION_DIM = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), ROWS) | dict.fromkeys(("wo", "w2"), COLUMNS)
+PARTITION_DIM = dict.fromkeys(("tok_embeddings", "wq", "wk", "wv", "w1", "w3", "output"), ROWS)
+PARTITION_DIM |= dict.fromkeys(("wo", "w2"), COLUMNS)
 
-# In a file but not weights: the rotary angles, which are computed.
-IGNORED = {"rope.freqs"}
+Stored = tuple[tuple[int, ...], torch.dtype | None]  # a tensor in a file: shape, and dtype if it is not all the others'
+Part = tuple[int, int, int]  # of a full tensor: dim, and [start, stop) along it
 
 # What the pickle of a file may name. With nothing else to call, it can neither run code nor allocate memory.
 TENSORS_ONLY = re.compile(
@@ -52,11 +53,7 @@ def require_directory(name: str, path: Path, expected: str) -> None:
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
-    """The files consolidated.00.pth, 01, … in order.
-
-    Raises:
-        FileNotFoundError: there are none, or one in the middle is missing.
-    """
+    """The files consolidated.00.pth, 01, … in order. Raises FileNotFoundError if there are none, or not all."""
     files = (path for path in ckpt_dir.iterdir() if path.is_file())
     numbered = {int(match[1]): path for path in files if (match := SHARD_NAME.fullmatch(path.name))}
     if not numbered:
@@ -71,8 +68,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth file, memory-mapped: only their names and shapes are read yet.
 
-    Raises:
-        ValueError: the file is damaged, or no checkpoint, or holds anything but tensors. Nothing in it is run.
+    Raises ValueError if the file is damaged or holds anything but tensors. Nothing in it is run.
     """
     with path.open("rb") as file:
         if file.read(1) == b"\x80":  # a bare pickle; since PyTorch 1.6 the format is a zip archive
@@ -83,22 +79,18 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     try:
         _check_pickle(path)
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} holds more than tensors, or is not a checkpoint; refused, nothing was run: {reason}"
-        ) from error
+        if not isinstance(shard, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in shard.items()
+        ):
+            raise pickle.UnpicklingError("it is not a dictionary of tensor names to tensors")
     except Exception as error:  # the readers of PyTorch and of zipfile stumble over damage in every possible way
+        if isinstance(error, pickle.UnpicklingError):
+            found = "holds more than tensors, or is not a checkpoint; refused, nothing was run"
+        else:
+            found = f"({path.stat().st_size:,} bytes) is not a whole PyTorch checkpoint, download it again"
         reason = str(error).split("\n")[0].split(". ")[0][:200]
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch checkpoint: {type(error).__name__}: "
-            f"{reason}. Expected a complete consolidated.NN.pth; download it again if its size is not the published one"
-        ) from error
-    if not isinstance(shard, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in shard.items()
-    ):
-        raise ValueError(f"{path} holds a {type(shard).__name__}: expected a dictionary of tensor names to tensors")
-    return {name: tensor.detach() for name, tensor in shard.items() if name not in IGNORED}
+        raise ValueError(f"{path} {found}: {type(error).__name__}: {reason}") from error
+    return {name: tensor.detach() for name, tensor in shard.items() if name != "rope.freqs"}  # computed, no weight
 
 
 def _check_pickle(path: Path) -> None:
@@ -121,8 +113,6 @@ def _check_pickle(path: Path) -> None:
 
 def partition_dim(name: str) -> int | None:
     """The dimension along which the model cuts a parameter over its ranks; None for a norm, which each holds whole."""
-    if name == "tok_embeddings.weight":
-        return ROWS
     return PARTITION_DIM.get(name.split(".")[-2])
 
 
@@ -152,10 +142,16 @@ def slice_of_rank(name: str, size: int, args: ModelArgs, rank: int, n_ranks: int
     return partition(size, rank, n_ranks)
 
 
-def part_of_rank(name: str, full: tuple[int, ...], args: ModelArgs, rank: int, n_ranks: int) -> tuple[int, int, int]:
+def part_of_rank(name: str, full: tuple[int, ...], args: ModelArgs, rank: int, n_ranks: int) -> Part:
     """What a rank holds of a full tensor: [start, stop) along a dimension. Of a norm that is all of it."""
     dim = partition_dim(name)
     return (ROWS, 0, full[0]) if dim is None else (dim, *slice_of_rank(name, full[dim], args, rank, n_ranks))
+
+
+def shape_of_part(full: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    """The shape of a part of a full tensor."""
+    dim, start, stop = part
+    return (*full[:dim], stop - start, *full[dim + 1 :])
 
 
 def name_problems(where: Path, expected: Collection[str], found: Collection[str], model: str) -> Iterator[str]:
@@ -184,22 +180,16 @@ class MetaCheckpoint:
     When it is opened, every shard's names, shapes, dtypes and norms are checked against `args` and each other. With
     `check=False` the caller does so by `problems`, which must be empty before anything is read.
 
-    Args:
-        ckpt_dir: the directory.
-        args: the shape of the model; `tied_embeddings` is set if the files have no output matrix of their own.
-        check: whether to raise the first of the problems.
-
     Attributes:
-        args: the shape of the model.
+        args: the shape of the model; `tied_embeddings` is set if the files have no output matrix of their own.
         dtype: of all its tensors.
         shapes: the full shape of each tensor, by name.
         paths: the files.
         quantization: "int8" or "int4" in directories that `llama quantize` has written.
 
     Raises:
-        FileNotFoundError: there are no shards, or one in the middle is missing.
-        ValueError: a shard is broken, lacks a tensor, has one too many, or one of another shape or dtype; norms differ
-            between shards or are not finite.
+        FileNotFoundError: a shard is missing.
+        ValueError: the first of the problems, or a shard is broken.
     """
 
     quantization: str | None = None
@@ -213,6 +203,7 @@ class MetaCheckpoint:
         self.shapes = full_shapes(args)
         if args.tied_embeddings:
             del self.shapes["output.weight"]
+        self.stored: dict[str, Stored] = self.tensors_of_files()
         self.cuts: dict[str, tuple[int, list[int]] | None] = {}
         if check and (problem := next(self.problems(), None)) is not None:
             raise ValueError(problem)
@@ -221,18 +212,26 @@ class MetaCheckpoint:
     def dtype(self) -> torch.dtype:
         return self.shards[0]["norm.weight"].dtype
 
+    def tensors_of_files(self) -> dict[str, Stored]:
+        """The tensors that the files should hold."""
+        return {name: (shape, None) for name, shape in self.shapes.items()}
+
     def problems(self) -> Iterator[str]:
         """What is wrong with the files, as far as names, shapes, dtypes and norms tell. Finds where tensors are cut."""
         for path, shard in zip(self.paths, self.shards):
             # Where the embedding is tied, a copy of it may be there as the output matrix.
-            found = [name for name in shard if name in self.shapes or name != "output.weight"]
+            found = [name for name in shard if name in self.stored or name != "output.weight"]
             model = f"n_layers = {self.args.n_layers}, as its params.json says"
-            yield from name_problems(path, self.shapes, found, model)
-        everywhere = [name for name in self.shapes if all(name in shard for shard in self.shards)]
+            yield from name_problems(path, self.stored, found, model)
+        everywhere = [name for name in self.stored if all(name in shard for shard in self.shards)]
         dtypes: dict[torch.dtype, str] = {}
         for path, shard in zip(self.paths, self.shards):
             for name in everywhere:
-                dtypes.setdefault(shard[name].dtype, f"{path.name} {name}")
+                expected, found = self.stored[name][1], shard[name].dtype
+                if expected is None:
+                    dtypes.setdefault(found, f"{path.name} {name}")
+                elif found != expected:
+                    yield f"{path}: {name} is {found}: expected {expected}"
         yield from dtype_problems(self.paths[0].parent, dtypes)
         for name in everywhere:
             try:
@@ -250,43 +249,41 @@ class MetaCheckpoint:
             if not shard[name].isfinite().all():
                 yield f"{path}: {name} has numbers that are not finite: the file is damaged, download it again"
             elif not torch.equal(shard[name], first) and first.isfinite().all():
-                yield (
-                    f"{path} and {self.paths[0].name} are not shards of one model: each has {name} whole, "
-                    "and theirs differ; download the directory again"
-                )
+                found = f"{path} and {self.paths[0].name} are not shards of one model: each has {name} whole"
+                yield f"{found}, and theirs differ; download the directory again"
 
     def _find_cut(self, name: str) -> tuple[int, list[int]] | None:
         """Along which dimension the files are cut, and where each shard's part starts; None if each has the whole."""
-        full, n_shards = self.shapes[name], len(self.shards)
-        found = [tuple(shard[name].shape) for shard in self.shards]
+        full, n_shards = self.stored[name][0], len(self.shards)
+        shapes = [tuple(shard[name].shape) for shard in self.shards]
         if partition_dim(name) is None or n_shards == 1:
-            for path, shape in zip(self.paths, found):
-                if shape != full:
-                    raise ValueError(f"{path}: {name} has shape {list(shape)[:8]}: expected {list(full)}")
-            return None
-        for dim in (ROWS, COLUMNS) if name == "tok_embeddings.weight" else (partition_dim(name),):
-            sizes = [shape[dim] if len(shape) == 2 else -1 for shape in found]
-            starts = [slice_of_rank(name, full[dim], self.args, i, n_shards)[0] for i in range(n_shards)]
-            if any(starts[i] == starts[i - 1] for i in range(1, n_shards)):  # a KV head in several shards
-                right_sizes = set(sizes) == {self.args.head_dim}
-            else:  # the files say where they are cut, which may be unevenly
-                starts = [sum(sizes[:i]) for i in range(n_shards)]
-                right_sizes = sum(sizes) == full[dim] and max(sizes) - min(sizes) <= n_shards
-            if right_sizes and all(len(shape) == 2 and shape[1 - dim] == full[1 - dim] for shape in found):
-                return dim, starts
-        wrong = (i for i, shape in enumerate(found) if len(shape) != 2 or shape[1 - dim] != full[1 - dim])
-        bad = next(wrong, n_shards - 1)
-        raise ValueError(
-            f"{self.paths[bad]}: {name} has shape {list(found[bad])[:8]}: "
-            f"expected one of {n_shards} equal parts of {list(full)}"
-        )
+            wrong, expected = [i for i, shape in enumerate(shapes) if shape != full], f"{list(full)}"
+            if not wrong:
+                return None
+        else:
+            for dim in (ROWS, COLUMNS) if name == "tok_embeddings.weight" else (partition_dim(name),):
+                wrong = [i for i, shape in enumerate(shapes) if len(shape) != 2 or shape[1 - dim] != full[1 - dim]]
+                if wrong:
+                    continue
+                sizes = [shape[dim] for shape in shapes]
+                starts = [slice_of_rank(name, full[dim], self.args, i, n_shards)[0] for i in range(n_shards)]
+                if len(set(starts)) < n_shards:  # a KV head in several shards
+                    is_right = set(sizes) == {self.args.head_dim}
+                else:  # the files say where they are cut, which may be unevenly
+                    starts = [sum(sizes[:i]) for i in range(n_shards)]
+                    is_right = sum(sizes) == full[dim] and max(sizes) - min(sizes) <= n_shards
+                if is_right:
+                    return dim, starts
+            wrong, expected = wrong or [n_shards - 1], f"one of {n_shards} equal parts of {list(full)}"
+        found = list(shapes[wrong[0]])[:8]
+        raise ValueError(f"{self.paths[wrong[0]]}: {name} has shape {found}: expected {expected}")
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
         """[start, stop) along `dim` of a full tensor, or all of it; a view of the mapped file if it lies in one."""
-        if self.cuts[name] is None:
+        if (cut := self.cuts.get(name)) is None:
             whole = self.shards[0][name]
             return whole if dim is None else whole.narrow(dim, start, stop - start)
-        cut_dim, starts = self.cuts[name]
+        cut_dim, starts = cut
         first, last = (start, stop) if dim == cut_dim else (0, self.shapes[name][cut_dim])
         pieces = []
         for shard, shard_start in zip(self.shards, starts):

@@ -24,11 +24,7 @@ MAX_ROOM = 1 << 40  # of max_seq_len and max_batch_size: what is beyond is a mis
 
 
 def find_tokenizer(ckpt_dir: Path) -> Path:
-    """tokenizer.model of a directory, or tokenizer.json if it has no other.
-
-    Raises:
-        FileNotFoundError: it has neither.
-    """
+    """tokenizer.model of a directory, or else its tokenizer.json. Raises FileNotFoundError if it has neither."""
     for name in ("tokenizer.model", "tokenizer.json"):
         if (ckpt_dir / name).is_file():
             return ckpt_dir / name
@@ -47,11 +43,8 @@ def open_checkpoint(
 ) -> tuple[Tokenizer, Checkpoint]:
     """The tokenizer and the weights of a directory. Meta's files come first where there are Hugging Face's too.
 
-    Args:
-        ckpt_dir: the directory.
-        tokenizer_path: the tokenizer's file; the directory's own when None.
-        max_seq_len, max_batch_size: what the model's cache has room for.
-        check: whether the tensors' names, shapes and dtypes are checked; if not, see `MetaCheckpoint`.
+    The tokenizer's file is the directory's own unless `tokenizer_path` names another. max_seq_len and max_batch_size
+    are what the model's cache has room for. With `check=False` the tensors are not checked: see `MetaCheckpoint`.
 
     Raises:
         FileNotFoundError: it is no such directory, or a file is missing.
@@ -90,9 +83,7 @@ def build_model(
     """The model of an open checkpoint, with its weights and an empty cache.
 
     Args:
-        checkpoint: what `open_checkpoint` returned.
         dtype: of the weights and the computation; the checkpoint's, or the nearest that the device has, when None.
-        device: where the model is to be.
         quantize: "int8", "int4" or None.
 
     Raises:

@@ -13,24 +13,15 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.meta import COLUMNS, MetaCheckpoint, dtype_problems, name_problems, partition_dim
+from llama.checkpoint.meta import COLUMNS, ROWS, MetaCheckpoint, Stored, partition_dim
 from llama.layers.quantization import KINDS, Quantized, group_size, kind_of_rows
 from llama.model import ModelArgs
-
-Stored = tuple[tuple[int, ...], torch.dtype | None]  # shape and dtype
 
 
 class QuantizedCheckpoint(MetaCheckpoint):
     """A quantised directory. Its matrices are read as `Quantized`; all else is as in `MetaCheckpoint`.
 
-    Args:
-        ckpt_dir, args, check: as in `MetaCheckpoint`.
-        params: the contents of its params.json.
-
-    Raises:
-        FileNotFoundError: there is no file with the weights.
-        ValueError: it is broken, lacks a tensor, or has one of another shape or dtype; this package does not have its
-            kind of quantisation.
+    `params` are the contents of its params.json. Raises ValueError also for a kind of quantisation that is not ours.
     """
 
     def __init__(self, ckpt_dir: Path, args: ModelArgs, params: dict[str, Any], check: bool = True):
@@ -41,25 +32,16 @@ class QuantizedCheckpoint(MetaCheckpoint):
             raise ValueError(f"{path} says quantization {reprlib.repr(found)}: expected a kind of {KINDS}")
         super().__init__(ckpt_dir, args, check)
 
+    def tensors_of_files(self) -> dict[str, Stored]:
+        tensors: dict[str, Stored] = {}
+        for name, shape in self.shapes.items():
+            tensors |= stored(name, shape, self.quantization, None)
+        return tensors
+
     def problems(self) -> Iterator[str]:
-        """What is wrong with the file, as far as names, shapes, dtypes and norms tell."""
         if len(self.paths) > 1:
             yield f"{self.paths[0].parent} is quantised, and has {len(self.paths)} shards: expected one"
-        path, shard = self.paths[0], self.shards[0]
-        dtype = shard["norm.weight"].dtype if "norm.weight" in shard else None
-        expected: dict[str, Stored] = {}
-        for name, shape in self.shapes.items():
-            expected |= stored(name, shape, self.quantization, dtype)
-        yield from name_problems(path, expected, shard, f"n_layers = {self.args.n_layers}, as its params.json says")
-        if dtype is not None:
-            yield from dtype_problems(path.parent, {dtype: "norm.weight"})
-        for name in expected.keys() & shard.keys():
-            tensor, (shape, dtype) = shard[name], expected[name]
-            if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
-                found = f"{tensor.dtype} {list(tensor.shape)[:8]}"
-                yield f"{path}: {name} is {found}: expected {dtype} {list(shape)}"
-            elif tensor.dim() == 1 and not tensor.isfinite().all():
-                yield f"{path}: {name} has numbers that are not finite: the file is damaged"
+        yield from super().problems()
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor | Quantized:
         """As `MetaCheckpoint.read`; a matrix comes as `Quantized`.
@@ -67,26 +49,24 @@ class QuantizedCheckpoint(MetaCheckpoint):
         Columns that cut a group of 4-bit codes in two come as the float32 values they stand for, to be rounded again in
         groups of their own.
         """
-        shard = self.shards[0]
         if not is_matrix(name):
-            return shard[name] if dim is None else shard[name].narrow(dim, start, stop - start)
-        out_features, in_features = self.shapes[name]
-        if dim is None:
-            dim, start, stop = 0, 0, out_features
-        rows = slice(start, stop) if dim != COLUMNS else slice(None)
+            return super().read(name, dim, start, stop)
+        shard, in_features = self.shards[0], self.shapes[name][1]
+        rows = slice(start, stop) if dim == ROWS else slice(None)
         codes, scales = shard[name][rows], shard[scales_of(name)][rows].float()
         if kind_of_rows(self.quantization, in_features) == "int8":
             if dim == COLUMNS:
                 codes = codes[:, start:stop]
             return Quantized("int8", codes.shape[1], codes, scales)
-        matrix = Quantized("int4", in_features, _unpacked(codes), scales, shard[zeros_of(name)][rows].float())
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(torch.int8) - 8
+        matrix = Quantized("int4", in_features, codes, scales, shard[zeros_of(name)][rows].float())
         if dim != COLUMNS:
             return matrix
-        group = matrix.codes.shape[1] // scales.shape[1]
+        group = codes.shape[1] // scales.shape[1]
         if start % group or (stop % group and stop != in_features):
             return matrix.to_dense()[:, start:stop]
         groups = slice(start // group, -(-stop // group))
-        codes = matrix.codes[:, groups.start * group : groups.stop * group]
+        codes = codes[:, groups.start * group : groups.stop * group]
         return Quantized("int4", stop - start, codes, scales[:, groups], matrix.zeros[:, groups])
 
 
@@ -122,7 +102,3 @@ def packed(matrix: Quantized) -> torch.Tensor:
         return matrix.codes
     even, odd = (matrix.codes + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
     return even | odd << 4
-
-
-def _unpacked(codes: torch.Tensor) -> torch.Tensor:
-    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(torch.int8) - 8

@@ -26,50 +26,40 @@ import torch
 
 CHECKLIST = "checklist.chk"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage}
+STORAGES |= {torch.bfloat16: torch.BFloat16Storage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage}
 
 
 @contextlib.contextmanager
 def appear_whole(dst: Path, n_bytes: int) -> Iterator[Path]:
     """Makes a directory to write into. At the end it becomes `dst`; after an error it is removed.
 
-    Raises:
-        FileExistsError: `dst` holds something, or another process is writing it.
-        FileNotFoundError: `dst` has no parent directory.
-        OSError: it could not be written, as when n_bytes do not fit on the disk.
+    Raises FileExistsError if `dst` holds something or another process is writing it, FileNotFoundError if it has no
+    parent directory, and OSError if it cannot be written, as when n_bytes do not fit on the disk.
     """
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not an empty directory: name another, or remove it first")
     if not dst.parent.is_dir():
         raise FileNotFoundError(f"{dst.parent} is not a directory: expected one to make {dst.name} in")
     folder = dst.parent / f".{dst.name}.partial"
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
+    with contextlib.ExitStack() as stack:
         try:
+            folder.mkdir(exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            os.close(lock)
-            raise FileExistsError(f"another conversion is writing {dst}: wait for it, or name another place") from None
-        try:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
             for leftover in folder.iterdir():
                 leftover.unlink()
-            free = shutil.disk_usage(folder).free
-            if free < n_bytes:
+            if (free := shutil.disk_usage(folder).free) < n_bytes:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
             yield folder
-            os.replace(folder, dst)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            os.close(lock)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"{dst} could not be written, and nothing of it is left: {reason} (it needs {n_bytes:,} bytes)"
-        ) from error
+            os.replace(folder, dst)  # so that there is nothing left to remove
+        except BlockingIOError:
+            raise FileExistsError(f"another conversion is writing {dst}: wait for it, or name another place") from None
+        except OSError as error:
+            found = f"{dst} could not be written, and nothing of it is left: {error.strerror or error}"
+            raise OSError(error.errno, f"{found} (it needs {n_bytes:,} bytes)") from error
 
 
 @contextlib.contextmanager
@@ -94,8 +84,8 @@ def safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -
     return struct.pack("<Q", len(text)) + text
 
 
-class PthFile:
-    """Writes a dictionary of tensors as `torch.save` does, but tensor by tensor; a context manager.
+class PthFile(contextlib.AbstractContextManager):
+    """Writes a dictionary of tensors as `torch.save` does, but tensor by tensor.
 
     Args:
         path: the file to make.
@@ -103,12 +93,11 @@ class PthFile:
         dtype: of all tensors, or of each by its name.
     """
 
-    ALIGNMENT = 64  # of each record, bytes: a mapped tensor can be used as it lies in the file
+    ALIGNMENT = 64  # of each record, bytes
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype | dict[str, torch.dtype]):
         dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
-        self._file = path.open("wb")
-        self._archive = zipfile.ZipFile(self._file, "w")
+        self._archive = zipfile.ZipFile(path, "w")
         self._prefix = path.stem
         self._keys = {name: str(key) for key, name in enumerate(shapes)}
         tensors = OrderedDict((name, _Tensor(self._keys[name], shape, dtypes[name])) for name, shape in shapes.items())
@@ -124,47 +113,37 @@ class PthFile:
             for piece in pieces:
                 record.write(piece)
 
-    def __enter__(self) -> "PthFile":
-        return self
-
     def __exit__(self, *exception: object) -> None:
-        with self._file, self._archive:
-            pass
+        self._archive.close()
 
     def _open_record(self, name: str) -> Any:
         info = zipfile.ZipInfo(f"{self._prefix}/{name}")
-        # A record is a header of 30 bytes, the name, the sizes in 20 bytes, and an extra field, whose length moves what
-        # follows to a multiple of 64. The field's own head takes 4 bytes; "FB" is PyTorch's mark for it.
-        start = self._file.tell() + 30 + len(info.filename) + 20 + 4
-        padding = -start % self.ALIGNMENT
+        # A record is a header of 30 bytes, the name, the sizes in 20 bytes, and an extra field with a head of 4 bytes
+        # ("FB" is PyTorch's mark), whose length aligns the numbers: a mapped tensor can be used as it lies in the file.
+        padding = -(self._archive.fp.tell() + 30 + len(info.filename) + 20 + 4) % self.ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
         return self._archive.open(info, "w", force_zip64=True)
-
-
-class _Storage:
-    """The record with a tensor's numbers, as the pickle refers to it."""
-
-    def __init__(self, key: str, dtype: torch.dtype, size: int):
-        kinds = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage}
-        kinds |= {torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
-        kinds |= {torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage}
-        self.persistent_id = ("storage", kinds[dtype], key, "cpu", size)
 
 
 class _Tensor:
     """Pickled as a tensor is: what reads it gets a tensor."""
 
     def __init__(self, key: str, shape: tuple[int, ...], dtype: torch.dtype):
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        self.parts = _Storage(key, dtype, math.prod(shape)), 0, shape, tuple(strides), False, OrderedDict()
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        storage = _Storage(("storage", STORAGES[dtype], key, "cpu", math.prod(shape)))
+        self.parts = storage, 0, shape, strides, False, OrderedDict()
 
     def __reduce__(self) -> tuple:
         return torch._utils._rebuild_tensor_v2, self.parts
 
 
+class _Storage(tuple):
+    """How the pickle refers to the record with a tensor's numbers."""
+
+
 class _TensorPickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> tuple | None:
-        return obj.persistent_id if isinstance(obj, _Storage) else None
+        return tuple(obj) if isinstance(obj, _Storage) else None
 
 
 def md5_of(path: Path, advance: Callable[[int], object]) -> str:

@@ -5,8 +5,7 @@ Knows nothing of Llama, or of what is computed.
 
 from llama.parallel.devices import dtype_by_name, pick_device, pick_dtype
 from llama.parallel.failing import RankFailed, fail_at_once, fail_together, raise_if_a_rank_failed
-from llama.parallel.groups import initialize, partition, silence_other_ranks
-from llama.parallel.replicas import gather_from_replicas, n_replicas, replica
+from llama.parallel.groups import gather_from_replicas, initialize, n_replicas, partition, replica, silence_other_ranks
 
 __all__ = [
     "RankFailed",

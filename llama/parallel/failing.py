@@ -84,13 +84,13 @@ def connect() -> None:
     global _lifeline
     if _lifeline is not None:
         return
-    rank, n_ranks = dist.get_rank(), dist.get_world_size()
-    hub = Hub(n_ranks) if rank == 0 else None
+    rank = dist.get_rank()
+    hub = Hub(dist.get_world_size()) if rank == 0 else None
     host = os.environ.get("MASTER_ADDR") or socket.gethostname()
     address = [(host, hub.port, hub.password) if hub else None]
     dist.broadcast_object_list(address, src=0)
     try:
-        _lifeline = Lifeline(rank, n_ranks, address[0], hub)
+        _lifeline = Lifeline(rank, address[0], hub)
     except OSError as error:
         where = f"{address[0][0]}:{address[0][1]}"
         effect = "it will learn late of the failures of others"

@@ -1,19 +1,21 @@
-"""The process groups over whose ranks a model is split, and which part of a dimension each rank holds.
+"""The process groups: over whose ranks a model is split, which part of a dimension each holds, and the replicas.
 
 Uses the caller's groups where there are any. Knows nothing of Llama or of what the ranks compute.
 """
 
 import atexit
 import contextlib
+import functools
 import io
 import os
 import sys
+from datetime import timedelta
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
 
-from llama.parallel import failing, replicas
+from llama.parallel import failing
 from llama.parallel.devices import pick_device
 
 # The model-parallel size of the groups that `initialize` made; None while there are none, or they are the caller's.
@@ -26,13 +28,9 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
     Under torchrun the world is torchrun's. In a plain `python` or a notebook it is one process, whose group needs no
     port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used as they are.
 
-    Args:
-        model_parallel_size: over how many processes a model is split; the world size when None. If it is smaller,
-            every model_parallel_size consecutive ranks hold a whole model (a replica).
-        device: the backend of a group made here is NCCL for CUDA, else gloo.
-
-    Raises:
-        ValueError: the size does not divide the number of processes, or contradicts the caller's groups.
+    A model is split over model_parallel_size processes, all of the world when None. If they are fewer, that many
+    consecutive ranks hold a whole model (a replica). The backend of a group made here is NCCL for a CUDA `device`, else
+    gloo. Raises ValueError if the size does not divide the number of processes, or contradicts the caller's groups.
     """
     global _own_model_parallel_size
     device = device or pick_device()
@@ -48,13 +46,12 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
     world_size = dist.get_world_size()
     if world_size > 1:
         failing.connect()
-    current = None
-    if fairscale_groups.model_parallel_is_initialized():
-        current = fairscale_groups.get_model_parallel_world_size()
+    has_groups = fairscale_groups.model_parallel_is_initialized()
+    current = fairscale_groups.get_model_parallel_world_size() if has_groups else None
     if model_parallel_size is None:
         model_parallel_size = world_size if current is None or current == _own_model_parallel_size else current
-    if model_parallel_size < 1 or world_size % model_parallel_size != 0:
-        sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    if model_parallel_size not in sizes:
         raise ValueError(
             f"model_parallel_size={model_parallel_size} does not divide the {world_size} process(es) of this run: "
             f"expected one of {sizes} (torchrun --nproc_per_node sets the number of processes)"
@@ -63,13 +60,11 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
         return
     if current is not None:
         if current != _own_model_parallel_size:
-            raise ValueError(
-                f"model_parallel_size={model_parallel_size}, but the caller has initialised "
-                f"fairscale's groups with {current}: pass {current}, or None"
-            )
+            found = f"the caller has initialised fairscale's groups with {current}"
+            raise ValueError(f"model_parallel_size={model_parallel_size}, but {found}: pass {current}, or None")
         # Layers remember the group they were built with, so models already built keep working.
         fairscale_groups.destroy_model_parallel()
-        replicas.gloo_group.cache_clear()
+        _gloo_group.cache_clear()
     with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups in three lines
         fairscale_groups.initialize_model_parallel(model_parallel_size)
     _own_model_parallel_size = model_parallel_size
@@ -93,3 +88,30 @@ def silence_other_ranks() -> None:
 def partition(size: int, rank: int, n_ranks: int) -> tuple[int, int]:
     """[start, stop) of a dimension that a rank holds. Where n_ranks does not divide the size, some hold one more."""
     return rank * size // n_ranks, (rank + 1) * size // n_ranks
+
+
+def replica() -> int:
+    """Which replica of the model this process is part of, from 0."""
+    return dist.get_rank() // fairscale_groups.get_model_parallel_world_size()
+
+
+def n_replicas() -> int:
+    return dist.get_world_size() // fairscale_groups.get_model_parallel_world_size()
+
+
+def gather_from_replicas(part: list) -> list[list]:
+    """Every replica's part, on every rank. A replica that has finished sleeps until the others have."""
+    if n_replicas() == 1:
+        return [part]
+    parts: list[list] = [[] for _ in range(n_replicas())]
+    dist.all_gather_object(parts, part, group=_gloo_group())
+    return parts
+
+
+@functools.cache
+def _gloo_group() -> dist.ProcessGroup:
+    """The ranks that hold the same part of each replica's model, over gloo, which sleeps while it waits, for ever."""
+    size, world_size = fairscale_groups.get_model_parallel_world_size(), dist.get_world_size()
+    groups = [list(range(i, world_size, size)) for i in range(size)]
+    made = [dist.new_group(ranks, backend="gloo", timeout=timedelta(days=365)) for ranks in groups]
+    return made[dist.get_rank() % size]

@@ -28,19 +28,13 @@ PATIENCE = 2.0
 
 
 class Lifeline:
-    """One rank's connection to the hub. Rank 0, which has the hub, connects to it as the others do.
+    """One rank's connection to the hub, which is at `address`: host, port and password.
 
-    Args:
-        rank, n_ranks: this process, of how many.
-        address: host, port and password of the hub.
-        hub: the hub, on rank 0.
-
-    Raises:
-        OSError: the hub cannot be reached.
+    Rank 0, which has the hub, connects to it as the others do. Raises OSError if the hub cannot be reached.
     """
 
-    def __init__(self, rank: int, n_ranks: int, address: tuple[str, int, str], hub: "Hub | None" = None):
-        self.rank, self.n_ranks, self._hub = rank, n_ranks, hub
+    def __init__(self, rank: int, address: tuple[str, int, str], hub: "Hub | None" = None):
+        self.rank, self._hub = rank, hub
         self.lost: str | None = None  # why the run has failed
         self.warnings: dict[int, str] = {}  # by meeting: what a rank has raised, which all will learn at that meeting
         self._verdict: dict | None = None
@@ -56,10 +50,9 @@ class Lifeline:
         self._send({"warning": message, "meeting": meeting})
 
     def report(self, message: str, kind: int = FAILED) -> str | None:
-        """Reports that this rank has raised, and waits for the verdict.
+        """Reports that this rank has raised, and waits for the verdict: the message of the rank that is the cause.
 
-        Returns:
-            None if this rank's exception is the cause, or if all ranks raised together; else the cause's message.
+        None if that is this rank, or if all ranks raised together.
         """
         self._told.clear()
         self._verdict = None if self.lost is None else self._verdict
@@ -82,8 +75,8 @@ class Lifeline:
                 return
             if "warning" in line:
                 self.warnings[line["meeting"]] = line["warning"]
-                continue
-            self._end(line)
+            else:
+                self._end(line)
         self._end({"rank": 0, "message": "rank 0 failed: it was killed, or its connection was lost"})
 
     def _end(self, verdict: dict) -> None:

@@ -40,10 +40,8 @@ MAX_PIECE_CHARS = 25_000
 def parse_ranks(data: bytes, path: Path) -> dict[bytes, int]:
     """The ranks of a file with a line `base64(token) rank` for each token of a byte-pair encoding.
 
-    tiktoken's own `load_tiktoken_bpe` caches by path, and may return the bytes of another file.
-
-    Raises:
-        ValueError: a line is something else.
+    tiktoken's own `load_tiktoken_bpe` caches by path, and may return the bytes of another file. Raises ValueError if a
+    line is something else.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.rstrip().splitlines(), start=1):
@@ -63,8 +61,7 @@ class RankFile:
         special_tokens: the name of each special token to its id, in the order of the ids.
         path: where they are from, for messages.
 
-    Raises:
-        ValueError: the ranks are not 0 to n - 1, or a single byte has none; a token is empty or too long.
+    Raises ValueError if the ranks are not 0 to n - 1, a single byte has none, or a token is empty or too long.
     """
 
     kind = "llama3"
@@ -94,10 +91,9 @@ class RankFile:
         return repr((self.token_bytes, self.special_tokens)).encode()
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in _pieces(text):
-            ids += self._bpe.encode_ordinary(piece)
-        return ids
+        if len(text) <= MAX_PIECE_CHARS:
+            return self._bpe.encode_ordinary(text)
+        return [token for piece in _pieces(text) for token in self._bpe.encode_ordinary(piece)]
 
 
 def _pieces(text: str) -> Iterator[str]:

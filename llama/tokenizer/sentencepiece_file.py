@@ -9,13 +9,8 @@ from pathlib import Path
 class SentencePieceFile:
     """A SentencePiece model: a protobuf of pieces with their scores.
 
-    Args:
-        data: the contents of the file.
-        path: where they are from, for messages.
-
-    Raises:
-        ValueError: it cannot be read as a whole model, or has no <s> or </s>.
-        ImportError: the sentencepiece package is not installed.
+    Raises ValueError if `data`, the contents of the file, cannot be read as a whole model, or if it has no <s> or </s>;
+    ImportError if the sentencepiece package is not installed.
     """
 
     kind = "llama2"

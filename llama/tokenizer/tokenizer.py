@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, RankFile, parse_ranks
 from llama.tokenizer.sentencepiece_file import SentencePieceFile
@@ -76,9 +76,7 @@ class Tokenizer:
         that the format does not cut (one letter 30,000 times), it is cut there nevertheless.
 
         Args:
-            s: the text. It must be encodable as UTF-8.
-            bos: put `bos_id` first.
-            eos: put `eos_id` last.
+            bos, eos: put `bos_id` first, `eos_id` last.
             allowed_special: names of special tokens that become their ids where they stand in the text, or `"all"`.
                 The text between two of them is encoded by itself.
             disallowed_special: strings that are an error in the text; `"all"`: every special token not allowed.
@@ -95,16 +93,20 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = f"its character {error.start} is the lone surrogate {s[error.start]!a}"
             raise ValueError(f"the text cannot be encoded: {found}; read it with errors='replace'") from None
-        allowed = _names("allowed_special", allowed_special, self.special_tokens)
-        if unknown := sorted(allowed - self.special_tokens.keys()):
-            raise ValueError(f"allowed_special names {unknown}, which this tokenizer's special_tokens do not have")
-        disallowed = _names("disallowed_special", disallowed_special, self.special_tokens.keys() - allowed)
-        if disallowed and (found := _any_of(disallowed).search(s)):
-            raise ValueError(f"the text has {found[0]!r} at character {found.start()}, which is in disallowed_special")
         ids = [self.bos_id] if bos else []
-        # Special tokens are taken out before any other cut, so that no cut can fall inside one.
-        for part in _any_of(allowed).split(s) if allowed else [s]:
-            ids += [self.special_tokens[part]] if part in allowed else self._model.encode(part)
+        if not allowed_special and not disallowed_special:
+            ids += self._model.encode(s)
+        else:
+            allowed = _names("allowed_special", allowed_special, self.special_tokens)
+            if unknown := sorted(allowed - self.special_tokens.keys()):
+                raise ValueError(f"allowed_special names {unknown}, which this tokenizer's special_tokens do not have")
+            disallowed = _names("disallowed_special", disallowed_special, self.special_tokens.keys() - allowed)
+            if disallowed and (found := _any_of(disallowed).search(s)):
+                where = f"{found[0]!r} at character {found.start()}"
+                raise ValueError(f"the text has {where}, which is in disallowed_special")
+            # Special tokens are taken out before any other cut, so that no cut can fall inside one.
+            for part in _any_of(allowed).split(s) if allowed else [s]:
+                ids += [self.special_tokens[part]] if part in allowed else self._model.encode(part)
         if eos:
             ids.append(self.eos_id)
         return ids
@@ -123,32 +125,27 @@ class Tokenizer:
 
         A Llama 2 text is encoded with a space before it, so the space of its first word is left out here, as in
         sentencepiece. The bytes of the first ids are always a prefix of the bytes of all ids, so a text can be
-        streamed.
-
-        Raises:
-            TypeError: an id is not an integer.
-            ValueError: an id is outside [0, n_words).
+        streamed. Raises TypeError if an id is not an integer, and ValueError if it is outside [0, n_words).
         """
         if hasattr(ids, "tolist"):  # a tensor or an array
             ids = ids.tolist()
-        ids = [self._checked(i) for i in ([ids] if isinstance(ids, int) else ids)]
-        table = self._model.token_bytes
-        data = b"".join(table[i] for i in ids)
-        first = next((i for i in ids if table[i]), None)
-        return data[1:] if first in self._model.word_starts else data
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        parts = list(map(self.token_bytes, ids))
+        data = b"".join(parts)
+        if not self._model.word_starts or not data:
+            return data
+        first = next(token_id for token_id, part in zip(ids, parts) if part)
+        return data[1:] if operator.index(first) in self._model.word_starts else data
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id adds to a text, its leading space included. Raises as `decode_bytes` does."""
-        return self._model.token_bytes[self._checked(token_id)]
-
-    def _checked(self, token_id: int) -> int:
         try:
             index = operator.index(token_id)
         except TypeError:
             raise TypeError(f"a token id is an integer, not {type(token_id).__name__}") from None
         if not 0 <= index < self.n_words:
             raise ValueError(f"token id {index} is out of range: this tokenizer has n_words = {self.n_words}")
-        return index
+        return self._model.token_bytes[index]
 
 
 def _names(argument: str, names: str | Collection[str] | None, all_names: Collection[str]) -> set[str]:
@@ -166,15 +163,17 @@ def _read_model(path: Path) -> RankFile | SentencePieceFile:
         raise ValueError(f"{path} is a directory, expected a tokenizer file (such as {path / 'tokenizer.model'})")
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer file {path}")
-    with path.open("rb") as file:
-        head = file.read(4096)  # enough to tell: a checkpoint given by mistake is not read whole
-        if re.match(rb"\S+ \d+\s*?(\n|$)", head):
-            ranks = parse_ranks(head + _rest(file, path), path)
-            return RankFile(ranks, {name: len(ranks) + k for k, name in enumerate(LLAMA3_SPECIAL_TOKENS)}, path)
-        if head.lstrip().startswith(b"{"):
-            return RankFile(*read_tokenizer_json(head + _rest(file, path), path, LLAMA3_PATTERN), path)
-        if re.match(rb"\n[\x04-\x7f]\n", head):  # field 1 (the first piece), whose field 1 is its text
-            return SentencePieceFile(head + _rest(file, path), path)
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes: expected a tokenizer file, of at most {MAX_FILE_BYTES:,}")
+    data = path.read_bytes()
+    head = data[:4096]
+    if re.match(rb"\S+ \d+\s*?(\n|$)", head):
+        ranks = parse_ranks(data, path)
+        return RankFile(ranks, {name: len(ranks) + k for k, name in enumerate(LLAMA3_SPECIAL_TOKENS)}, path)
+    if head.lstrip().startswith(b"{"):
+        return RankFile(*read_tokenizer_json(data, path, LLAMA3_PATTERN), path)
+    if re.match(rb"\n[\x04-\x7f]\n", head):  # field 1 (the first piece), whose field 1 is its text
+        return SentencePieceFile(data, path)
     start = head.lstrip().lower()
     if not head:
         found = "is empty"
@@ -186,10 +185,3 @@ def _read_model(path: Path) -> RankFile | SentencePieceFile:
         found = f"begins with {head[:24]!r}"
     expected = "a tiktoken rank file or a tokenizer.json (Llama 3), or a SentencePiece model (Llama 2)"
     raise ValueError(f"{path} {found}; expected {expected}")
-
-
-def _rest(file: BinaryIO, path: Path) -> bytes:
-    rest = file.read(MAX_FILE_BYTES)
-    if len(rest) == MAX_FILE_BYTES:
-        raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: expected a tokenizer file")
-    return rest

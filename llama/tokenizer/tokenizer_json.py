@@ -16,20 +16,13 @@ from pathlib import Path
 MAX_TOKEN_BYTES = 1024
 MAX_VOCABULARY_BYTES = 4_000_000
 
-# Settings of a BPE model that put a mark into tokens which are not words by themselves.
-SUBWORD_MARKS = ("continuing_subword_prefix", "end_of_word_suffix")
+# Settings of a BPE model that change its tokens; the last two mark tokens which are not words by themselves.
+SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
-
-def _byte_alphabet() -> list[str]:
-    """The character for each byte: its own where that is visible, else the next one from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
-
-
-# For str.translate: between the characters of the file and those whose numbers are the bytes. All other characters
-# become U+FFFF, which is no byte, so that none is taken for the byte of its own number.
-_CHARS = dict(enumerate(_byte_alphabet()))
+# For str.translate: the character of the file for each byte is its own where that is visible, else the next one from
+# U+0100 on. Back, all other characters become U+FFFF, which is no byte: none is taken for the byte of its own number.
+_VISIBLE, _OTHERS = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}, iter(range(0x100, 0x200))
+_CHARS = {byte: chr(byte if byte in _VISIBLE else next(_OTHERS)) for byte in range(256)}
 _BYTES = dict.fromkeys(range(0x100), 0xFFFF) | {ord(char): byte for byte, char in _CHARS.items()}
 
 
@@ -46,15 +39,8 @@ def check_lengths(tokens: Collection[bytes], path: Path) -> None:
 def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[bytes, int], dict[str, int]]:
     """Ranks of the tokens' bytes, and ids of the special tokens by name.
 
-    Every added token counts as special, also one that the file would find in plain text.
-
-    Args:
-        data: the contents of the file.
-        path: where they are from, for messages.
-        pattern: the expression by which a text must be cut before pairs are merged.
-
-    Raises:
-        ValueError: not a byte-level BPE, cut by another pattern, or one whose merges or ids no rank file could give.
+    Every added token counts as special, also one that the file would find in plain text. Raises ValueError if it is not
+    a byte-level BPE, if it cuts a text by another `pattern`, or if no rank file could give its merges or ids.
     """
     try:
         content = json.loads(data)
@@ -79,7 +65,7 @@ def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[byt
     if kind != "BPE" or cut_by != pattern:
         found = f"a {str(kind)[:50]} model" if kind != "BPE" else f"the pattern {repr(cut_by)[:200]}"
         raise ValueError(f"{path} has {found}: expected Llama 3's byte-level BPE, cut by {pattern!r}")
-    if settings := [key for key in ("dropout", *SUBWORD_MARKS) if model.get(key)]:
+    if settings := [key for key in SETTINGS if model.get(key)]:
         raise ValueError(f"{path} has {settings[0]} = {repr(model[settings[0]])[:50]}: expected null, as Llama 3's")
     try:
         # Vocab and merges are compared as they are written, a character for each byte.
@@ -124,12 +110,14 @@ def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    first, second = ([{"Sequence": {"id": name, "type_id": i}}] for i, name in enumerate("AB"))
-    begin = [[{"SpecialToken": {"id": bos, "type_id": i}}] for i in range(2)]
+    first, second = (
+        [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
+        for i, name in enumerate("AB")
+    )
     template = {
         "type": "TemplateProcessing",
-        "single": begin[0] + first,
-        "pair": begin[0] + first + begin[1] + second,
+        "single": first,
+        "pair": first + second,
         "special_tokens": {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}},
     }
     content = {
@@ -143,12 +131,6 @@ def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos:
         "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
             "ignore_merges": True,  # a stretch that is a token is that token, as in tiktoken
             "vocab": vocab,
             "merges": merges,
@@ -159,14 +141,12 @@ def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos:
 
 def _cut_pattern(content: dict) -> str | None:
     """The expression that a text is cut by; None if anything else is done to it, or if there is none."""
-    steps = content.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
+    steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     if content.get("normalizer") is not None or [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
         return None
     split, byte_level = steps
-    plain = split.get("behavior") == "Isolated" and not split.get("invert")
-    plain = plain and not byte_level.get("add_prefix_space") and byte_level.get("use_regex") is False
-    return split.get("pattern", {}).get("Regex") if plain else None
+    changes = split.get("invert") or byte_level.get("add_prefix_space") or byte_level.get("use_regex") is not False
+    return split.get("pattern", {}).get("Regex") if split.get("behavior") == "Isolated" and not changes else None
 
 
 def _splits(token: str, vocab: dict[str, int]) -> Iterator[tuple[str, str]]:
