@@ -24,6 +24,9 @@ PREFILL_TOKENS_WHILE_DECODING = 512
 # A first prefill of this many positions gains more from packed matrices than packing them takes.
 PACK_FIRST_TOKENS = 384
 
+# What one prefill runs: sequences, where each begins, the slot of the first, where each ends.
+Batch = tuple[list[Sequence], list[int], int, list[int]]
+
 
 class Engine:
     """Runs sequences through a model that has a cache, as many at a time as the cache has slots.
@@ -86,9 +89,9 @@ class Engine:
         """
         try:
             if self.partial is not None:
-                self._continue_partial()
-            elif self.waiting:
-                self._admit()
+                self._prefill(*self._next_piece())
+            elif self.waiting and (batch := self._admit()) is not None:
+                self._prefill(*batch)
             self._release_ended()
             if self.running:
                 self._decode()
@@ -101,17 +104,17 @@ class Engine:
 
     # Prefill
 
-    def _admit(self) -> None:
-        """Prefills the next prompts together, each behind what the cache already has of it."""
+    def _admit(self) -> Batch | None:
+        """The next prompts that are prefilled together, each behind what the cache already has of it."""
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         first_slot, n_free = len(self.running), self.n_free
-        group, starts, width = [], [], 0
+        group, starts, stops, width = [], [], [], 0
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
             limit = sequence.n_reusable if self.reuse_prefixes else 0
             source, shared = self.slots.find(sequence.prompt, limit)
             # One that begins like a prompt of this group waits until that one's keys are there.
-            if any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
+            if group and any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
                 break
             wider = max(width, sequence.n_prefill - shared)
             if group and wider * (len(group) + 1) > budget:
@@ -121,15 +124,14 @@ class Engine:
             self.counters.reused += shared
             if wider > budget:  # alone, and in pieces
                 self.partial = (sequence, first_slot, shared)
-                self._continue_partial()
-                return
+                return self._next_piece()
             group.append(sequence)
             starts.append(shared)
+            stops.append(sequence.n_prefill)
             width = wider
             n_free -= sequence.n_slots
-        if group:
-            self.running += group
-            self._prefill(group, starts, first_slot, [s.n_prefill for s in group])
+        self.running += group
+        return (group, starts, first_slot, stops) if group else None
 
     @property
     def n_free(self) -> int:
@@ -143,8 +145,8 @@ class Engine:
                 searches.add(sequence.search)
         return n_free
 
-    def _continue_partial(self) -> None:
-        """Prefills the next piece of a long prompt; after the last, the sequence is running."""
+    def _next_piece(self) -> Batch:
+        """The next piece of a long prompt; with the last, the sequence is running."""
         sequence, slot, done = self.partial
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         stop = min(done + budget, sequence.n_prefill)
@@ -154,11 +156,13 @@ class Engine:
             self.running.append(sequence)
         else:
             self.partial = (sequence, slot, stop)
-        self._prefill([sequence], [done], slot, [stop])
+        return [sequence], [done], slot, [stop]
 
     def _prefill(self, group: list[Sequence], starts: list[int], first_slot: int, stops: list[int]) -> None:
         """Runs prompt[start:stop] of each sequence; one whose whole prompt has run gets its next token."""
-        texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
+        texts = []
+        for sequence, stop in zip(group, stops):
+            texts.append(sequence.prompt[:stop])
         if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
             self._pack()
         hidden, at = run_rows(self.model, texts, starts, first_slot)
@@ -182,10 +186,13 @@ class Engine:
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
         self._pack()
-        positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.running]
-        logits = self.decode_step([s.tokens[-1] for s in self.running], positions, self.slots.spare_position)
-        for slot, (sequence, position) in enumerate(zip(self.running, positions)):
-            self.slots.record(slot, position, sequence.tokens[-1:])
+        tokens, positions = [], []
+        for sequence in self.running:
+            tokens.append(sequence.tokens[-1])
+            positions.append(len(sequence.prompt) + len(sequence.tokens) - 1)
+        logits = self.decode_step(tokens, positions, self.slots.spare_position)
+        for slot, (token, position) in enumerate(zip(tokens, positions)):
+            self.slots.record(slot, position, [token])
         self.counters.decoded += len(self.running)
         self._choose(self.running, logits)
 
@@ -287,9 +294,14 @@ def run_rows(
     Returns:
         the hidden states [B, T, dim], and the column at which text[start] is in each row.
     """
-    width = max(len(text) - start for text, start in zip(texts, starts))
-    firsts = [min(start, model.args.max_seq_len - width) for start in starts]
-    rows = [text[first:] + [0] * (width - len(text) + first) for text, first in zip(texts, firsts)]
+    width = 0
+    for text, start in zip(texts, starts):
+        width = max(width, len(text) - start)
+    rows, firsts, columns = [], [], []
+    for text, start in zip(texts, starts):
+        first = min(start, model.args.max_seq_len - width)
+        rows.append(text[first:] + [0] * (width - len(text) + first))
+        firsts.append(first)
+        columns.append(start - first)
     tokens = torch.tensor(rows, device=model.rotary.device)
-    hidden = model.hidden_states(tokens, firsts, slice(first_slot, first_slot + len(rows)))
-    return hidden, [start - first for start, first in zip(starts, firsts)]
+    return model.hidden_states(tokens, firsts, slice(first_slot, first_slot + len(rows))), columns

@@ -5,7 +5,7 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
@@ -147,12 +147,11 @@ class DecodingOptions:
             vocab_size: how many tokens it has.
             max_batch_size: how many rows its cache has, one for each beam.
         """
-        for option, ids in (("stop", [s for s in self.stops if _is_int(s)]), ("logit_bias", self.logit_bias or ())):
+        for option, ids in (("stop", self.stop_ids), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    raise ValueError(
-                        f"{name}{option} names token {_shown(token)}: expected ids from 0 to {vocab_size - 1}"
-                    )
+                    found = f"{name}{option} names token {_shown(token)}"
+                    raise ValueError(f"{found}: expected ids from 0 to {vocab_size - 1}")
         if self.top_logprobs > vocab_size:
             found = f"top_logprobs = {self.top_logprobs}"
             raise ValueError(f"{name}{found}: expected at most the {vocab_size} tokens there are")
@@ -173,13 +172,18 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
         ValueError: a value is out of range or contradicts another, or a list is not as long as there are prompts.
         TypeError: an option has a name that is none.
     """
-    _check_names(options)
-    # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
-    options = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in options.items()}
-    lists = {name: value for name, value in options.items() if _is_per_prompt(name, value)}
-    for name, values in lists.items():
-        if len(values) != n_prompts:
-            raise ValueError(f"{name} is a list of {len(values)}: expected one value for each of {n_prompts} prompts")
+    lists = {}
+    for name, value in options.items():
+        if name not in NAMES:
+            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+        # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
+        options[name] = value = value.tolist() if hasattr(value, "tolist") else value
+        if _is_per_prompt(name, value):
+            lists[name] = value
+            if len(value) != n_prompts:
+                raise ValueError(
+                    f"{name} is a list of {len(value)}: expected one value for each of {n_prompts} prompts"
+                )
     if not lists:
         return [DecodingOptions(**options)] * n_prompts
     result = []
@@ -214,13 +218,7 @@ def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[i
     for token in ids:
         if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
             raise ValueError(f"{name} has {token!r} among its ids: expected integers from 0 to {vocab_size - 1}")
-    return [int(token) for token in ids]
-
-
-def _check_names(options: Iterable[str]) -> None:
-    for name in options:
-        if name not in NAMES:
-            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+    return list(map(int, ids))
 
 
 def _is_per_prompt(name: str, value: Any) -> bool:

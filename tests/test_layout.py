@@ -96,8 +96,7 @@ def test_every_link_of_the_readme_leads_somewhere():
 
 IMPORTABLE = {
     "llama": "Llama Dialog Message Tokenizer ChatFormat ModelArgs Transformer sample_top_p",
-    "llama.generation": "Llama Dialog Message Role ChatPrediction CompletionPrediction sample_top_p B_INST E_INST B_SYS "
-    "E_SYS",
+    "llama.generation": "Llama Dialog Message Role ChatPrediction CompletionPrediction sample_top_p B_INST E_INST",
     "llama.model": "ModelArgs Transformer TransformerBlock Attention FeedForward RMSNorm",
     "llama.tokenizer": "Tokenizer ChatFormat Dialog Message Role",
 }

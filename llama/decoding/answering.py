@@ -167,7 +167,9 @@ class Answerer:
         by_prompt, failed = [], []
         for index in range(len(jobs)):
             by_prompt.append(answers[index])
-            failed += [(index, answer.error) for answer in answers[index] if answer.error is not None]
+            for answer in answers[index]:
+                if answer.error is not None:
+                    failed.append((index, answer.error))
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             first = failed[0][0] if names is None else names[failed[0][0]]
