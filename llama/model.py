@@ -240,14 +240,8 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """One token of each of the first B rows of the cache, without a decision that depends on what a tensor holds.
 
-        Args:
-            tokens: ids, [B, 1].
-            positions: where each goes, [B].
-            key_positions: 0, 1, … up to the last position of the longest row at least.
-            exact: whether they end where every row does, so that there is nothing to mask.
-
-        Returns:
-            Logits of the tokens that follow, float32 [B, vocab_size].
+        `tokens` are ids [B, 1], `positions` where each goes [B], `key_positions` 0, 1, … up to the last position of the
+        longest row at least; `exact`, if they end where every row does. Returns logits, float32 [B, vocab_size].
         """
         positions = positions[:, None]
         mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]

@@ -40,12 +40,7 @@ class RandomStream:
 def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """A random number in (0, 1) for each seed and token: SplitMix64 (Steele et al. 2014, OOPSLA), by its index.
 
-    Args:
-        seeds: int64 [B, 1].
-        ids: int64 [B or 1, n].
-
-    Returns:
-        float64 [B, n], the same on every device.
+    `seeds` int64 [B, 1] and `ids` int64 [B or 1, n] give float64 [B, n], the same on every device.
     """
     # int64 arithmetic wraps as uint64 does; its right shift carries the sign down, which the masks cut off.
     z = seeds + (ids + 1) * -0x61C8864680B583EB  # the golden ratio times 2**64
@@ -116,12 +111,7 @@ def race(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     matters only when two arrive together: in the running sum of the usual inversion, an error of one weight moves all
     that come after, and answers would change with the shape of the batch.
 
-    Args:
-        weights: [B, n] of at least 0, some of each row above.
-        uniform: float64 [B, n], in (0, 1).
-
-    Returns:
-        int64 [B].
+    `weights` [B, n] are at least 0, some of each row above; `uniform` float64 [B, n] in (0, 1). Returns int64 [B].
     """
     return (-uniform.log() / weights).argmin(dim=-1)
 
@@ -188,13 +178,8 @@ def process_logits(
 ) -> torch.Tensor:
     """The logits of one row after what depends on the ids so far, in the order of Transformers' `generate`.
 
-    Args:
-        logits: float32 [vocab_size]; not changed.
-        ids: prompt and answer so far.
-        logit_bias, repetition_penalty, no_repeat_ngram_size, logits_processor: as in `DecodingOptions`.
-
-    Raises:
-        ValueError: the processor raised, or returned something of another shape.
+    `logits` float32 [vocab_size] are not changed; `ids` are the prompt and the answer so far; the others as in
+    `DecodingOptions`. Raises ValueError if the processor raises, or returns something of another shape.
     """
     if logit_bias:
         tokens = torch.tensor(list(logit_bias), device=logits.device)

@@ -124,9 +124,7 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
 
     A sequence whose logits cannot be used, or whose logits_processor raises, fails; the others go on.
 
-    Args:
-        sequences: B of them.
-        logits: after the last token of each, float32 [B, vocab_size].
+    `logits` are those after the last token of each, float32 [B, vocab_size].
     """
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
@@ -163,13 +161,8 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
 def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
     """One token for each sequence, by its options and the random numbers of its next position, or one `ahead` of that.
 
-    Args:
-        sequences: B of them.
-        logits: float32 [B, vocab_size], after the penalties.
-        ahead: how many tokens, not yet in the sequences, come before.
-
-    Returns:
-        ids, int64 [B].
+    `logits` float32 [B, vocab_size] are those after the penalties; `ahead` tokens, not yet in the sequences, come
+    before. Returns ids, int64 [B].
     """
     seeds, settings = [], []
     for sequence in sequences:
@@ -186,9 +179,8 @@ def score_prompt(
 ) -> None:
     """Scores the tokens of a prompt that follow positions [start, stop) and have no score yet.
 
-    Args:
-        hidden: the hidden states of these positions, [at least stop - start, dim].
-        logits_of: hidden states [T, dim] to logits [T, vocab_size].
+    `hidden` are the hidden states of these positions, [at least stop - start, dim]; `logits_of` makes [T, vocab_size]
+    logits of [T, dim] of them.
     """
     first = sequence.score_from + len(sequence.prompt_token_logprobs)
     following = torch.tensor(sequence.prompt[first : stop + 1], device=hidden.device)
