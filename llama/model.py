@@ -18,7 +18,13 @@ from torch import nn
 
 from llama.kv_cache import CacheView, KVCache
 from llama.layers.attention import attend
-from llama.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear, VocabParallelEmbedding, products
+from llama.layers.linear import (
+    ColumnParallelLinear,
+    Linear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    multiply_together,
+)
 from llama.layers.rotary import apply_rotary, rotary_frequencies, rotary_table
 
 
@@ -103,7 +109,7 @@ class Attention(nn.Module):
         self, x: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor | None, cache: CacheView | None
     ) -> torch.Tensor:
         """[B, T, dim] -> [B, T, dim]. `mask` [B or 1, 1, T, length]: True where a query sees a key; None: causal."""
-        q, k, v = products(x, self.wq, self.wk, self.wv)
+        q, k, v = multiply_together(x, self.wq, self.wk, self.wv)
         q = q.unflatten(-1, (self.n_local_heads, self.head_dim))
         k = k.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
@@ -126,7 +132,7 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(args.dim, args.hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, dim] -> [B, T, dim]
-        gate, up = products(x, self.w1, self.w3)
+        gate, up = multiply_together(x, self.w1, self.w3)
         return self.w2(F.silu(gate) * up)
 
 

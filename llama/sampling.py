@@ -28,8 +28,8 @@ class RandomStream:
     """
 
     def __init__(self, seed: int, prompt: Sequence[int], occurrence: int = 0, sample: int = 0):
-        identity = ",".join(map(str, [seed, occurrence, sample, *prompt]))
-        self._key = hashlib.blake2b(identity.encode(), digest_size=32).digest()
+        source = ",".join(map(str, [seed, occurrence, sample, *prompt]))
+        self._key = hashlib.blake2b(source.encode(), digest_size=32).digest()
 
     def seed(self, position: int) -> int:
         """The seed, a signed 64-bit number, of the random numbers that choose the token at a position."""

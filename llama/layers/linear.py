@@ -37,8 +37,8 @@ class Linear(nn.Module):
             destination[prefix + "weight"] = self.dense()
 
 
-def products(x: torch.Tensor, *linears: "ColumnParallelLinear") -> tuple[torch.Tensor, ...]:
-    """What each of several matrices makes of one input: one product, once they are laid out together."""
+def multiply_together(x: torch.Tensor, *linears: "ColumnParallelLinear") -> tuple[torch.Tensor, ...]:
+    """What each of several matrices makes of one input: a single product, once they are laid out together."""
     layout = linears[0].layout
     if layout is None or layout is not linears[-1].layout:
         return tuple(linear(x) for linear in linears)

@@ -13,9 +13,9 @@ from llama.layers.quantization import Quantized
 
 
 def pack(model: nn.Module) -> None:
-    """Lays the matrices of a model out for fast decoding, one by one; of no model is there a second copy.
+    """Lays the matrices of a model out for fast decoding, one by one: the model is never in memory twice.
 
-    On a CPU it costs about as much as reading the weights twice, so that the first token is better decided before it.
+    On a CPU that takes about as long as reading the weights twice, so pack after the first token.
     """
     for linears in model.matrices():
         if all(linear.layout is None for linear in linears):
