@@ -1,8 +1,8 @@
 """Matrices laid out for fast multiplication: side by side, packed by oneDNN, in 8 bits, in 4 bits.
 
 Decoding reads each matrix once for each token, so its size in bytes and the speed of reading them decide. A layout is
-called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's; this file chooses among them
-and prepares what they need. Knows nothing of models, processes or files.
+called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's; this file chooses among
+them and prepares what they need. Knows nothing of models, processes or files.
 """
 
 import functools
