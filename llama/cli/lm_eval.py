@@ -73,7 +73,7 @@ class LlamaLM(TemplateLM):
         self.llama = Llama.build(ckpt_dir, tokenizer_path, **size, seed=seed, device=device, dtype=dtype, draft=draft)
         self.ckpt_dir, self.max_length, self.max_gen_toks = str(ckpt_dir), max_length, max_gen_toks
         self.add_bos_token = add_bos_token
-        self._device = self.llama.model.rotary.device
+        self._device = self.llama.answerer.shared.engine.model.rotary.device
 
     @property
     def eot_token_id(self) -> int:
