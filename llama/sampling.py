@@ -197,7 +197,7 @@ def process_logits(
         name = getattr(logits_processor, "__name__", type(logits_processor).__name__)
         try:
             processed = logits_processor(torch.tensor([ids], device=logits.device), logits[None].clone())
-        except Exception as error:  # whatever a caller's code may raise: it ends its own prompt and not the others
+        except (Exception, SystemExit) as error:  # whatever a caller's code may raise ends its own prompt alone
             raise ValueError(f"logits_processor {name} raised {type(error).__name__}: {error}") from error
         shape = list(getattr(processed, "shape", [])) or type(processed).__name__
         if shape != [1, len(logits)]:

@@ -98,7 +98,7 @@ class Call:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _interrupts_held(), self.shared.lock:
+        with _HeldInterrupts(), self.shared.lock:
             for sequence in self._open:
                 del self.shared.owners[sequence]
             if self._open:
@@ -117,7 +117,7 @@ class Call:
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the engine's queue, behind those of every caller."""
-        with _interrupts_held(), self.shared.lock:
+        with _HeldInterrupts(), self.shared.lock:
             self.shared.owners[sequence] = self
             self._open[sequence] = None
             self._n_slots += sequence.n_slots
@@ -135,7 +135,7 @@ class Call:
                 progress have failed then.
         """
         shared = self.shared
-        with _interrupts_held() as held, shared.lock:
+        with _HeldInterrupts() as held, shared.lock:
             n_steps = shared.n_steps
             try:
                 while self._open and not self._ended and not (every and shared.n_steps > n_steps) and not held.came:
@@ -162,7 +162,7 @@ class Call:
         self._ended.append(sequence)
         self._n_slots -= sequence.n_slots
 
-    def _sleep(self, every: bool, held: "_interrupts_held") -> None:
+    def _sleep(self, every: bool, held: "_HeldInterrupts") -> None:
         """Waits until another thread has news for this call, or leaves it the wheel."""
         self._wants_steps = every
         self.shared.sleepers[self] = None
@@ -174,7 +174,7 @@ class Call:
             del self.shared.sleepers[self]
 
 
-class _interrupts_held:
+class _HeldInterrupts:
     """Holds Ctrl-C back while the main thread changes what all callers share, and raises it afterwards.
 
     A second Ctrl-C is raised at once, and so is the first while `waits` is set. In other threads, and where the program
@@ -186,7 +186,7 @@ class _interrupts_held:
         is_main = threading.current_thread() is threading.main_thread()
         self._holds = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    def __enter__(self) -> "_interrupts_held":
+    def __enter__(self) -> "_HeldInterrupts":
         if self._holds:
             signal.signal(signal.SIGINT, self._hold)
         return self
