@@ -25,7 +25,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(
-        f"lm-evaluation-harness is not installed, or a part of it is missing ({error}): pip install 'llama[eval]'"
+        f"lm-evaluation-harness is not installed, or a part of it is missing ({error}): pip install '.[eval]'"
     ) from error
 
 # The decoding options of a task, besides `until` and the budget: the names of Transformers.
