@@ -24,9 +24,12 @@ PREFILL_TOKENS_WHILE_DECODING = 512
 # A first prefill of this many positions gains more from packed matrices than packing them takes.
 PACK_FIRST_TOKENS = 384
 
+# What one prefill runs: sequences, where each begins, the slot of the first, where each ends.
+Batch = tuple[list[Sequence], list[int], int, list[int]]
+
 
 class Engine:
-    """Runs sequences through a model that has a cache, as many at a time as the cache has slots.
+    """Runs sequences through a model, as many at a time as its cache has slots.
 
     Slots 0, 1, … hold the sequences in `running`, in their order, so that a decode step reads one slice of the cache.
     A slot after them may hold one whose prompt is being prefilled in pieces. What a slot held stays in it until it is
@@ -35,7 +38,6 @@ class Engine:
 
     def __init__(self, model: Transformer):
         self.model = model
-        self.device = model.rotary.device
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how much of its prompt is done
@@ -47,7 +49,7 @@ class Engine:
         self._ended: list[Sequence] = []  # since the last step returned
 
     def compile(self) -> str:
-        """Compiles the decoding step, with the matrices as they will be then; says how long it took."""
+        """Compiles the decoding step, with the matrices as they will be then; returns how long it took."""
         self._pack()
         self.decode_step = DecodeStep(self.model, compile=True)
         return self.decode_step.warm_up()
@@ -81,18 +83,14 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One prefill, if a prompt waits and a slot is free, and one new token for each running sequence.
 
-        Returns:
-            the sequences that have ended since the last step.
-
-        Raises:
-            Exception: whatever the model raises, such as running out of memory. All sequences in progress have failed
-                then, since their keys may be half written; those that wait go on waiting.
+        Returns the sequences that have ended since the last step. Raises whatever the model raises, such as running out
+        of memory: all sequences in progress have failed then, for their keys may be half written; the others wait on.
         """
         try:
             if self.partial is not None:
-                self._continue_partial()
-            elif self.waiting:
-                self._admit()
+                self._prefill(*self._next_piece())
+            elif self.waiting and (batch := self._admit()) is not None:
+                self._prefill(*batch)
             self._release_ended()
             if self.running:
                 self._decode()
@@ -105,24 +103,18 @@ class Engine:
 
     # Prefill
 
-    def _admit(self) -> None:
-        """Prefills the next prompts together, each behind what the cache already has of it."""
+    def _admit(self) -> Batch | None:
+        """The next prompts that are prefilled together, each behind what the cache already has of it."""
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         first_slot, n_free = len(self.running), self.n_free
-        group: list[Sequence] = []
-        starts: list[int] = []
-        width = 0
+        group, starts, stops, width = [], [], [], 0
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
-            source, shared = 0, 0
-            if self.reuse_prefixes:
-                limit = sequence.n_reusable
-                source, shared = self.slots.find(sequence.prompt, limit)
-                # One that begins like a prompt of this group waits until that one's keys are there.
-                if group and any(
-                    shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group
-                ):
-                    break
+            limit = sequence.n_reusable if self.reuse_prefixes else 0
+            source, shared = self.slots.find(sequence.prompt, limit)
+            # One that begins like a prompt of this group waits until that one's keys are there.
+            if group and any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
+                break
             wider = max(width, sequence.n_prefill - shared)
             if group and wider * (len(group) + 1) > budget:
                 break
@@ -131,15 +123,14 @@ class Engine:
             self.counters.reused += shared
             if wider > budget:  # alone, and in pieces
                 self.partial = (sequence, first_slot, shared)
-                self._continue_partial()
-                return
+                return self._next_piece()
             group.append(sequence)
             starts.append(shared)
+            stops.append(sequence.n_prefill)
             width = wider
             n_free -= sequence.n_slots
-        if group:
-            self.running += group
-            self._prefill(group, starts, first_slot, [s.n_prefill for s in group])
+        self.running += group
+        return (group, starts, first_slot, stops) if group else None
 
     @property
     def n_free(self) -> int:
@@ -153,8 +144,8 @@ class Engine:
                 searches.add(sequence.search)
         return n_free
 
-    def _continue_partial(self) -> None:
-        """Prefills the next piece of a long prompt; after the last, the sequence is running."""
+    def _next_piece(self) -> Batch:
+        """The next piece of a long prompt; with the last, the sequence is running."""
         sequence, slot, done = self.partial
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         stop = min(done + budget, sequence.n_prefill)
@@ -164,7 +155,7 @@ class Engine:
             self.running.append(sequence)
         else:
             self.partial = (sequence, slot, stop)
-        self._prefill([sequence], [done], slot, [stop])
+        return [sequence], [done], slot, [stop]
 
     def _prefill(self, group: list[Sequence], starts: list[int], first_slot: int, stops: list[int]) -> None:
         """Runs prompt[start:stop] of each sequence; one whose whole prompt has run gets its next token."""
@@ -192,10 +183,13 @@ class Engine:
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
         self._pack()
-        positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.running]
-        logits = self.decode_step([s.tokens[-1] for s in self.running], positions, self.slots.spare_position)
-        for slot, (sequence, position) in enumerate(zip(self.running, positions)):
-            self.slots.record(slot, position, sequence.tokens[-1:])
+        tokens, positions = [], []
+        for sequence in self.running:
+            tokens.append(sequence.tokens[-1])
+            positions.append(len(sequence.prompt) + len(sequence.tokens) - 1)
+        logits = self.decode_step(tokens, positions, self.slots.spare_position)
+        for slot, (token, position) in enumerate(zip(tokens, positions)):
+            self.slots.record(slot, position, [token])
         self.counters.decoded += len(self.running)
         self._choose(self.running, logits)
 
@@ -222,11 +216,9 @@ class Engine:
     def _advance(self, search: Search, logits: torch.Tensor) -> None:
         """Lets a search choose the beams that go on, and gives each a slot with its keys.
 
-        The first of a beam's continuations stays in its slot. The others take the slots of beams that have none, then
-        free ones; slots that are left over are released.
+        A beam's first continuation stays in its slot; the others take those of beams that have none, then free ones.
         """
         slots = [self.running.index(beam) for beam in search.beams]
-        n_prompt = len(search.sequence.prompt)
         parents = search.advance(logits.log_softmax(-1))
         stays, sources, movers = set(), [], []
         for parent, beam in zip(parents, search.beams):
@@ -238,7 +230,7 @@ class Engine:
                 stays.add(slot)
                 self.running[slot] = beam
         free = [slot for slot in slots if slot not in stays]
-        start = n_prompt if len(free) >= len(movers) else 0  # a new slot lacks the prompt
+        start = len(search.sequence.prompt) if len(free) >= len(movers) else 0  # a new slot lacks the prompt
         while len(free) < len(movers):
             free.append(self._new_slot())
         for slot, beam in zip(free, movers):
@@ -293,14 +285,15 @@ def run_rows(
 ) -> tuple[torch.Tensor, list[int]]:
     """Runs text[start:] of each of B texts, whose earlier keys are in its slot, right-padded to one width.
 
-    Rows whose padding would leave the cache start earlier instead, and write again what is there already.
-
-    Returns:
-        the hidden states [B, T, dim], and the column at which text[start] is in each row.
+    Rows whose padding would leave the cache start earlier instead, and write again what is there already. Returns the
+    hidden states [B, T, dim], and the column at which text[start] is in each row.
     """
-    width = max(len(text) - start for text, start in zip(texts, starts))
-    firsts = [min(start, model.args.max_seq_len - width) for start in starts]
-    rows = [text[first:] + [0] * (width - len(text) + first) for text, first in zip(texts, firsts)]
+    width = max(map(int.__sub__, map(len, texts), starts))
+    rows, firsts, columns = [], [], []
+    for text, start in zip(texts, starts):
+        first = min(start, model.args.max_seq_len - width)
+        rows.append(text[first:] + [0] * (width - len(text) + first))
+        firsts.append(first)
+        columns.append(start - first)
     tokens = torch.tensor(rows, device=model.rotary.device)
-    hidden = model.hidden_states(tokens, firsts, slice(first_slot, first_slot + len(rows)))
-    return hidden, [start - first for start, first in zip(starts, firsts)]
+    return model.hidden_states(tokens, firsts, slice(first_slot, first_slot + len(rows))), columns

@@ -7,40 +7,21 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from llama import parallel
-from llama.checkpoint.loading import load_weights
-from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint import build_model, open_checkpoint
 from llama.decoding import scoring
-from llama.decoding.answering import Answer, Answerer, Jobs, TopLogprobs, wants_top
+from llama.decoding.answering import Answer, Answerer, ChatPrediction, CompletionPrediction, Jobs, wants_top
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
-from llama.layers.quantization import KINDS
+from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p  # noqa: F401  # importable from here
 from llama.model import ModelArgs, Transformer
-from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer  # noqa: F401
 from llama.tokenizer.open_turns import OpenDialog
-
-
-class CompletionPrediction(TypedDict, total=False):
-    generation: str
-    tokens: list[str]  # with logprobs=True: the text of each token,
-    logprobs: list[float]  # and its natural-log probability
-    top_logprobs: TopLogprobs  # with top_logprobs=k
-    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
-
-
-class ChatPrediction(TypedDict, total=False):
-    generation: Message
-    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
-    tokens: list[str]
-    logprobs: list[float]
-    top_logprobs: TopLogprobs
-    speculation: dict[str, int]
 
 
 class Llama:
@@ -63,8 +44,8 @@ class Llama:
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
-        Process groups are made if there are none yet; on CUDA the process's current device is set, as NCCL wants it;
-        on ranks other than 0 stdout is silenced. Nothing else that is global is touched.
+        Process groups are made if there are none yet; on CUDA the process's current device is set; on ranks other than
+        0 stdout is silenced. Nothing else that is global is touched.
 
         Args:
             ckpt_dir: a directory with params.json and consolidated.NN.pth, or Hugging Face's with config.json and
@@ -78,57 +59,27 @@ class Llama:
             dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
             compile: whether to compile the decoding step with `torch.compile`: a minute the first time on a machine.
             quantize: "int8" or "int4" rounds the matrices while they are loaded, to a half or a quarter of bfloat16's
-                bytes (`llama.layers.quantization`); the embedding and the norms stay. The computation is in bfloat16
-                unless `dtype` says otherwise, which has the fast kernels.
-            draft: what proposes tokens, for the model to check several at a time: the same answers, sooner. The
-                directory of a smaller model with the same tokenizer, or "ngram", which looks the last tokens up in
-                prompt and answer (`llama.decoding.speculative`). Beam searches do without.
+                bytes; the embedding and the norms stay. The computation is in bfloat16 unless `dtype` is given.
+            draft: what proposes tokens for the model to check several at a time: the same answers, sooner. The
+                directory of a smaller model with the same tokenizer, or "ngram" (`llama.decoding.speculative`).
 
         Raises:
-            FileNotFoundError: a directory or file is missing.
-            ValueError: a file is broken, disagrees with another, or a number is out of range.
-                On several processes each raises when one does.
+            FileNotFoundError, ValueError: a file is missing or broken, or a number is out of range.
             MemoryError: the device has no room for the weights and the cache.
         """
         started = time.perf_counter()
-        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
-        if quantize not in (None, *KINDS):
-            raise ValueError(f"quantize = {quantize!r}: expected {' or '.join(map(repr, KINDS))}, or None")
         if not isinstance(draft, (str, os.PathLike, type(None))):
             raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
         device = parallel.pick_device(device)
-        dtype = _as_dtype(dtype)
-        proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
+        proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         with parallel.fail_together():
-            tokenizer, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
-            if is_model := draft not in (None, "ngram"):
-                draft_model, draft_checkpoint = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
-            try:
-                if checkpoint.quantization and quantize not in (None, checkpoint.quantization):
-                    raise ValueError(
-                        f"quantize = {quantize!r}, but {ckpt_dir} is quantised to {checkpoint.quantization} already: "
-                        "pass None, or the checkpoint that it was made of"
-                    )
-                with torch.device("meta"):
-                    model = Transformer(checkpoint.args)
-                rounded = quantize or checkpoint.quantization
-                dtype = dtype or parallel.pick_dtype(torch.bfloat16 if rounded else checkpoint.dtype, device)
-                loaded = load_weights(model, checkpoint, dtype, device, quantize)
-                model.allocate_cache()
-                if is_model:
-                    load_weights(draft_model, draft_checkpoint, dtype, device)
-                    proposer = DraftModel(draft_model)
-            except RuntimeError as error:  # PyTorch has no class of its own for a CPU out of memory
-                if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise MemoryError(
-                    f"not enough memory on {device} for this checkpoint with max_seq_len = {max_seq_len} and "
-                    f"max_batch_size = {max_batch_size}: `python -m llama info` says what it takes; lower them"
-                ) from error
+            tokenizer, checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
+            smaller = None if draft in (None, "ngram") else open_draft(draft, tokenizer, max_seq_len, max_batch_size)
+            model, loaded = build_model(checkpoint, dtype, device, quantize)
+            if smaller is not None:
+                proposer = DraftModel(build_model(smaller, model.norm.weight.dtype, device)[0])
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
         return Llama(model, tokenizer, seed, proposer, compile)
@@ -145,7 +96,6 @@ class Llama:
         self.formatter = ChatFormat(tokenizer)
         if model.cache is None:
             model.allocate_cache()
-        self.model = model
         self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
         if compile:
             with parallel.fail_at_once():
@@ -153,6 +103,12 @@ class Llama:
             if dist.get_rank() == 0:
                 print(took)
         self.answerer = Answerer(self._engine, tokenizer, seed)
+
+    @property
+    def model(self) -> Transformer:
+        """The network. Who holds it may run or change it, so later calls take no keys that were made before them."""
+        self.answerer.shared.model_is_held = True
+        return self._engine.model
 
     @property
     def args(self) -> ModelArgs:
@@ -179,14 +135,12 @@ class Llama:
         """Continues prompts of token ids. Any number of threads may call this, and all that follows, at once.
 
         Each prompt has its own budget of min(max_gen_len, max_seq_len - its length) tokens and ends early at a stop
-        token, which is not part of the answer. What a prompt gives does not depend on the others, of this call or of
-        another: not on their number, lengths or order, nor on the processes it runs on.
+        token, which is not part of the answer. What a prompt gives does not depend on others, or on how many processes.
 
         Args:
             prompt_tokens: the prompts, each a list of at least one id; any number of them.
             max_gen_len: the most new tokens of an answer; as many as fit when None.
-            temperature: divides the logits before sampling; 0 takes the most likely token each time.
-            top_p: samples from the smallest set of tokens that holds this much of the probability, in (0, 1].
+            temperature, top_p: as in `DecodingOptions`; temperature 0 takes the most likely token each time.
             logprobs: whether to return the log-probability of each token.
             echo: whether each answer begins with its prompt; the first prompt token's logprob is 0.0.
             progress: whether to show a bar of the prompts done and tokens/s.
@@ -207,9 +161,8 @@ class Llama:
         if not isinstance(prompt_tokens, Iterable):
             raise TypeError(f"prompt_tokens is {prompt_tokens!r}: expected a list of prompts, each a list of token ids")
         prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompt_tokens)]
-        by_prompt = self.answerer.answer(
-            prompts, self.answerer.check_options(prompts, options), logprobs, echo, progress
-        )
+        settings = self.answerer.check_options(prompts, options)
+        by_prompt = self.answerer.answer(prompts, settings, logprobs, echo, progress)
         answers = [(prompt, answer) for prompt, group in zip(prompts, by_prompt) for answer in group]
         tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
         values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
@@ -235,14 +188,10 @@ class Llama:
             For each answer {"generation": text}, with "tokens", "logprobs" and "top_logprobs" when these are asked for.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        ids = self._encode_texts(prompts)
+        ids = self.answerer.encode_texts(prompts)
         by_prompt = self.answerer.answer(ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
-        predictions: list[CompletionPrediction] = []
-        for prompt, group in zip(ids, by_prompt):
-            predictions += [
-                {"generation": a.text, **self.answerer.details(prompt, a, logprobs, echo, options)} for a in group
-            ]
-        return predictions
+        pairs = [(prompt, answer) for prompt, group in zip(ids, by_prompt) for answer in group]
+        return [{"generation": a.text, **self.answerer.details(p, a, logprobs, echo, options)} for p, a in pairs]
 
     def chat_completion(
         self,
@@ -296,14 +245,14 @@ class Llama:
         `text_completion` returns with the same seed. An answer of nothing yields nothing. Closing the iterator ends
         the answer and frees its slot.
         """
-        return self._stream(self._encode_texts([prompt])[0], options)
+        return self.answerer.open_stream(self.answerer.encode_texts([prompt])[0], options)
 
     def stream_chat(self, dialog: Dialog, **options: Any) -> Iterator[str]:
         """Yields the answer to a dialog while it is decided, as `stream_text` does."""
         opened = _named("dialog 0", OpenDialog, dialog, self.formatter)
         if opened.has_placeholders:
             raise ValueError("a stream is one answer: expected a dialog without open turns")
-        return self._stream(self._encode_dialog(0, opened), options)
+        return self.answerer.open_stream(self._encode_dialog(0, opened), options)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[scoring.Score]:
         """The log-probability of each token of texts, without generating.
@@ -316,11 +265,7 @@ class Llama:
         Raises:
             ValueError, TypeError: as in `generate`, naming the text by its index.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts is a str: expected a list of them, so pass [text]")
-        ids = [self.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
-        ids = [self.answerer.check_prompt(index, prompt, any_length=True) for index, prompt in enumerate(ids)]
-        return scoring.score_texts(self.answerer, ids, top_logprobs, stride)
+        return scoring.score_texts(self.answerer, texts, top_logprobs, stride)
 
     def perplexity(self, texts: SequenceOf, stride: int | None = None) -> list[float]:
         """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`."""
@@ -328,19 +273,9 @@ class Llama:
 
     # What the other houses build on
 
-    def answer(
-        self,
-        prompts: SequenceOf[SequenceOf[int]],
-        logprobs: bool = False,
-        echo: bool = False,
-        progress: bool = False,
-        shared: bool = True,
-        **options: Any,
-    ) -> list[list[Answer]]:
-        """The answers to each prompt of ids, with all there is to tell of them: see `Answerer.answer`."""
-        prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        settings = self.answerer.check_options(prompts, options)
-        return self.answerer.answer(prompts, settings, logprobs, echo, progress, shared)
+    def answer(self, prompts: SequenceOf[SequenceOf[int]], *flags: bool, **options: Any) -> list[list[Answer]]:
+        """The answers to each prompt of ids, with all there is to tell of them: see `Answerer.answer_all`."""
+        return self.answerer.answer_all(prompts, *flags, **options)
 
     def open_jobs(self) -> Jobs:
         """For jobs that come one after the other, on this replica alone. Use it in a `with`; nothing is checked."""
@@ -348,38 +283,12 @@ class Llama:
 
     def score_tokens(self, texts: SequenceOf[tuple[list[int], int]], shared: bool = False) -> list[scoring.TokenScores]:
         """The scores of the tokens of each (ids, start), from start on: see `llama.decoding.scoring.score_tokens`."""
-        limit = self.args.max_seq_len + 1
-        for index, (ids, start) in enumerate(texts):
-            if not 0 < start < len(ids) <= limit:
-                found = f"a context of {start} tokens and a continuation of {len(ids) - start}"
-                raise ValueError(f"text {index} has {found}: expected at least one each, and {limit} together at most")
-            self.answerer.check_prompt(f"text {index}", ids, any_length=True)
         return scoring.score_tokens(self.answerer, texts, shared=shared)
-
-    def _stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
-        """Checks at once, and not when the first piece is asked for."""
-        (option,) = self.answerer.check_options([self.answerer.check_prompt(0, prompt)], options)
-        if option.num_beams > 1 or option.num_return_sequences > 1:
-            raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
-        if option.top_logprobs:
-            raise ValueError("a stream is text alone: expected top_logprobs = 0")
-        return self.answerer.stream(prompt, option)
 
     def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
         """The prompt of the next open turn."""
         ids = _named(f"dialog {index}", self.formatter.encode_dialog_prompt, dialog.prompt)
         return self.answerer.check_prompt(index, ids)
-
-    def _encode_texts(self, prompts: SequenceOf[str]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a str: expected a list of them, so pass [prompt]")
-        prompts = list(prompts)
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                kind = type(prompt).__name__
-                raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
-        ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
-        return [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(ids)]
 
 
 def _named(name: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -388,11 +297,3 @@ def _named(name: str, call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by its object or its name, such as "bfloat16"."""
-    named = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if named not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"dtype = {dtype!r}: expected bfloat16, float16 or float32")
-    return named

@@ -22,18 +22,8 @@ class KVCache:
     The positions of one head lie next to each other, so that attention at one row reads each head as one stream.
     """
 
-    def __init__(
-        self,
-        n_layers: int,
-        max_batch_size: int,
-        n_kv_heads: int,
-        max_seq_len: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ):
+    def __init__(self, n_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str):
         # Zeros and not empty memory: attention multiplies what it masks out by a weight of 0, and 0 x NaN is NaN.
-        shape = (max_batch_size, n_kv_heads, max_seq_len, head_dim)
         # Tensors of their own, for a compiler takes parts of one tensor for the whole of it.
         self.keys = [_zeros(shape, dtype, device) for _ in range(n_layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(n_layers)]
@@ -69,29 +59,18 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
 
 @dataclass
 class CacheView:
-    """The part of the cache that one forward pass of B rows and T positions works on.
-
-    Attributes:
-        cache: the whole.
-        slots: the B rows, next to each other, so that nothing is copied when reading.
-        positions: where in its row each new position goes: a slice of T if all rows agree, else a tensor [B, T].
-        length: how many positions of each row are read: the longest row's, counting the new ones.
-    """
+    """The part of the cache that one forward pass of B rows and T positions works on."""
 
     cache: KVCache
-    slots: slice
-    positions: slice | torch.Tensor
-    length: int
+    slots: slice  # the B rows, next to each other, so that nothing is copied when reading
+    positions: slice | torch.Tensor  # where in its row each new position goes: of all rows, or [B, T]
+    length: int  # how many positions of each row are read: the longest row's, counting the new ones
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new keys and values of a layer, and returns all of its keys and values up to `length`.
-
-        Args:
-            layer: which layer, from 0.
-            k, v: [B, n_kv_heads, T, head_dim].
+        """Writes a layer's new keys and values, [B, n_kv_heads, T, head_dim].
 
         Returns:
-            keys and values, [B, n_kv_heads, length, head_dim].
+            all of its keys and values up to `length`, [B, n_kv_heads, length, head_dim].
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if isinstance(self.positions, slice):
@@ -106,10 +85,7 @@ class CacheView:
 
 
 class Slots:
-    """The record of a cache's slots. `tokens[slot]` are the ids whose keys it holds, from position 0 on.
-
-    A slot's record never says more than is there.
-    """
+    """The record of a cache's slots: `tokens[slot]` are the ids whose keys it holds, from position 0 on, or fewer."""
 
     def __init__(self, cache: KVCache):
         self.cache = cache

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.kv_cache import CacheView, KVCache
+from llama.layers.attention import attend
 from llama.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear, VocabParallelEmbedding, products
+from llama.layers.rotary import apply_rotary, rotary_frequencies, rotary_table
 
 
 @dataclass
@@ -81,39 +83,6 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-def rotary_frequencies(args: ModelArgs) -> torch.Tensor:
-    """The angle by which each pair of a head turns from one position to the next, radians, [head_dim / 2] float32."""
-    exponents = torch.arange(0, args.head_dim, 2, device="cpu").float() / args.head_dim
-    frequencies = 1.0 / (args.rope_theta**exponents)
-    if not args.use_scaled_rope:
-        return frequencies
-    # Llama 3.1 stretches a context of 8,192: pairs that turn less than once in it are slowed down by the factor,
-    # pairs that turn more than 4 times are left alone, and those between are blended.
-    low_freq_factor, high_freq_factor, original_context = 1.0, 4.0, 8192
-    turns = original_context / (2 * math.pi / frequencies)
-    blend = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return (1 - blend) * frequencies / args.rope_scale_factor + blend * frequencies
-
-
-def rotary_table(args: ModelArgs) -> torch.Tensor:
-    """cos and sin of every position's angles, [max_seq_len, 2, head_dim / 2] float32."""
-    angles = torch.outer(torch.arange(args.max_seq_len, device="cpu").float(), rotary_frequencies(args))
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
-
-
-def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (0, 1), (2, 3), … of each head by the angles of their position.
-
-    Args:
-        x: [B, T, n_heads, head_dim].
-        rotary: cos and sin, [T or B, T, 2, head_dim / 2].
-    """
-    cos, sin = rotary.unsqueeze(-3).unbind(-2)  # [.., T, 1, head_dim / 2], for every head
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).type_as(x)
-
-
 class Attention(nn.Module):
     """Causal self-attention; several query heads share one key and value head. This rank's share of the heads."""
 
@@ -143,37 +112,8 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, n_local_kv_heads, length, head_dim]
-        y = self._attend(q, k, v, mask)
+        y = attend(q, k, v, mask)  # [B, n_local_heads, T, head_dim]
         return self.wo(y.transpose(1, 2).flatten(-2))
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """[B, n_local_heads, T, head_dim] queries over [B, n_local_kv_heads, length, head_dim] keys and values."""
-        group, n_new = self.n_local_heads // self.n_local_kv_heads, q.shape[2]
-        if mask is None and n_new > 1:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
-        # The queries that share a key head can as well be rows of one longer query, so that each key is read once for
-        # all of them: ten times faster on a CPU than `enable_gqa`, and with a mask the only fused way on CUDA.
-        q = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, n_local_kv_heads, group * T, head_dim]
-        if n_new == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
-            return self._attend_to_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
-        if mask is not None:
-            mask = mask.repeat(1, 1, group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # no mask: one query, which sees every key
-        return y.unflatten(2, (group, n_new)).flatten(1, 2)
-
-    def _attend_to_rows(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """[B, n_local_kv_heads, group, head_dim] queries of one position, for a compiler on a CPU.
-
-        The scores are sums over the rows of k, of which it makes float32 loops: for so few queries these are two to
-        three times as fast as the products of matrices in SDPA, where a step is long because its context is.
-        """
-        scores = torch.stack([(k.float() * query.float()[:, :, None]).sum(-1) for query in q.unbind(2)], dim=2)
-        scores = scores * self.head_dim**-0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(-1).type_as(v) @ v
 
 
 class FeedForward(nn.Module):
@@ -200,13 +140,6 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def matrices(self) -> Iterator[tuple[Linear, ...]]:
-        attention, feed_forward = self.attention, self.feed_forward
-        yield attention.wq, attention.wk, attention.wv
-        yield (attention.wo,)
-        yield feed_forward.w1, feed_forward.w3
-        yield (feed_forward.w2,)
-
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor | None, cache: CacheView | None
     ) -> torch.Tensor:
@@ -215,11 +148,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.groups.initialize` makes it).
+    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.initialize` makes it).
 
-    Parameters carry the names of Meta's checkpoints. They are uninitialised until a checkpoint is loaded, or
-    `init_weights` is called. Without a cache (`allocate_cache`) the model is a plain differentiable function of its
-    tokens, for training.
+    Parameters carry the names of Meta's checkpoints. Without a cache (`allocate_cache`) the model is a plain
+    differentiable function of its tokens, for training.
     """
 
     def __init__(self, args: ModelArgs):
@@ -239,7 +171,9 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(args.dim, args.vocab_size, gather_output=True)
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.register_buffer("rotary", rotary_table(args), persistent=False)
+        scale_factor = args.rope_scale_factor if args.use_scaled_rope else None
+        frequencies = rotary_frequencies(args.head_dim, args.rope_theta, scale_factor)
+        self.register_buffer("rotary", rotary_table(frequencies, args.max_seq_len), persistent=False)
         self.cache: KVCache | None = None
 
     @torch.no_grad()
@@ -256,21 +190,18 @@ class Transformer(nn.Module):
     def matrices(self) -> Iterator[tuple[Linear, ...]]:
         """All matrices but the embedding, in the order of a pass; those that multiply the same input together."""
         for block in self.layers:
-            yield from block.matrices()
-        yield (self.output,)
+            attention, feed_forward = block.attention, block.feed_forward
+            yield from ((attention.wq, attention.wk, attention.wv), (attention.wo,))
+            yield from ((feed_forward.w1, feed_forward.w3), (feed_forward.w2,))
+        if "output" in self._modules:  # a reward model has none
+            yield (self.output,)
 
     def allocate_cache(self) -> None:
         """Makes room for the keys and values of `max_batch_size` sequences of `max_seq_len` positions."""
-        attention, weight = self.layers[0].attention, self.norm.weight
-        self.cache = KVCache(
-            self.args.n_layers,
-            self.args.max_batch_size,
-            attention.n_local_kv_heads,
-            self.args.max_seq_len,
-            self.args.head_dim,
-            weight.dtype,
-            weight.device,
-        )
+        args, weight = self.args, self.norm.weight
+        n_kv_heads = self.layers[0].attention.n_local_kv_heads
+        shape = (args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim)
+        self.cache = KVCache(args.n_layers, shape, weight.dtype, weight.device)
 
     def forward(self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor" = 0) -> torch.Tensor:
         """Logits of the token that follows each position.
@@ -298,34 +229,27 @@ class Transformer(nn.Module):
         self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor" = 0, slots: slice | None = None
     ) -> torch.Tensor:
         """`forward` up to the last norm, [B, T, dim]; `slots` are the rows of the cache, the first B when None."""
-        return self._run(tokens, *self._locate(tokens, start_pos, slots))
+        rotary, mask, cache = self._locate(tokens, start_pos, slots)
+        x = self.tok_embeddings(tokens)
+        for block in self.layers:
+            x = block(x, rotary, mask, cache)
+        return self.norm(x)
 
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor, exact: bool = False
     ) -> torch.Tensor:
         """One token of each of the first B rows of the cache, without a decision that depends on what a tensor holds.
 
-        Args:
-            tokens: ids, [B, 1].
-            positions: where each goes, [B].
-            key_positions: 0, 1, … up to the last position of the longest row at least.
-            exact: whether they end where every row does, so that there is nothing to mask.
-
-        Returns:
-            Logits of the tokens that follow, float32 [B, vocab_size].
+        `tokens` are ids [B, 1], `positions` where each goes [B], `key_positions` 0, 1, … up to the last position of the
+        longest row at least; `exact`, if they end where every row does. Returns logits, float32 [B, vocab_size].
         """
         positions = positions[:, None]
         mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]
         cache = CacheView(self.cache, slice(0, tokens.shape[0]), positions, key_positions.shape[0])
-        return self.logits(self._run(tokens, self.rotary[positions], mask, cache)[:, -1])
-
-    def _run(
-        self, tokens: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor | None, cache: CacheView | None
-    ) -> torch.Tensor:
-        x = self.tok_embeddings(tokens)
+        x, rotary = self.tok_embeddings(tokens), self.rotary[positions]
         for block in self.layers:
             x = block(x, rotary, mask, cache)
-        return self.norm(x)
+        return self.logits(self.norm(x)[:, -1])
 
     def _locate(
         self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor", slots: slice | None
@@ -343,15 +267,10 @@ class Transformer(nn.Module):
         if self.cache is not None and batch_size > self.cache.max_batch_size:
             raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {self.cache.max_batch_size}")
         slots = slice(0, batch_size) if slots is None else slots
-        if first == last:  # all rows at the same position
-            positions = slice(first, length)
-            mask = None
-            if first > 0 and n_new > 1:
-                mask = torch.ones(n_new, length, dtype=torch.bool, device=tokens.device).tril(first)[None, None]
-        else:
-            starts = torch.tensor(starts, device=tokens.device)
-            positions = starts[:, None] + torch.arange(n_new, device=tokens.device)  # [B, T]
-            keys = torch.arange(length, device=tokens.device)
-            mask = (keys <= positions[:, :, None])[:, None]  # [B, 1, T, length]
+        positions, mask = slice(first, length), None
+        if first != last or (first > 0 and n_new > 1):
+            queries = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(n_new, device=tokens.device)
+            mask = (torch.arange(length, device=tokens.device) <= queries[:, :, None])[:, None]  # [.., 1, T, length]
+            positions = positions if first == last else queries  # [B, T]
         cache = None if self.cache is None else CacheView(self.cache, slots, positions, length)
         return self.rotary[positions], mask, cache

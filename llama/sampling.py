@@ -40,12 +40,7 @@ class RandomStream:
 def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """A random number in (0, 1) for each seed and token: SplitMix64 (Steele et al. 2014, OOPSLA), by its index.
 
-    Args:
-        seeds: int64 [B, 1].
-        ids: int64 [B or 1, n].
-
-    Returns:
-        float64 [B, n], the same on every device.
+    `seeds` int64 [B, 1] and `ids` int64 [B or 1, n] give float64 [B, n], the same on every device.
     """
     # int64 arithmetic wraps as uint64 does; its right shift carries the sign down, which the masks cut off.
     z = seeds + (ids + 1) * -0x61C8864680B583EB  # the golden ratio times 2**64
@@ -53,33 +48,6 @@ def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
     z = z ^ (z >> 31 & (1 << 33) - 1)
     return ((z >> 12 & (1 << 52) - 1).double() + 0.5) / 2**52  # of 53 bits, the last number would round to 1
-
-
-def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draws from the nucleus: the smallest set of most likely tokens that holds at least `p` of the probability.
-
-    Tokens of equal probability enter in the order of their ids. (Meta's function of this name also keeps the next
-    token when the set holds exactly `p`.) Holtzman et al. 2019, arXiv 1904.09751.
-
-    Args:
-        probs: probabilities, [..., vocab_size].
-        p: in (0, 1].
-        generator: PyTorch's global one when None.
-
-    Returns:
-        ids, int64 [..., 1].
-
-    Raises:
-        ValueError: `p` outside (0, 1].
-    """
-    if not 0 < p <= 1:
-        raise ValueError(f"top_p = {p}: expected a number in (0, 1]")
-    if probs.device.type == "mps":  # which has no float64
-        return sample_top_p(probs.cpu(), p, generator).to(probs.device)
-    rows = probs.reshape(-1, probs.shape[-1])
-    weights, ids = filtered(rows, *torch.tensor([[0.0], [p], [0.0]], dtype=torch.float64, device=probs.device))
-    drawn = torch.multinomial(weights, num_samples=1, generator=generator)
-    return ids.gather(-1, drawn).reshape(*probs.shape[:-1], 1)
 
 
 def filtered(
@@ -143,12 +111,7 @@ def race(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     matters only when two arrive together: in the running sum of the usual inversion, an error of one weight moves all
     that come after, and answers would change with the shape of the batch.
 
-    Args:
-        weights: [B, n] of at least 0, some of each row above.
-        uniform: float64 [B, n], in (0, 1).
-
-    Returns:
-        int64 [B].
+    `weights` [B, n] are at least 0, some of each row above; `uniform` float64 [B, n] in (0, 1). Returns int64 [B].
     """
     return (-uniform.log() / weights).argmin(dim=-1)
 
@@ -215,13 +178,8 @@ def process_logits(
 ) -> torch.Tensor:
     """The logits of one row after what depends on the ids so far, in the order of Transformers' `generate`.
 
-    Args:
-        logits: float32 [vocab_size]; not changed.
-        ids: prompt and answer so far.
-        logit_bias, repetition_penalty, no_repeat_ngram_size, logits_processor: as in `DecodingOptions`.
-
-    Raises:
-        ValueError: the processor raised, or returned something of another shape.
+    `logits` float32 [vocab_size] are not changed; `ids` are the prompt and the answer so far; the others as in
+    `DecodingOptions`. Raises ValueError if the processor raises, or returns something of another shape.
     """
     if logit_bias:
         tokens = torch.tensor(list(logit_bias), device=logits.device)

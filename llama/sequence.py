@@ -21,72 +21,46 @@ UNUSABLE_LOGITS = "the model's logits are NaN or infinite: look for damaged weig
 
 @dataclass
 class Speculation:
-    """How often proposed tokens were right (`llama.decoding.speculative`); all 0 without a draft.
+    """How often proposed tokens were right (`llama.decoding.speculative`); all 0 without a draft."""
 
-    Attributes:
-        steps: passes of the model after the prefill, counted for each sequence.
-        proposed, accepted: tokens proposed to it, and those of them that it chose too.
-    """
-
-    steps: int = 0
-    proposed: int = 0
-    accepted: int = 0
+    steps: int = 0  # passes of the model after the prefill, counted for each sequence
+    proposed: int = 0  # tokens proposed to it,
+    accepted: int = 0  # and those of them that it chose too
 
 
 @dataclass
 class Counters:
-    """What the engine has run, in tokens: of prompts, of prompts found in the cache instead, and of answers."""
+    """What the engine has run, in tokens."""
 
-    prefilled: int = 0
-    reused: int = 0
-    decoded: int = 0
+    prefilled: int = 0  # of prompts,
+    reused: int = 0  # of prompts, found in the cache instead,
+    decoded: int = 0  # and of answers
     speculation: Speculation = field(default_factory=Speculation)  # of all sequences
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and its answer so far.
+    """A prompt and its answer so far. Log-probabilities are in nats; the top ones are (id, value), best first."""
 
-    Attributes:
-        prompt: the ids to continue, at least one.
-        max_new_tokens: the answer's budget; with 0 the prompt is only scored.
-        options: how the tokens are chosen.
-        random: where the random numbers come from.
-        stop_tokens: ids that end the answer, and are not part of it.
-        should_stop: called with the answer after each token; True ends it there.
-        logprobs: whether to keep the log-probability of each token of the answer.
-        score_from: from which token on the prompt itself is scored; None: not at all.
-        search: who chooses the tokens, where that is not the engine: a beam search.
-        tokens: the answer.
-        token_logprobs: of each token of the answer, in nats.
-        prompt_token_logprobs: of each token of the prompt from `score_from` on, given those before it; 0 for the first
-            token of a prompt.
-        top_logprobs, prompt_top_logprobs: `options.top_logprobs` (id, log-probability) for each of them, best first.
-        prompt_is_greedy: whether greedy decoding would have chosen every scored token of the prompt.
-        finish_reason: "stop", "length" or "error" once it has ended.
-        error: what went wrong, for "error".
-        cause: the exception of the caller's own code behind the error.
-        speculation: how often the tokens proposed for it were right.
-    """
-
-    prompt: list[int]
-    max_new_tokens: int
-    options: DecodingOptions
-    random: RandomStream | None = None
-    stop_tokens: frozenset[int] = frozenset()
-    should_stop: Callable[[list[int]], bool] | None = None
-    logprobs: bool = False
-    score_from: int | None = None
-    search: "Search | None" = None
-    tokens: list[int] = field(default_factory=list)
+    prompt: list[int]  # the ids to continue, at least one
+    max_new_tokens: int  # the answer's budget; with 0 the prompt is only scored
+    options: DecodingOptions  # how the tokens are chosen
+    random: RandomStream | None = None  # where the random numbers come from
+    stop_tokens: frozenset[int] = frozenset()  # ids that end the answer, and are not part of it
+    should_stop: Callable[[list[int]], bool] | None = None  # called with the answer after each token; True ends it
+    logprobs: bool = False  # whether to keep the log-probability of each token of the answer
+    score_from: int | None = None  # from which token on the prompt itself is scored; None: not at all
+    search: "Search | None" = None  # who chooses the tokens, where that is not the engine: a beam search
+    # What comes of it:
+    tokens: list[int] = field(default_factory=list)  # the answer
     token_logprobs: list[float] = field(default_factory=list)
-    prompt_token_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_token_logprobs: list[float] = field(default_factory=list)  # from score_from on; 0 for a prompt's first token
     prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    prompt_is_greedy: bool = True
-    finish_reason: str | None = None
-    error: str | None = None
-    cause: BaseException | None = None
+    prompt_is_greedy: bool = True  # whether greedy decoding would have chosen every scored token of the prompt
+    finish_reason: str | None = None  # "stop", "length" or "error" once it has ended
+    error: str | None = None  # what went wrong,
+    cause: BaseException | None = None  # and the exception of the caller's own code behind it
     speculation: Speculation = field(default_factory=Speculation)
 
     def __post_init__(self):
@@ -131,26 +105,17 @@ class Sequence:
 
 
 class Search(Protocol):
-    """Several continuations of one prompt, chosen together: the beams of a beam search.
+    """Several continuations of one prompt, chosen together: the beams of a beam search."""
 
-    Attributes:
-        sequence: the prompt's; it ends with the search.
-        n_slots: the most beams.
-        beams: those that run, each a sequence with this search, best first; at first the prompt's sequence alone.
-    """
-
-    sequence: Sequence
-    n_slots: int
-    beams: list[Sequence]
+    sequence: Sequence  # the prompt's; it ends with the search
+    n_slots: int  # the most beams
+    beams: list[Sequence]  # those that run, each with this search, best first; at first the prompt's sequence alone
 
     def advance(self, logprobs: torch.Tensor) -> list[int]:
         """Puts the beams that go on in place of those that have run; none are left once the search has ended.
 
-        Args:
-            logprobs: of the token after each beam, float32 [len(beams), vocab_size].
-
-        Returns:
-            for each new beam, the index of the one that it continues.
+        `logprobs` are of the token after each beam, float32 [len(beams), vocab_size]. Returns, for each new beam, the
+        index of the one that it continues.
         """
 
 
@@ -159,9 +124,7 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
 
     A sequence whose logits cannot be used, or whose logits_processor raises, fails; the others go on.
 
-    Args:
-        sequences: B of them.
-        logits: after the last token of each, float32 [B, vocab_size].
+    `logits` are those after the last token of each, float32 [B, vocab_size].
     """
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
@@ -198,13 +161,8 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
 def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
     """One token for each sequence, by its options and the random numbers of its next position, or one `ahead` of that.
 
-    Args:
-        sequences: B of them.
-        logits: float32 [B, vocab_size], after the penalties.
-        ahead: how many tokens, not yet in the sequences, come before.
-
-    Returns:
-        ids, int64 [B].
+    `logits` float32 [B, vocab_size] are those after the penalties; `ahead` tokens, not yet in the sequences, come
+    before. Returns ids, int64 [B].
     """
     seeds, settings = [], []
     for sequence in sequences:
@@ -221,9 +179,8 @@ def score_prompt(
 ) -> None:
     """Scores the tokens of a prompt that follow positions [start, stop) and have no score yet.
 
-    Args:
-        hidden: the hidden states of these positions, [at least stop - start, dim].
-        logits_of: hidden states [T, dim] to logits [T, vocab_size].
+    `hidden` are the hidden states of these positions, [at least stop - start, dim]; `logits_of` makes [T, vocab_size]
+    logits of [T, dim] of them.
     """
     first = sequence.score_from + len(sequence.prompt_token_logprobs)
     following = torch.tensor(sequence.prompt[first : stop + 1], device=hidden.device)

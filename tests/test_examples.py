@@ -62,7 +62,7 @@ def test_the_rejection_sampling_example_draws_a_rising_curve(n_processes):
     ("args", "message"),
     [
         (["--ckpt_dir", "/nowhere"], "FileNotFoundError: ckpt_dir /nowhere does not exist: expected a directory with "),
-        (["--temperature", "-1"], "ValueError: temperature = -1: expected a finite number of at least 0"),
+        (["--temperature", "-1"], "ValueError: temperature = -1: expected a number of at least 0"),
         (["--max_seq_len", "20"], "ValueError: prompt 0 has 22 tokens: expected at most max_seq_len = 20"),
         (
             ["--max_seq_len", "99999999999"],

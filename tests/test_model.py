@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 from llama import ModelArgs, Transformer
-from llama.model import rotary_frequencies
+from llama.layers.rotary import rotary_frequencies
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with it")
 
@@ -151,8 +151,8 @@ def test_gradients_equal_transformers():
 
 
 def test_scaled_rope_leaves_fast_pairs_and_slows_slow_ones_by_the_factor():
-    plain = rotary_frequencies(ModelArgs(dim=4096, n_heads=32, rope_theta=500000.0))
-    scaled = rotary_frequencies(ModelArgs(dim=4096, n_heads=32, rope_theta=500000.0, use_scaled_rope=True))
+    plain = rotary_frequencies(128, 500000.0)
+    scaled = rotary_frequencies(128, 500000.0, 8.0)
     wavelength = 2 * torch.pi / plain
     assert torch.equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
     assert torch.equal(scaled[wavelength > 8192], plain[wavelength > 8192] / 8)

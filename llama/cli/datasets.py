@@ -145,7 +145,7 @@ class Scoring:
 class Drawing(Plan):
     """How many answers are drawn, and which of them are kept."""
 
-    n: Annotated[int, arg(aliases=("-n",))] = 16
+    n: Annotated[int, arg(aliases=("-n",))] = 16  # how many are drawn; with a threshold, how many at a time
 
     def __post_init__(self):
         """Leaves the checks to `plan`, whose errors are one line and not a frame of tyro's."""

@@ -11,39 +11,34 @@ order, the number of processes, or what was done before the run was killed and s
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from llama import parallel
-from llama.datasets.prompts import KINDS, OPTIONS, check_names, kind_of, prompt_ids
+from llama.datasets.prompts import KEYS, KINDS, OPTIONS, check_names, kind_of, prompt_ids
 from llama.datasets.rows import Row, row_of, scan
 from llama.datasets.runs import Result, Run, Summary, Task, decoding_parameters
 from llama.datasets.task_template import Template, read_template
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
-from llama.options import DecodingOptions
 from llama.tokenizer.open_turns import OpenDialog
-
-KEYS = (*KINDS, "logprobs", "metadata", *OPTIONS)  # the fields of a row, besides its id
 
 
 def run_batch(
     llama: Llama, lines: Iterable[dict], *, template: Any = None, logprobs: bool = False, **options: Any
 ) -> Iterator[dict]:
-    """Answers rows, and yields a record of each as it is done. Mistakes in the arguments are raised at once.
+    """Answers rows, and yields a record of each as it is done.
 
     On several processes each one calls this and iterates to the end. Rank 0 gets the records; the others get nothing,
     and their `lines` are ignored.
 
     Args:
-        llama: the model.
         lines: dictionaries as described above, taken one at a time, as there is room to answer them.
         template: the content of a template file (llama.datasets.task_template), or the file's path.
         logprobs: whether to record the log-probability of each token, for rows that do not say.
-        options: the decoding options of rows that have none of their own; `seed` is the run's, and each row's seed is
-            made of it and the row's id.
+        options: the decoding options of rows that have none of their own; a row's seed is made of `seed` and its id.
 
     Yields:
         {"id", "line" (its number, from 1), "text", "finish_reason" ("stop", "length" or "error"), "prompt_tokens" and
@@ -54,18 +49,17 @@ def run_batch(
         (with a template), "metadata".
 
     Raises:
-        ValueError, TypeError: an option is out of range, the template is malformed, or two rows of a list have the same
-            id. Nothing has run then. A row that is broken gives a record with an `error` instead.
+        ValueError, TypeError: at once, if an option is out of range, the template is malformed, or two rows of a list
+            have the same id. A row that is broken gives a record with an `error` instead.
     """
     run = _Batch(llama, template, logprobs, options)
-    rows = map(row_of, itertools.count(1), lines)
     with parallel.fail_together():
         if isinstance(lines, (list, tuple)) and dist.get_rank() == 0:
             scan(map(row_of, itertools.count(1), lines))
 
     def records() -> Iterator[dict]:  # a generator of its own, so that mistakes are raised at once
         with parallel.fail_at_once():
-            yield from run.records(rows)
+            yield from run.records(map(row_of, itertools.count(1), lines))
             parallel.gather_from_replicas([])  # none goes on before all are done
 
     return records()
@@ -83,34 +77,27 @@ def run_batch_files(
     progress: bool = False,
     **options: Any,
 ) -> Summary | None:
-    """`run_batch` from file to file (.jsonl, .csv or .parquet), for the rows that have no record in the target yet.
+    """`run_batch` from file to file, for the rows that have no record in the target yet. More is in `Run.write`.
 
     Whatever happens, the target has what was answered, and the same call goes on from there.
-
-    Args:
-        source, target, force, retry, progress: as in `Run.write`.
-        llama, template, logprobs, options: as in `run_batch`.
-
-    Returns, raises: as `run_batch` and `Run.write`.
     """
     run = _Batch(llama, template, logprobs, options)
-    return run.write(source, target, run.parameters(), force, retry, progress)
+    parameters = decoding_parameters(llama, run.options, run.seed)
+    parameters |= {"logprobs": logprobs, "template": run.template and run.template.content}
+    return run.write(source, target, parameters, force, retry, progress)
 
 
 @dataclass(eq=False)
 class _Line:
-    """A task that is being answered: its dialog, if it has one, and the answers in its open turns so far."""
+    """A task that is being answered."""
 
     task: Task
-    option: DecodingOptions
     dialog: OpenDialog | None = None
-    turns: list[dict] = field(default_factory=list)
+    turns: list[dict] = field(default_factory=list)  # the answers in its open turns so far
 
 
 class _Batch(Run):
     """A job for each row; for a dialog, one for each open turn."""
-
-    as_json = KEYS[1:]
 
     def __init__(self, llama: Llama, template: Any, logprobs: bool, options: dict[str, Any]):
         super().__init__(llama, options)
@@ -125,12 +112,6 @@ class _Batch(Run):
                         self.option_of(task.options)
                     except ValueError as error:
                         raise ValueError(f"task {name!r} of the template: {error}") from None
-
-    def parameters(self) -> dict[str, Any]:
-        """Everything that the records depend on besides the rows. Every process calls this."""
-        template = None if self.template is None else self.template.content
-        run = {"logprobs": self.logprobs, "template": template}
-        return decoding_parameters(self.llama, self.options, self.seed) | run
 
     def task_of(self, row: Row) -> Task:
         if self.template is None:
@@ -148,13 +129,14 @@ class _Batch(Run):
         return {**asked, "logprobs": logprobs, "options": self.with_seed(options, row)}
 
     def begin(self, task: Task) -> Job | Result:
-        line = _Line(task, self.option_of(task["options"]))
+        option, line, asked = self.option_of(task["options"]), _Line(task), task
         if "messages" in task:
             line.dialog = OpenDialog(task["messages"], self.llama.formatter)
-            if line.dialog.has_placeholders and line.option.num_return_sequences > 1:
-                n = line.option.num_return_sequences
-                raise ValueError(f"num_return_sequences = {n}: expected 1 where there are open turns")
-        return self._next_job(line)
+            asked = {"messages": line.dialog.prompt}
+            if line.dialog.has_placeholders and option.num_return_sequences > 1:
+                found = f"num_return_sequences = {option.num_return_sequences}"
+                raise ValueError(f"{found}: expected 1 where there are open turns")
+        return Job(line, prompt_ids(self.llama, asked), option, logprobs=task["logprobs"])
 
     def go_on(self, job: Job, answers: list[Answer]) -> Job | Result:
         line, result = job.key, self._result(job, answers)
@@ -164,7 +146,7 @@ class _Batch(Run):
         line.turns.append({name: value for name, value in result.items() if name not in ("line", "seed")})
         if not line.dialog.is_done and "error" not in result:
             try:
-                return self._next_job(line)
+                return replace(job, prompt=prompt_ids(self.llama, {"messages": line.dialog.prompt}))
             except ValueError as error:  # the dialog has become too long
                 result |= {"finish_reason": "error", "error": str(error)}
         result |= {"turns": line.turns, "messages": line.dialog.messages}
@@ -172,10 +154,9 @@ class _Batch(Run):
         return result
 
     def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
-        record = {"id": row.id, **result}
-        if "error" in result:
-            record = {"id": row.id, "line": row.number, "text": "", "finish_reason": "error"} | result
-        elif self.template is not None:
+        failed = {"text": "", "finish_reason": "error"} if "error" in result else {}
+        record = super().record_of(row, task, failed | result)
+        if not failed and self.template is not None:
             template = self.template.task_of(row.fields)
             record |= {"task": template.name, **template.read(record["text"])}
             for answer in record.get("answers", ()):
@@ -185,14 +166,18 @@ class _Batch(Run):
             record["metadata"] = row.fields["metadata"]
         return record
 
-    def _next_job(self, line: _Line) -> Job:
-        """The next answer that a row asks for. Raises ValueError or TypeError."""
-        asked = line.task if line.dialog is None else {"messages": line.dialog.prompt}
-        return Job(line, prompt_ids(self.llama, asked), line.option, logprobs=line.task["logprobs"])
-
     def _result(self, job: Job, answers: list[Answer]) -> Result:
         """What the record says of the answers to a job."""
-        shown = [self._shown(job, answer) for answer in answers]
+        shown = []
+        for answer in answers:
+            shown.append({"text": answer.text, "finish_reason": answer.finish_reason})
+            shown[-1]["answer_tokens"] = len(answer.tokens)
+            if "tokens" in job.key.task:
+                shown[-1]["token_ids"] = answer.tokens
+            if answer.score is not None:
+                shown[-1]["score"] = answer.score
+            top = {"top_logprobs": job.option.top_logprobs}
+            shown[-1] |= self.llama.answerer.details(job.prompt, answer, job.logprobs, False, top)
         result = {"line": job.key.task["line"], **shown[0], "prompt_tokens": len(job.prompt)}
         result |= {"answer_tokens": sum(len(answer.tokens) for answer in answers), "seed": job.option.seed}
         if len(answers) > 1:
@@ -200,13 +185,3 @@ class _Batch(Run):
         if errors := [answer.error for answer in answers if answer.error is not None]:
             result |= {"finish_reason": "error", "error": errors[0]}
         return result
-
-    def _shown(self, job: Job, answer: Answer) -> dict[str, Any]:
-        """What the record says of one answer."""
-        shown = {"text": answer.text, "finish_reason": answer.finish_reason, "answer_tokens": len(answer.tokens)}
-        if "tokens" in job.key.task:
-            shown["token_ids"] = answer.tokens
-        if answer.score is not None:
-            shown["score"] = answer.score
-        options = {"top_logprobs": job.option.top_logprobs}
-        return shown | self.llama.answerer.details(job.prompt, answer, job.logprobs, False, options)

@@ -1,6 +1,6 @@
 """A model's fingerprint: its shape, its tokenizer and a sample of every weight; the same on any number of processes.
 
-A journal keeps the fingerprint of the model that began it, so that no file mixes the answers of two models.
+A journal keeps the fingerprint of the model that began it: no file mixes the answers of two.
 """
 
 import hashlib
@@ -35,11 +35,8 @@ def weights_digest(model: Transformer) -> str:
     over ranks. The columns are counted in the whole matrix, in whatever layout it is in memory.
     """
     columns_of: dict[Layout, torch.Tensor] = {}  # several matrices share a layout
-    sums = []
-    for name, module in model.named_modules():
-        if isinstance(module, (Linear, VocabParallelEmbedding, RMSNorm)):
-            sums.append(_column_sums(model, name, module, columns_of))
-    total = torch.stack(sums)
+    hashed = [(n, m) for n, m in model.named_modules() if isinstance(m, (Linear, VocabParallelEmbedding, RMSNorm))]
+    total = torch.stack([_column_sums(model, name, module, columns_of) for name, module in hashed])
     total = total if total.is_cuda else total.cpu()  # NCCL takes CUDA tensors only, gloo not those of every device
     dist.all_reduce(total, group=model.output.group)
     return hashlib.sha256(str(total.tolist()).encode()).hexdigest()[:16]
@@ -58,14 +55,13 @@ def _column_sums(
     if rank % n_copies:
         return sums
     layout = getattr(module, "layout", None)
-    weight = None if layout is not None else module.weight.detach()
-    width = module.in_features if isinstance(module, Linear) else weight.shape[-1]
+    width = module.in_features if isinstance(module, Linear) else module.weight.shape[-1]
     start, stop = partition(width, rank, n_ranks) if isinstance(module, RowParallelLinear) else (0, width)
     indices = torch.arange(N_COLUMNS, device=sums.device) * width // N_COLUMNS
     here = (start <= indices) & (indices < stop)
     indices = indices[here] - start
     if layout is None:
-        columns = torch.atleast_2d(weight)[:, indices]
+        columns = torch.atleast_2d(module.weight)[:, indices]
     else:
         if layout not in columns_of:
             columns_of[layout] = layout.columns(indices)

@@ -1,8 +1,8 @@
 """A journal: the records of a run, one JSON line each, written as they come, so that a killed run can go on.
 
-Only whole lines are ever appended, by one writer. Beside the journal, OUT.run.json says which rows and parameters it
-belongs to. A CSV or Parquet file, which cannot grow line by line, is made in the end of the journal beside it
-(OUT.csv.jsonl). Knows nothing of models, or of what a record means beyond its `line`, `error` and `scores`.
+Only whole lines are ever appended, by one writer. Beside the journal, OUT.run.json, its sidecar, says which rows and
+parameters it belongs to. A CSV or Parquet file, which cannot grow line by line, is made in the end of the journal
+beside it (OUT.csv.jsonl). Knows nothing of models, or of what a record means beyond its `line`, `error` and `scores`.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama.datasets.rows import Row, Scan, format_of, scan
-from llama.datasets.tables import import_pyarrow, write_csv, write_parquet
+from llama.datasets.rows import Row, Rows, Scan, format_of, scan
+from llama.datasets.tables import import_pyarrow, write_table
 
 try:
     import fcntl
@@ -25,19 +25,15 @@ except ImportError:  # Windows has no flock: there, nothing keeps a second write
 
 # What was written is forced to the disk after this many seconds: at most so much is lost in a power failure.
 SYNC_SECONDS = 5.0
-# What the file beside the journal must say about the run.
+# What the sidecar must say about the run.
 SIDECAR_TYPES = {"rows": int, "digest": str, "parameters": dict}
 
 
 def check_target(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
-    """Checks all that can be checked of an output before there is anything to write.
-
-    Args:
-        path: the output. Folders that are missing are made when the run begins.
-        inputs: files that are read, none of which may be overwritten.
+    """Checks an output before there is anything to write. Folders that are missing are made when the run begins.
 
     Raises:
-        ValueError: its name ends in none of the formats, or it, its journal or the file beside that is an input.
+        ValueError: its name ends in none of the formats, or it, its journal or its sidecar is one of the inputs.
         OSError: it is a directory, or nothing can be written where it should be.
         ImportError: its format needs pyarrow.
     """
@@ -52,62 +48,48 @@ def check_target(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"nothing can be written in {folder}: choose another directory for {path.name}")
     for file in (path, *_beside(path)):
-        for source in inputs:
-            if file.exists() and os.path.samefile(source, file):
-                use = "" if file == path else f", which writing {path} would overwrite"
-                raise ValueError(f"{file} is the input{use}: expected another file for the answers")
+        if file.exists() and any(os.path.samefile(source, file) for source in inputs):
+            use = "" if file == path else f", which writing {path} would overwrite"
+            raise ValueError(f"{file} is the input{use}: expected another file for the answers")
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """The journal of an output, which may be the output itself, and the file that says which run it belongs to."""
+    """The journal of an output and its sidecar."""
     is_journal = format_of(path) in (".jsonl", ".ndjson")
     return path if is_journal else path.with_name(path.name + ".jsonl"), path.with_name(path.name + ".run.json")
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager):
     """The records of a run. Opening one that a killed run left behind goes on with it.
 
     Args:
-        target: the output, in one of the formats.
         rows: what the run answers; read once here.
         parameters: everything else that the records depend on, as JSON.
         force: whether to start over, whatever is there.
         retry: whether rows whose records have an `error`, or a null among their `scores`, are done again.
 
-    Attributes:
-        path: the journal: the target itself, if that is a file of JSON lines.
-        n_rows: how many rows there are.
-        done: the numbers of the rows that have a record from an earlier run.
-        n_failed: how many of these records have an `error`.
-
     Raises:
         BlockingIOError: another run is writing it.
-        ValueError: it belongs to other rows or parameters, was not written by a run, or is the input; or as `scan`.
-        OSError, ImportError: it cannot be written; or as `check_target`.
+        ValueError, OSError, ImportError: it is another run's; or as `scan` and `check_target`.
     """
 
+    n_rows: int  # how many rows there are
+
     def __init__(
-        self,
-        target: str | os.PathLike,
-        rows: Iterable[Row],
-        parameters: dict[str, Any],
-        force: bool = False,
-        retry: bool = False,
+        self, target: str | os.PathLike, rows: Iterable[Row], parameters: dict, force: bool = False, retry: bool = False
     ):
         self.target = Path(target)
-        source = getattr(rows, "path", None)
-        check_target(self.target, *([] if source is None else [source]))
-        self.path, self._sidecar = _beside(self.target)
-        is_ours = self.path == self.target or (self.path.exists() and self._sidecar.exists())
-        if self.target.exists() and not (is_ours or force):
-            raise ValueError(
-                f"{target} is there already, and no {self.path.name} with {self._sidecar.name} says that a run wrote "
-                "it: expected a new file, or --force to overwrite it"
-            )
+        check_target(self.target, *([rows.path] if isinstance(rows, Rows) else []))
+        self.path, self._sidecar = _beside(self.target)  # the journal is the target itself if that is JSON lines
+        missing = [file.name for file in (self.path, self._sidecar) if not file.exists()]
+        for file in (self.target, self.path):
+            if missing and not force and file.exists() and file.stat().st_size > 0:
+                found = f"{file} is there already, and no {' with '.join(missing)} says which run it belongs to"
+                raise ValueError(f"{found}: expected a new file, or --force to overwrite it")
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._lock()
-        self.done: set[int] = set()
-        self.n_failed = 0
+        self.done: set[int] = set()  # the numbers of the rows that have a record from an earlier run
+        self.n_failed = 0  # how many of these records have an `error`
         self._synced = time.monotonic()
         try:
             self._begin(rows, parameters, force, retry)
@@ -118,19 +100,12 @@ class Journal:
             raise
         self._size = os.fstat(self._file).st_size
 
-    def __enter__(self) -> "Journal":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a record, as one line in one write; its `line` is the number of the row.
-
-        Raises:
-            OSError: it could not be written: the disk is full, say. The file still ends with a whole line.
-        """
-        line = to_json(record) + b"\n"
+        """Adds a record, as one line in one write. Raises OSError if the disk is full; the file's lines stay whole."""
+        line = _to_json(record)
         try:
             if (n := os.write(self._file, line)) < len(line):
                 os.write(self._file, line[n:])  # raises the reason
@@ -140,17 +115,13 @@ class Journal:
             raise OSError(error.errno, problem, str(self.path)) from error
         self._size += len(line)
         if time.monotonic() - self._synced > SYNC_SECONDS:
-            self.sync()
-
-    def sync(self) -> None:
-        """Forces what was written to the disk."""
-        os.fsync(self._file)
-        self._synced = time.monotonic()
+            os.fsync(self._file)
+            self._synced = time.monotonic()
 
     def close(self) -> None:
         """Ends the writing; another run may go on with the journal."""
         try:
-            self.sync()
+            os.fsync(self._file)
         finally:
             os.close(self._file)
 
@@ -159,9 +130,8 @@ class Journal:
         if self.path != self.target:
             with self.path.open("rb") as file:
                 records = sorted(map(json.loads, file), key=lambda record: record["line"])
-            write = write_csv if format_of(self.target) == ".csv" else write_parquet
-            with replacing(self.target) as file:
-                write(file, records)
+            with _replacing(self.target) as file:
+                write_table(file, records, is_parquet=format_of(self.target) == ".parquet")
 
     def _lock(self) -> int:
         """The journal, opened to append to, and locked for as long as it is open."""
@@ -174,22 +144,18 @@ class Journal:
                     return file
             except BlockingIOError:
                 os.close(file)
-                raise BlockingIOError(
-                    f"{self.target} is being written by {self._writer()}: wait for that run, or choose another output"
-                ) from None
+                writer = "another run"
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    found = json.loads(self._sidecar.read_bytes())["writer"]
+                    writer = "process {pid} on {host}, since {since}".format(**found)
+                hint = "wait for that run, or choose another output"
+                raise BlockingIOError(f"{self.target} is being written by {writer}: {hint}") from None
             except FileNotFoundError:
                 pass
             os.close(file)  # another run replaced the journal between open and lock: open the new one
 
-    def _writer(self) -> str:
-        """The process that holds the lock, as the file beside the journal describes it."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            writer = json.loads(self._sidecar.read_bytes())["writer"]
-            return "process {pid} on {host}, since {since}".format(**writer)
-        return "another run"
-
     def _begin(self, rows: Iterable[Row], parameters: dict[str, Any], force: bool, retry: bool) -> None:
-        """Checks that the journal belongs to this run, reads what is done, and says beside it what it belongs to."""
+        """Checks that the journal belongs to this run, reads what is done, and writes the sidecar."""
         is_empty = force or os.fstat(self._file).st_size == 0
         before = None if is_empty else self._read_sidecar()
         found = scan(rows, before["rows"] if before else -1)
@@ -202,26 +168,20 @@ class Journal:
             self._resume(retry, found.last)
         writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         content = {"rows": found.n_rows, "digest": found.digest, "parameters": parameters, "writer": writer}
-        with replacing(self._sidecar) as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace") + b"\n")
+        with _replacing(self._sidecar) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode(errors="backslashreplace") + b"\n")
 
     def _read_sidecar(self) -> dict[str, Any]:
-        """The rows and parameters that the journal belongs to. Raises ValueError if the file is missing or damaged."""
+        """Which run the journal belongs to. Raises ValueError if the sidecar is damaged."""
         try:
             content = json.loads(self._sidecar.read_bytes())
             for name, kind in SIDECAR_TYPES.items():
                 if not isinstance(content, dict) or not isinstance(content.get(name), kind):
                     raise ValueError(f"it has no {name}")
             return content
-        except FileNotFoundError:
-            raise ValueError(
-                f"{self.path} is there already, and no {self._sidecar.name} says which run it belongs to: "
-                "expected a new file, or --force to overwrite it"
-            ) from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{self._sidecar} is damaged ({error}): expected what a run wrote; --force starts over"
-            ) from None
+            problem = f"damaged ({error}): expected what a run wrote; --force starts over"
+            raise ValueError(f"{self._sidecar} is {problem}") from None
 
     def _check(self, before: dict[str, Any], found: Scan, parameters: dict[str, Any]) -> None:
         """Refuses rows and parameters other than those of the run before; new rows at the end are fine."""
@@ -232,10 +192,8 @@ class Journal:
             changes.append(f"the first {before['rows']} lines of the input have changed")
         changes += differences(before["parameters"], parameters)
         if changes:
-            raise ValueError(
-                f"{self.target} belongs to another run: {'; '.join(changes)}. Choose another output, or --force to "
-                "overwrite it"
-            )
+            hint = "Choose another output, or --force to overwrite it"
+            raise ValueError(f"{self.target} belongs to another run: {'; '.join(changes)}. {hint}")
 
     def _resume(self, retry: bool, last: int) -> None:
         """Reads which rows, numbered up to `last`, are done, and cuts off a last line that is not whole."""
@@ -255,52 +213,42 @@ class Journal:
                 if broken is None and not (type(row) is int and 1 <= row <= last):
                     broken = number, f"line = {row!r}: expected the number of a line of the input, from 1 to {last}"
                 if broken is not None:  # not only the last line, as after a kill or a power failure
-                    raise ValueError(
-                        f"line {broken[0]} of {self.path} is not an answer ({broken[1]}): "
-                        "delete that line, and start the same command again"
-                    )
-                failed, end = "error" in record, end + len(line)
-                again = retry and (failed or None in (record.get("scores") or ()))
-                if not again:
-                    self.done.add(row)
-                    self.n_failed += failed
-                if retry and not again:
+                    hint = "delete that line, and start the same command again"
+                    raise ValueError(f"line {broken[0]} of {self.path} is not an answer ({broken[1]}): {hint}")
+                end += len(line)
+                if retry and ("error" in record or None in (record.get("scores") or ())):
+                    continue
+                self.done.add(row)
+                self.n_failed += "error" in record
+                if retry:
                     kept.append(line)
         if not retry:
             os.ftruncate(self._file, end)
             return
-        with replacing(self.path) as file:
+        with _replacing(self.path) as file:
             file.writelines(kept)
         old, self._file = self._file, self._lock()
         os.close(old)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The differences between two JSON values, each with its name and both values."""
+    """The differences between two JSON values, each with its name and both values, cut short."""
     if isinstance(before, dict) and isinstance(now, dict):
-        names = [*before, *(n for n in now if n not in before)]
+        names = before | now
         return [d for n in names for d in differences(before.get(n), now.get(n), f"{name}.{n}" if name else n)]
-    return [] if before == now else [f"{name} was {_short(before)}, and is {_short(now)}"]
+    texts = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
+    was, is_now = (text if len(text) <= 60 else text[:57] + "…" for text in texts)
+    return [] if before == now else [f"{name} was {was}, and is {is_now}"]
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def to_json(value: Any) -> bytes:
-    """One line of strict JSON in UTF-8. NaN and infinities, which JSON does not have, become null."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
-    except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False, default=str)
-    try:
-        return text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only write as an escape
-        return json.dumps(json.loads(text)).encode()
+def _to_json(value: Any) -> bytes:
+    """A line of strict JSON in UTF-8; half of a surrogate pair, which UTF-8 does not have, is an escape."""
+    text = json.dumps(_finite(value), ensure_ascii=False, default=str)
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -309,7 +257,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` once it is whole, and is removed if anything is raised."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

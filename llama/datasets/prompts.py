@@ -1,8 +1,6 @@
-"""What a row asks of a model, a text, a dialog or token ids, and the ids of its prompt.
+"""What a row asks of a model, a text, a dialog or token ids, and the ids of its prompt. Knows nothing of files."""
 
-Knows nothing of where a row is from.
-"""
-
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +9,7 @@ from llama.options import NAMES
 
 KINDS = ("prompt", "messages", "tokens")  # a text to be continued, a dialog to be answered, ids
 OPTIONS = tuple(name for name in NAMES if name != "logits_processor")  # a file holds no code
+KEYS = (*KINDS, "logprobs", "metadata", *OPTIONS)  # the fields of a row, besides its id
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -29,12 +28,26 @@ def check_names(row: Mapping[str, Any], others: Iterable[str], options: Iterable
             raise ValueError(f"{name!r} is not known: expected {expected}")
 
 
-def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
-    """The ids of a row's prompt.
+def from_json(options: dict[str, Any]) -> dict[str, Any]:
+    """Decoding options as a file has them. Raises TypeError if one is none.
 
-    Raises:
-        ValueError, TypeError: as `kind_of`; or the prompt is empty, too long, or not what its kind says.
+    The ids of a logit_bias are strings in JSON, and pandas writes the integers of a column as 5.0 if one is missing.
     """
+    for name in options:
+        if name not in NAMES:
+            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+    is_whole = {name: isinstance(value, float) and value.is_integer() for name, value in options.items()}
+    options = {name: int(value) if is_whole[name] else value for name, value in options.items()}
+    bias = options.get("logit_bias")
+    if isinstance(bias, dict):
+        is_id = re.compile(r"\d{1,18}", re.ASCII).fullmatch
+        ids = {int(key) if isinstance(key, str) and is_id(key) else key: value for key, value in bias.items()}
+        options = options | {"logit_bias": ids}
+    return options
+
+
+def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
+    """The ids of a row's prompt. Raises ValueError or TypeError if it has not one, or it is empty or too long."""
     kind = kind_of(row)
     ids = row[kind]
     if kind == "messages":

@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from llama.datasets.tables import Cells, read_csv, read_parquet
+from llama.datasets.tables import read_csv, read_parquet
 
 FORMATS = (".jsonl", ".ndjson", ".csv", ".parquet")
 # How deep lists and objects may be nested. Each level takes stack wherever a row is walked, and Python's has an end.
@@ -21,19 +21,12 @@ MAX_DEPTH = 100
 
 @dataclass
 class Row:
-    """One row of a file.
+    """One row of a file."""
 
-    Attributes:
-        number: its line, from 1; in a CSV or Parquet file, its place among the rows.
-        id: its `id`; its number if it has none; None if the row is broken.
-        fields: everything else it holds.
-        error: why it is broken.
-    """
-
-    number: int
-    id: str | int | None
-    fields: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
+    number: int  # its line, from 1; in a CSV or Parquet file, its place among the rows
+    id: str | int | None  # its number if it has none of its own; None if the row is broken
+    fields: dict[str, Any]  # everything else it holds
+    error: str | None = None  # why it is broken
 
 
 class Rows:
@@ -41,14 +34,11 @@ class Rows:
 
     Args:
         path: a .jsonl, .ndjson, .csv or .parquet file; the last two need pyarrow.
-        as_json: the columns of a CSV file whose cells hold JSON, such as numbers and lists; all others are text. An
-            empty cell is a field that is not there.
+        as_json: the columns of a CSV file whose cells hold JSON, such as numbers and lists; all others are text.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its name ends in none of these. While iterating: a Parquet file that cannot be read, or a CSV file
-            with a quote out of place (`tables.read_csv`).
-        ImportError: while iterating: pyarrow is missing.
+        ValueError: its name ends in none of these; while iterating, as `read_csv` and `read_parquet`.
     """
 
     def __init__(self, path: str | os.PathLike, as_json: Collection[str] = ()):
@@ -59,39 +49,28 @@ class Rows:
             raise FileNotFoundError(f"{found}: expected a file of rows")
 
     def __iter__(self) -> Iterator[Row]:
-        if self._format == ".csv":
-            return (self._csv_row(number, cells) for number, cells in enumerate(read_csv(self.path), 1))
-        if self._format == ".parquet":
-            return (_row_of_cells(number, cells) for number, cells in enumerate(read_parquet(self.path), 1))
-        return self._json_lines()
-
-    def _json_lines(self) -> Iterator[Row]:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield row_of(number, _from_json(line.decode("utf-8-sig")))
-                    continue
-                except UnicodeDecodeError as error:
-                    problem = f"not UTF-8: {error}"
-                except RecursionError:
-                    problem = f"nested deeper than {MAX_DEPTH} levels"
-                except ValueError as error:
-                    problem = f"not JSON: {error}"
-                yield Row(number, None, {"raw": repr(line)}, problem)
-
-    def _csv_row(self, number: int, cells: Cells) -> Row:
-        fields, error = cells
-        for name in () if error else fields.keys() & self.as_json:
-            with contextlib.suppress(ValueError, RecursionError):  # not JSON: text, such as a stop string
-                fields[name] = _from_json(fields[name])
-        return _row_of_cells(number, cells)
+        if self._format in (".jsonl", ".ndjson"):
+            with self.path.open("rb") as file:
+                yield from (_row_of_json(number, line) for number, line in enumerate(file, 1) if line.strip())
+            return
+        is_csv = self._format == ".csv"
+        for number, (fields, error) in enumerate((read_csv if is_csv else read_parquet)(self.path), 1):
+            for name in fields.keys() & self.as_json if is_csv and error is None else ():
+                with contextlib.suppress(ValueError, RecursionError):  # not JSON: text, such as a stop string
+                    fields[name] = _from_json(fields[name])
+            yield row_of(number, fields) if error is None else Row(number, None, fields, error)
 
 
-def _row_of_cells(number: int, cells: Cells) -> Row:
-    fields, error = cells
-    return row_of(number, fields) if error is None else Row(number, None, fields, error)
+def _row_of_json(number: int, line: bytes) -> Row:
+    try:
+        return row_of(number, _from_json(line.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8: {error}"
+    except RecursionError:
+        problem = f"nested deeper than {MAX_DEPTH} levels"
+    except ValueError as error:
+        problem = f"not JSON: {error}"
+    return Row(number, None, {"raw": repr(line)}, problem)
 
 
 def row_of(number: int, fields: Any) -> Row:
@@ -112,11 +91,11 @@ def row_of(number: int, fields: Any) -> Row:
 def _from_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError, or RecursionError if it is nested deeper than MAX_DEPTH."""
     value = json.loads(text)
-    _check_depth(value)
+    _check_depth(value, MAX_DEPTH)
     return value
 
 
-def _check_depth(value: Any, left: int = MAX_DEPTH) -> None:
+def _check_depth(value: Any, left: int) -> None:
     if isinstance(value, (dict, list)):
         if not left:
             raise RecursionError
@@ -131,29 +110,17 @@ def format_of(path: Path) -> str:
     return path.suffix.lower()
 
 
-@dataclass
-class Scan:
-    """What identifies the rows of a run.
-
-    Attributes:
-        n_rows: how many there are.
-        digest: of all of them.
-        digest_of_first: of the first `n_first` that `scan` was asked for; None if there are fewer.
-        last: the largest row number, which in JSON lines counts empty lines too; 0 if there is no row.
-    """
+class Scan(NamedTuple):
+    """What identifies the rows of a run."""
 
     n_rows: int
-    digest: str
-    digest_of_first: str | None
-    last: int
+    digest: str  # of all of them
+    digest_of_first: str | None  # of the first `n_first` that `scan` was asked for; None if there are fewer
+    last: int  # the largest row number, which in JSON lines counts empty lines too; 0 if there is no row
 
 
 def scan(rows: Iterable[Row], n_first: int = -1) -> Scan:
-    """Reads all rows.
-
-    Raises:
-        ValueError: two rows have the same id; names both.
-    """
+    """Reads all rows. Raises ValueError if two have the same id."""
     lines: dict[str, int] = {}
     digest, n_rows, last = hashlib.sha256(), 0, 0
     of_first = digest.hexdigest() if n_first == 0 else None

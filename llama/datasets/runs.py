@@ -21,11 +21,12 @@ from tqdm import tqdm
 from llama import parallel
 from llama.datasets.fingerprint import fingerprint
 from llama.datasets.journal import Journal
+from llama.datasets.prompts import KEYS, from_json
 from llama.datasets.rows import Row, Rows
 from llama.datasets.task_queue import TaskQueue
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
-from llama.options import DecodingOptions, from_json
+from llama.options import DecodingOptions
 
 N_ERRORS_SHOWN = 10
 Task = dict[str, Any]  # JSON, with the `line` of its row; or with an `error`, if none could be made of the row
@@ -37,14 +38,10 @@ class Run(ABC):
 
     Args:
         llama: the model; None if no task needs it.
-        options: the decoding options of rows that have none of their own. `seed` is the run's: the seed of each row is
-            made of it and the row's id.
-
-    Raises:
-        ValueError, TypeError: an option is out of range, or there is none of that name.
+        options: the decoding options of rows that have none of their own, checked here. `seed` is the run's.
     """
 
-    as_json: Collection[str] = ()  # the columns of a CSV file that hold JSON
+    as_json: Collection[str] = KEYS[1:]  # the columns of a CSV file that hold JSON
 
     def __init__(self, llama: Llama | None = None, options: dict[str, Any] | None = None):
         self.llama, self.options = llama, from_json(options or {})
@@ -53,8 +50,8 @@ class Run(ABC):
             self.seed = llama.answerer.seed if seed is None else seed
             self.option_of({"seed": self.seed})
 
-    def tasks(self, rows: Iterable[Row], waiting: dict[int, tuple[Row, Task]]) -> Iterator[Task]:
-        """The task of each row, which waits with its row for the result, under the row's number."""
+    def _tasks(self, rows: Iterable[Row], waiting: dict[int, tuple[Row, Task]]) -> Iterator[Task]:
+        """The task of each row; both wait for the result under the row's number."""
         for row in rows:
             try:
                 if row.error is not None:
@@ -70,7 +67,7 @@ class Run(ABC):
         waiting: dict[int, tuple[Row, Task]] = {}
         no_jobs = contextlib.nullcontext(SimpleNamespace(n_open=0, has_room=True))
         open_jobs = no_jobs if self.llama is None else self.llama.open_jobs()
-        with TaskQueue(self.tasks(rows, waiting)) as queue, open_jobs as jobs:
+        with TaskQueue(self._tasks(rows, waiting)) as queue, open_jobs as jobs:
             more = True
             while more or jobs.n_open:
                 if more and jobs.has_room:
@@ -83,10 +80,8 @@ class Run(ABC):
                         jobs.add(outcome)
                     else:
                         queue.give(outcome)
-                for result in queue.results():
+                for result in queue.results(wait=not more and not jobs.n_open):
                     yield self.record_of(*waiting.pop(result["line"]), result)
-            for result in queue.results(wait=True):
-                yield self.record_of(*waiting.pop(result["line"]), result)
 
     def write(
         self,
@@ -97,22 +92,14 @@ class Run(ABC):
         retry: bool = False,
         progress: bool = False,
     ) -> "Summary | None":
-        """Writes the records of the rows that have none yet. Every process calls this; only rank 0 needs the files.
+        """Writes the records of the rows that have none yet; returns, on rank 0, what was done.
+
+        Every process calls this; only rank 0 needs the files. Raises, before anything runs, as `Rows` and `Journal`.
 
         Args:
             source, target: .jsonl, .csv or .parquet files; a target of the last two is made once all rows are done.
-            parameters: everything that the records depend on besides the rows, as JSON.
-            force: whether to start over, whatever the target holds.
-            retry: whether rows that failed are done again; if not, they count as done.
+            parameters, force, retry: as in `Journal`.
             progress: whether to show a bar, and why the first rows failed, on stderr.
-
-        Returns:
-            on rank 0, what was done.
-
-        Raises:
-            FileNotFoundError, ValueError, TypeError: as `Rows` and `Journal`. Nothing has run then.
-            BlockingIOError: another run is writing the target.
-            OSError: the target cannot be written.
         """
         journal, rows, summary = None, (), Summary(Path(target))
         with parallel.fail_together():
@@ -133,13 +120,13 @@ class Run(ABC):
         return None if journal is None else summary
 
     def option_of(self, options: dict[str, Any]) -> DecodingOptions:
-        """The options of a row, after those of the run, checked. Raises ValueError or TypeError."""
+        """The options of a row, and for those it lacks the run's. Raises ValueError or TypeError."""
         option = DecodingOptions(**self.options | from_json(options))
         self.llama.answerer.check_option(option)
         return option
 
     def with_seed(self, options: dict[str, Any], row: Row) -> dict[str, Any]:
-        """The options of a row, which gets a seed if it has none: a function of the run's seed and the row's id."""
+        """The options of a row, which gets a seed if it has none."""
         return options if options.get("seed") is not None else options | {"seed": line_seed(self.seed, row.id)}
 
     def _begin(self, task: Task) -> Job | Result:
@@ -158,34 +145,24 @@ class Run(ABC):
 
     def go_on(self, job: Job, answers: list[Answer]) -> Job | Result:
         """On a replica, what comes after the answers to a job: the task's next job, or its result."""
-        raise NotImplementedError
+        raise NotImplementedError  # a run whose tasks have no jobs needs none
 
-    @abstractmethod
     def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
-        """On rank 0, what is written of a row."""
+        """On rank 0, what is written of a row: its id and number, what its task holds as `row`, and the result."""
+        return {"id": row.id, "line": row.number, **task.get("row", {}), **result}
 
 
 @dataclass
 class Summary:
-    """What a run over files has done.
+    """What a run over files has done."""
 
-    Attributes:
-        path: its journal.
-        n_lines: rows of the source.
-        n_done: rows that have a record.
-        n_failed: rows whose record has an `error`.
-        n_before: rows that had a record before this run.
-        n_tokens: tokens in the answers of this run.
-        seconds: from its beginning to its last record.
-    """
-
-    path: Path
-    n_lines: int = 0
-    n_done: int = 0
-    n_failed: int = 0
-    n_before: int = 0
-    n_tokens: int = 0
-    seconds: float = 0.0
+    path: Path  # its journal
+    n_lines: int = 0  # rows of the source
+    n_done: int = 0  # those that have a record
+    n_failed: int = 0  # those whose record has an `error`
+    n_before: int = 0  # those that had a record before this run
+    n_tokens: int = 0  # in the answers of this run
+    seconds: float = 0.0  # from its beginning to its last record
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     def add(self, record: dict[str, Any], bar: tqdm) -> None:
@@ -212,10 +189,7 @@ class Summary:
 
 
 def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What answers depend on besides their prompts, as JSON. Every process calls this.
-
-    Options that are not given have their defaults, so that giving a default changes nothing.
-    """
+    """What answers depend on besides their prompts, as JSON; giving a default changes nothing. Collective."""
     options = {name: value for name, value in vars(DecodingOptions(**options)).items() if name != "seed"}
     if (processor := options.pop("logits_processor")) is not None:
         options["logits_processor"] = getattr(processor, "__qualname__", type(processor).__qualname__)
@@ -223,5 +197,5 @@ def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dic
 
 
 def line_seed(seed: int, id: str | int | None) -> int:
-    """The seed of a line, of 48 bits: a function of the run's and of the line's id."""
+    """The seed of a row, of 48 bits: a function of the run's seed and the row's id."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {id}".encode(errors="replace"), digest_size=6).digest(), "little")

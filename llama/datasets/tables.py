@@ -1,8 +1,6 @@
-"""CSV and Parquet files, read and written with pyarrow, an optional extra.
+"""CSV and Parquet files, by pyarrow, an optional extra. Knows nothing of what the columns mean."""
 
-Knows nothing of what the columns mean.
-"""
-
+import codecs
 import contextlib
 import datetime
 import json
@@ -17,7 +15,6 @@ from uuid import UUID
 
 # The longest row of a CSV file, and how much of the file is read at a time, bytes.
 CSV_BLOCK = 8 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A quoted cell. Its first group is empty if no quote closes it; its second is what stands wrongly after it.
 QUOTED_CELL = re.compile(rb'(?:\A(?:\xef\xbb\xbf)?|(?<=[,\r\n]))"[^"]*(?:""[^"]*)*("?)(?=([^,\r\n])?)')
 
@@ -31,29 +28,24 @@ def import_pyarrow() -> Any:
         import pyarrow.csv
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(
-            "CSV and Parquet files need pyarrow: pip install '.[data]' (or pip install pyarrow)"
-        ) from error
+        raise ImportError("CSV and Parquet files need pyarrow: pip install '.[data]'") from error
     return pyarrow
 
 
 def read_csv(path: Path) -> Iterator[Cells]:
-    """The rows of a CSV file (RFC 4180, UTF-8), one at a time; each cell is text, whatever it looks like.
+    """The rows of a CSV file (RFC 4180, UTF-8), one at a time; each cell is text, an empty one a field not there.
 
     A row with a wrong number of cells, or that is not UTF-8, is broken and the others are read. A stray quote is worse:
-    it leaves open where rows end, and pyarrow would guess without a word. Such a file is refused.
-
-    Raises:
-        ValueError: a quote is out of place, the first line does not name the columns, or pyarrow cannot read the file.
-            Names the file and, for a quote, the line; raised before the first row.
-        ImportError: pyarrow is not installed.
+    it leaves open where rows end, and pyarrow would guess without a word. Such a file is refused before its first row,
+    as is one whose first line does not name the columns. Raises ValueError.
     """
     pyarrow = import_pyarrow()
     _check_quotes(path)
-    broken: deque[Any] = deque()
+    broken: deque[tuple[int, Cells]] = deque()  # the number and content of rows that pyarrow skips
 
     def keep_broken(row: Any) -> str:
-        broken.append(row)
+        problem = f"{row.actual_columns} cells: expected {row.expected_columns}, as in the first line"
+        broken.append((row.number, ({"raw": row.text}, problem)))
         return "skip"
 
     # One thread, or pyarrow does not number the rows. In Latin-1 every byte is a character, so that bytes which are
@@ -71,71 +63,54 @@ def read_csv(path: Path) -> Iterator[Cells]:
             for batch in reader:
                 for cells in batch.to_pylist():
                     number += 1
-                    while broken and broken[0].number == number:
-                        yield _wrong_length(broken.popleft())
+                    while broken and broken[0][0] == number:
+                        yield broken.popleft()[1]
                         number += 1
                     yield _decoded(header, cells.values())
-            yield from map(_wrong_length, broken)
+            yield from (cells for _, cells in broken)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read as CSV with rows of at most {CSV_BLOCK >> 20} MiB: {error}") from None
 
 
 def _after_mark(file: BinaryIO) -> BinaryIO:
     """The file, at the first byte after a byte order mark."""
-    if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
-        file.seek(0)
+    file.seek(len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0)
     return file
 
 
 def _check_quotes(path: Path) -> None:
-    """Raises ValueError at the first quoted cell that is never closed, or has text after its closing quote.
-
-    pyarrow would read the rest of the file into the first one, and drop the quotes of the second.
-    """
+    """Raises ValueError at the first quoted cell that is never closed, or has text after its closing quote."""
     if path.stat().st_size == 0:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for cell in QUOTED_CELL.finditer(content):
             if not cell[1] or cell[2]:
                 line = content[: cell.start()].count(b"\n") + 1
-                problem = (
-                    "a cell has text after its closing quote" if cell[1] else "a quote opens a cell, none closes it"
-                )
-                raise ValueError(
-                    f"{path}, line {line}: {problem}, so it cannot be told where rows end: "
-                    'expected "" for each quote inside a quoted cell (JSON lines have no such limits)'
-                )
+                problem = "cell has text after its closing quote" if cell[1] else "quote opens a cell, none closes it"
+                expected = 'expected "" for each quote inside a quoted cell (JSON lines have no such limits)'
+                raise ValueError(f"{path}, line {line}: a {problem}, so it cannot be told where rows end: {expected}")
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
     """The names of the columns. Raises ValueError if one is empty, is there twice, or is not UTF-8."""
     with contextlib.suppress(UnicodeDecodeError):
         names = [name.encode("latin-1").decode() for name in names]
-        if names and "" not in names and len(set(names)) == len(names):
+        if "" not in names and len(set(names)) == len(names):
             return names
     hint = " (pandas writes its index without one: to_csv(…, index=False))" if "" in names else ""
     raise ValueError(f"{path}: expected a first line of column names, each once and in UTF-8; found {names}{hint}")
 
 
 def _decoded(header: list[str], cells: Any) -> Cells:
-    """The fields of a row whose cells were read as Latin-1; an empty cell is a field that is not there."""
+    """The fields of a row whose cells were read as Latin-1."""
     try:
         return {name: c.encode("latin-1").decode() for name, c in zip(header, cells) if c}, None
     except UnicodeDecodeError:
         return {"raw": list(cells)}, "not UTF-8"
 
 
-def _wrong_length(row: Any) -> Cells:
-    return {"raw": row.text}, f"{row.actual_columns} cells: expected {row.expected_columns}, as in the first line"
-
-
 def read_parquet(path: Path) -> Iterator[Cells]:
-    """The rows of a Parquet file, one at a time, without their nulls, in values that JSON has.
-
-    Raises:
-        ValueError: it cannot be read as Parquet.
-        ImportError: pyarrow is not installed.
-    """
+    """The rows of a Parquet file, one at a time, without their nulls, in values that JSON has. Raises ValueError."""
     pyarrow = import_pyarrow()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -149,53 +124,35 @@ def _without_nulls(values: dict[str, Any]) -> Cells:
     fields = {}
     for name, value in values.items():
         try:
-            if value is not None:
-                fields[name] = _as_json(value)
+            fields |= {} if value is None else {name: json.loads(json.dumps(value, default=_as_json))}
         except ValueError as error:
             return {"raw": values}, f"column {name!r}: {error}"
     return fields, None
 
 
 def _as_json(value: Any) -> Any:
-    """The JSON value for one of a Parquet file: dates and times are text (ISO 8601), decimals numbers."""
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, dict):
-        return {name: _as_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
+    """The JSON value for one that JSON does not have: dates and times are text (ISO 8601), decimals numbers."""
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, Decimal):
         return int(value) if value.as_tuple().exponent >= 0 else float(value)
     if isinstance(value, UUID):
         return str(value)
-    kind = type(value).__name__
-    raise ValueError(
-        f"found {kind}, which JSON does not have: expected text, numbers, dates, lists or structs of these"
-    )
+    expected = "expected text, numbers, dates, lists or structs of these"
+    raise ValueError(f"found {type(value).__name__}, which JSON does not have: {expected}")
 
 
-def write_csv(file: BinaryIO, records: list[dict[str, Any]]) -> None:
-    """A column for each name in the records; lists and objects are JSON, and nothing is an empty cell."""
+def write_table(file: BinaryIO, records: list[dict[str, Any]], is_parquet: bool) -> None:
+    """A column for each name in the records; in CSV, lists and objects are JSON, and nothing is an empty cell."""
     pyarrow = import_pyarrow()
-    pyarrow.csv.write_csv(_table(records, has_lists=False), file)
-
-
-def write_parquet(file: BinaryIO, records: list[dict[str, Any]]) -> None:
-    """A column for each name in the records. One whose values are of several types is text: strings, or else JSON."""
-    pyarrow = import_pyarrow()
-    pyarrow.parquet.write_table(_table(records, has_lists=True), file)
-
-
-def _table(records: list[dict[str, Any]], has_lists: bool) -> Any:
     names = dict.fromkeys(name for record in records for name in record)
-    columns = {name: _column([record.get(name) for record in records], has_lists) for name in names}
-    return import_pyarrow().table(columns)
+    columns = {name: _column([record.get(name) for record in records], has_lists=is_parquet) for name in names}
+    write = pyarrow.parquet.write_table if is_parquet else pyarrow.csv.write_csv
+    write(pyarrow.table(columns), file)
 
 
 def _column(values: list[Any], has_lists: bool) -> Any:
-    """An array of one type; of text where the values have several, or one that the format does not have."""
+    """An array of one type; of text, strings or else JSON, where there are several or the format has no such type."""
     pyarrow = import_pyarrow()
     with contextlib.suppress(pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
         array = pyarrow.array(values)

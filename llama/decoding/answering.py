@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -24,10 +24,28 @@ from llama.engine import Engine
 from llama.options import DecodingOptions, check_ids, per_prompt
 from llama.sampling import RandomStream
 from llama.sequence import Sequence, Speculation
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Dialog, Message, Tokenizer
 from llama.tokenizer.answer_text import AnswerText
 
 TopLogprobs = list[list[tuple[int, float]]]  # for each token, the most likely (id, log-probability), best first
+
+
+class Details(TypedDict, total=False):
+    """What a prediction has besides its text, when asked for."""
+
+    tokens: list[str]  # with logprobs=True: the text of each token,
+    logprobs: list[float]  # and its natural-log probability
+    top_logprobs: TopLogprobs  # with top_logprobs=k
+    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
+
+
+class CompletionPrediction(Details, total=False):
+    generation: str
+
+
+class ChatPrediction(Details, total=False):
+    generation: Message
+    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
 
 
 @dataclass
@@ -149,15 +167,38 @@ class Answerer:
         by_prompt, failed = [], []
         for index in range(len(jobs)):
             by_prompt.append(answers[index])
-            failed += [(index, answer.error) for answer in answers[index] if answer.error is not None]
+            for answer in answers[index]:
+                if answer.error is not None:
+                    failed.append((index, answer.error))
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             first = failed[0][0] if names is None else names[failed[0][0]]
             raise GenerationError(f"prompt {first}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
         return by_prompt
 
-    def stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
-        """Yields the text of one answer while it is decided."""
+    def answer_all(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        logprobs: bool = False,
+        echo: bool = False,
+        progress: bool = False,
+        shared: bool = True,
+        **options: Any,
+    ) -> list[list[Answer]]:
+        """As `answer`, of prompts and options that have not been checked."""
+        prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
+        return self.answer(prompts, self.check_options(prompts, options), logprobs, echo, progress, shared)
+
+    def open_stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
+        """The text of one answer while it is decided; what is wrong is raised at once, not with the first piece."""
+        (option,) = self.check_options([self.check_prompt(0, prompt)], options)
+        if option.num_beams > 1 or option.num_return_sequences > 1:
+            raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
+        if option.top_logprobs:
+            raise ValueError("a stream is text alone: expected top_logprobs = 0")
+        return self._stream(prompt, option)
+
+    def _stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
         sequence = self.sequence(Job(None, prompt, option), 0)
         text = AnswerText(self.tokenizer, option.stop_strings)
         n_sent = 0
@@ -179,6 +220,18 @@ class Answerer:
         """The ids of a prompt, by `options.check_ids`; an int as its name is its index in the call."""
         name = f"prompt {name}" if isinstance(name, int) else name
         return check_ids(name, ids, self.vocab_size, None if any_length else self.max_seq_len)
+
+    def encode_texts(self, texts: SequenceOf[str]) -> list[list[int]]:
+        """The prompts of texts to be continued. Raises ValueError or TypeError, naming the text by its index."""
+        if isinstance(texts, str):
+            raise TypeError("prompts is a str: expected a list of them, so pass [prompt]")
+        prompts = []
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
+            prompts.append(self.check_prompt(index, self.tokenizer.encode(text, bos=True)))
+        return prompts
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
         """Raises ValueError, begun by `name`, if options name tokens or ask for beams that the model does not have."""

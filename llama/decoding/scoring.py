@@ -53,7 +53,16 @@ def score_tokens(
         texts: (ids, from which of them on), of at most max_seq_len + 1 ids: the last need not be run.
         top_logprobs: how many of the most likely tokens to report in each place.
         shared: whether each replica takes its share of the texts; if not, it scores all.
+
+    Raises:
+        ValueError, TypeError: there is nothing to score, too much, or ids are out of range. Nothing has run then.
     """
+    limit = answerer.max_seq_len + 1
+    for index, (ids, start) in enumerate(texts):
+        if not 0 <= start < len(ids) <= limit:
+            found = f"a context of {start} tokens and a continuation of {len(ids) - start}"
+            raise ValueError(f"text {index} has {found}: expected a continuation, and {limit} together at most")
+        answerer.check_prompt(f"text {index}", ids, any_length=True)
     option = DecodingOptions(max_gen_len=0, temperature=0, top_logprobs=top_logprobs)
     engine = answerer.shared.engine
     waiting = _in_waves([tuple(ids[:start]) for ids, start in texts], len(engine.slots), shared)[::-1]
@@ -93,14 +102,18 @@ def _in_waves(contexts: list[tuple[int, ...]], n_slots: int, shared: bool) -> li
 
 
 def score_texts(
-    answerer: Answerer, texts: list[list[int]], top_logprobs: int = 0, stride: int | None = None
+    answerer: Answerer, texts: SequenceOf[str | list[int]], top_logprobs: int = 0, stride: int | None = None
 ) -> list[Score]:
-    """The log-probability of each token of texts of any length, each a list of ids.
+    """The log-probability of each token of texts of any length: see `Llama.score`.
 
     Raises:
-        ValueError: `stride` is out of range.
+        ValueError, TypeError: a text is none, named by its index; or `stride` is out of range.
         GenerationError: the model's logits cannot be used; names the text.
     """
+    if isinstance(texts, str):
+        raise TypeError("texts is a str: expected a list of them, so pass [text]")
+    texts = [answerer.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
+    texts = [answerer.check_prompt(index, text, any_length=True) for index, text in enumerate(texts)]
     limit = answerer.max_seq_len
     stride = max(1, limit // 2) if stride is None else stride
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < max(limit, 2):

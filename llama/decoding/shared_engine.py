@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from llama.engine import Engine
+from llama.kv_cache import Slots
 from llama.sequence import Sequence
 
 
@@ -26,6 +27,7 @@ class SharedEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.n_steps = 0
+        self.model_is_held = False  # by somebody who may change it, or run it, between two calls
         self.lock = threading.RLock()
         self.owners: dict[Sequence, Call] = {}
         self.driver: int | None = None  # the thread that runs a step
@@ -82,6 +84,9 @@ class Call:
                     f"{dist.get_world_size()} processes: expected calls from one thread, the same ones in each process"
                 )
             shared.only_thread = here
+        if shared.model_is_held:
+            with shared.lock:
+                shared.change(Slots.outdate, shared.engine.slots)
         self.shared = shared
         self.news = threading.Condition(shared.lock)
         self._open: dict[Sequence, None] = {}

@@ -24,8 +24,7 @@ from typing import Protocol
 
 import torch
 
-from llama.checkpoint.meta import MetaCheckpoint
-from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.engine import PREFILL_TOKENS, Engine, run_rows
 from llama.kv_cache import Slots
 from llama.layers.packing import pack
@@ -273,19 +272,18 @@ class DraftModel:
         return draw(sequences, logits, ahead).tolist()
 
 
-def open_draft(
-    draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, max_batch_size: int
-) -> tuple[Transformer, MetaCheckpoint]:
-    """A draft's model, without weights, and the checkpoint that has them. Arguments and errors as in `Llama.build`."""
+def open_draft(draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, max_batch_size: int) -> Checkpoint:
+    """The checkpoint of a draft, of which no weight has been read. Arguments and errors as in `Llama.build`."""
     if not Path(draft).is_dir():
         raise FileNotFoundError(f"draft = {str(draft)!r}: expected the directory of a smaller model, or 'ngram'")
-    tokenizer, checkpoint = open_checkpoint(Path(draft), None, max_seq_len, max_batch_size)
+    tokenizer, checkpoint = open_checkpoint(draft, None, max_seq_len, max_batch_size)
     try:
         check_tokenizer(tokenizer, target)
         with torch.device("meta"):
-            return Transformer(checkpoint.args), checkpoint
+            Transformer(checkpoint.args)  # whose heads must be shared out too
     except ValueError as error:
         raise ValueError(f"draft {draft} cannot propose tokens to this model: {error}") from error
+    return checkpoint
 
 
 def check_tokenizer(draft: Tokenizer, target: Tokenizer) -> None:

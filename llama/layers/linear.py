@@ -24,10 +24,8 @@ class Linear(nn.Module):
 
     weight: nn.Parameter | None
     layout: Layout | None = None  # may hold other matrices too,
-    rows: slice | None = None  # and these are this one's
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., rows of the matrix]
-        return F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
+    rows: slice | None = None  # and these are this one's,
+    widths: tuple[int, ...] = ()  # of all of them
 
     def dense(self) -> torch.Tensor:
         """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
@@ -44,7 +42,7 @@ def products(x: torch.Tensor, *linears: "ColumnParallelLinear") -> tuple[torch.T
     layout = linears[0].layout
     if layout is None or layout is not linears[-1].layout:
         return tuple(linear(x) for linear in linears)
-    return layout(x).split([linear.output_size_per_partition for linear in linears], dim=-1)
+    return layout(x).split(linears[0].widths, dim=-1)
 
 
 class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
@@ -68,8 +66,9 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
         if self.world_size > 1 and self.layout is None and _needs_gradient(x, self.weight):
             return super().forward(x)  # fairscale's collectives carry gradients
-        y = self.product(x)
-        return gather_last_dim(y, self.out_features, self.group) if self.gather_output else y
+        y = F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
+        gathers = self.gather_output and self.world_size > 1
+        return gather_last_dim(y, self.out_features, self.group) if gathers else y
 
 
 class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
@@ -92,7 +91,8 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
         if self.world_size > 1 and self.layout is None and _needs_gradient(x, self.weight):
             return super().forward(x)
-        return sum_over_ranks(self.product(x), self.group)
+        y = F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
+        return y if self.world_size == 1 else sum_over_ranks(y, self.group)
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):

@@ -27,10 +27,10 @@ def lay_out_together(parts: "dict[Linear, torch.Tensor | Quantized]", quantize: 
     layout = lay_out(list(parts.values()), quantize, dtype)
     if layout is None:
         return 0
-    start = 0
-    for linear, part in parts.items():
-        n_rows = len(part.codes if isinstance(part, Quantized) else part)
+    start, widths = 0, tuple(len(part.codes if isinstance(part, Quantized) else part) for part in parts.values())
+    for (linear, part), n_rows in zip(parts.items(), widths):
         linear.layout, linear.rows, linear.weight = layout, slice(start, start + n_rows), None
+        linear.widths = widths
         start += n_rows
         if isinstance(part, torch.Tensor):
             drop_pages(part)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
@@ -24,40 +23,25 @@ from llama.tokenizer.open_turns import has_open_turns
 
 @dataclass(frozen=True)
 class Plan:
-    """How many answers are drawn for a prompt, and how many of them are kept.
+    """How many answers are drawn for a prompt, and how many of them are kept. Raises ValueError if that is no plan."""
 
-    Attributes:
-        n: how many are drawn; with a threshold, how many at a time.
-        keep: how many of the best are kept; all when None.
-        threshold: if set, more are drawn until `keep` answers (one, when that is None) have at least this score,
-        max_samples: or until this many have been drawn.
-
-    Raises:
-        ValueError: one is out of range, or does not go with the others.
-    """
-
-    n: int = 16
-    keep: int | None = None
-    threshold: float | None = None
-    max_samples: int | None = None
+    n: int = 16  # how many are drawn; with a threshold, how many at a time
+    keep: int | None = None  # how many of the best are kept; all when None
+    threshold: float | None = None  # if set, more are drawn until `keep` answers, or one, have at least this score,
+    max_samples: int | None = None  # or until this many have been drawn
 
     def __post_init__(self):
         for name in ("n", "keep", "max_samples"):
             value = getattr(self, name)
-            missing_is_fine = value is None and name != "n"
-            if not missing_is_fine and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if (value is not None or name == "n") and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
-        if self.threshold is None and self.max_samples is not None:
-            raise ValueError(f"max_samples = {self.max_samples} without a threshold: n alone says how many are drawn")
+        if (self.threshold is None) != (self.max_samples is None):
+            has, lacks = ("threshold", "max_samples") if self.max_samples is None else ("max_samples", "a threshold")
+            raise ValueError(f"{has} = {getattr(self, has)} without {lacks}: expected both or neither")
         if self.threshold is not None:
-            if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-                raise ValueError(f"threshold = {self.threshold!r}: expected a number")
-            if not math.isfinite(self.threshold):
-                raise ValueError(f"threshold = {self.threshold}: expected a finite number")
-            if self.max_samples is None:
-                raise ValueError(
-                    f"threshold = {self.threshold} without max_samples: expected the most answers to draw for a prompt"
-                )
+            is_number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+            if not is_number or not math.isfinite(self.threshold):
+                raise ValueError(f"threshold = {self.threshold!r}: expected a finite number")
             if self.max_samples < self.n:
                 raise ValueError(f"max_samples = {self.max_samples}: expected at least n = {self.n}, drawn at a time")
         if self.keep is not None and self.keep > self.most:
@@ -79,10 +63,7 @@ class Plan:
         return min(self.n, self.most - len(answers))
 
     def result(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The kept answers in the order they were drawn, the text of the best one, and all scores.
-
-        Of answers with the same score, the one drawn first is the better one. With a threshold, also how many reach it.
-        """
+        """What `rejection_sample` returns. Of answers with the same score, the one drawn first is the better one."""
         scored = [index for index, answer in enumerate(answers) if answer["score"] is not None]
         best_first = sorted(scored, key=lambda index: -answers[index]["score"])
         kept = range(len(answers)) if self.keep is None else sorted(best_first[: self.keep])
@@ -99,41 +80,32 @@ class Plan:
 
 @dataclass(eq=False)
 class Drawing:
-    """The answers drawn for one prompt so far.
+    """The answers drawn for one prompt so far."""
 
-    Attributes:
-        key: the owner's, to tell its drawings apart.
-        row: what the scorer is given of the prompt.
-        prompt, option, occurrence: as in `Job`.
-        plan, scorer: how many are drawn, and what an answer is worth.
-        answers: what has been drawn, with the scores.
-    """
-
-    key: Any
-    row: Mapping[str, Any]
-    prompt: list[int]
-    option: DecodingOptions
+    job: Job  # whose option is that of one answer
+    row: Mapping[str, Any]  # what the scorer is given of the prompt
     plan: Plan
     scorer: Scorer
-    occurrence: int = 0
-    answers: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)  # what has been drawn, with the scores
+
+    def __post_init__(self):
+        check_option(self.job.option, self.plan)
 
     def next_job(self) -> Job | None:
         """The next answers to draw; None when it is done. An answer is the same in whatever portions it is drawn."""
         if (n := self.plan.n_more(self.answers)) == 0:
             return None
-        option = replace(self.option, num_return_sequences=n)
-        return Job(self, self.prompt, option, self.occurrence, logprobs=True, first_sample=len(self.answers))
+        option = replace(self.job.option, num_return_sequences=n)
+        return replace(self.job, key=self, option=option, logprobs=True, first_sample=len(self.answers))
 
-    def add(self, answers: Sequence[Answer], group: dist.ProcessGroup) -> None:
-        """Takes the answers to its job and scores them. The ranks of the model, `group`, do it together."""
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Takes the answers to its job and scores them."""
         drawn = []
         for answer in answers:
             drawn.append({"text": answer.text, "score": None, "logprob": math.fsum(answer.token_logprobs)})
             drawn[-1] |= {"n_tokens": len(answer.tokens), "finish_reason": answer.finish_reason}
-            if answer.error is not None:
-                drawn[-1]["error"] = answer.error
-        give_scores(self.scorer, self.row, drawn, group)
+            drawn[-1] |= {} if answer.error is None else {"error": answer.error}
+        give_scores(self.scorer, self.row, drawn)
         self.answers += drawn
 
 
@@ -155,15 +127,12 @@ def rejection_sample(
     drawn.
 
     Args:
-        llama: the model.
         prompts: each a text, a dialog, or a row: a dictionary with a `prompt`, `messages` or `tokens`, and whatever
             else the scorer reads.
         scorer: called with (row, answers), returns a number for each answer, the larger the better; an answer is a
             dictionary with its `text`, `logprob` (nats), `n_tokens` and `finish_reason`. If it raises, or returns
-            something other than finite numbers, the answer is marked with an `error`. `llama.rejection_sampling` has
-            some scorers.
+            something other than finite numbers, the answer is marked with an `error`.
         n, keep, threshold, max_samples: as in `Plan`.
-        progress: whether to show a bar.
         options: as in `Llama.generate`, each a value or a list with one for each prompt.
 
     Returns:
@@ -178,17 +147,18 @@ def rejection_sample(
     for name in ("num_return_sequences", "num_beams"):
         if name in options:
             raise TypeError(f"{name} has no part in rejection sampling: n says how many answers are drawn")
-    rows, ids = [as_row(prompt) for prompt in prompts], []
-    for index, row in enumerate(rows):
+    rows, ids = [], []
+    for index, prompt in enumerate(prompts):
+        kind = "prompt" if isinstance(prompt, str) else "messages"
+        rows.append(dict(prompt) if isinstance(prompt, Mapping) else {kind: prompt})
         try:
-            ids.append(prompt_to_sample(llama, row))
+            ids.append(prompt_to_sample(llama, rows[-1]))
         except (ValueError, TypeError) as error:
             raise type(error)(f"prompt {index}: {error}") from None
     occurrences: Counter[tuple[int, ...]] = Counter()
     drawings = []
     for index, (row, prompt, option) in enumerate(zip(rows, ids, llama.answerer.check_options(ids, options))):
-        check_option(option, plan)
-        drawings.append(Drawing(index, row, prompt, option, plan, scorer, occurrences[tuple(prompt)]))
+        drawings.append(Drawing(Job(index, prompt, option, occurrences[tuple(prompt)]), row, plan, scorer))
         occurrences[tuple(prompt)] += 1
     waiting = deque(drawings[parallel.replica() :: parallel.n_replicas()])
     results: dict[int, dict[str, Any]] = {}
@@ -199,11 +169,11 @@ def rejection_sample(
                 jobs.add(waiting.popleft().next_job())
             for done, answers in jobs.step():
                 drawing = done.key
-                drawing.add(answers, llama.group)
+                drawing.add(answers)
                 if (job := drawing.next_job()) is not None:
                     jobs.add(job)
                 else:
-                    results[drawing.key] = plan.result(drawing.answers)
+                    results[drawing.job.key] = plan.result(drawing.answers)
                     bar.update()
     results = {key: result for part in parallel.gather_from_replicas(results) for key, result in part.items()}
     return [results[index] for index in range(len(rows))]
@@ -212,9 +182,8 @@ def rejection_sample(
 def prompt_to_sample(llama: Llama, row: Mapping[str, Any]) -> list[int]:
     """The ids of a row's prompt. Raises ValueError or TypeError as `prompt_ids`, or if turns are open."""
     if has_open_turns(row.get("messages")):
-        raise ValueError(
-            "the dialog has open turns: expected none but the one at its end, which needs no <PLACEHOLDER>"
-        )
+        expected = "none but the one at its end, which needs no <PLACEHOLDER>"
+        raise ValueError(f"the dialog has open turns: expected {expected}")
     return prompt_ids(llama, row)
 
 
@@ -223,13 +192,5 @@ def check_option(option: DecodingOptions, plan: Plan) -> None:
     if plan.n > MAX_SEQUENCES:
         raise ValueError(f"n = {plan.n}: expected at most {MAX_SEQUENCES:,}")
     if option.temperature == 0 and plan.most > 1:
-        raise ValueError(
-            f"temperature = 0 with n = {plan.most}: expected more than 0, or it is the same answer each time"
-        )
-
-
-def as_row(prompt: Any) -> dict[str, Any]:
-    """A text, a dialog, or a row, as a row."""
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    return dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
+        found = f"temperature = 0 with n = {plan.most}"
+        raise ValueError(f"{found}: expected more than 0, or it is the same answer each time")

@@ -5,15 +5,14 @@ Rows and their seeds are those of `llama.datasets.batch`; the output is locked, 
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
-import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch.distributed as dist
 
 from llama import parallel
-from llama.datasets.batch import KEYS
 from llama.datasets.journal import check_target
-from llama.datasets.prompts import KINDS, OPTIONS, check_names, kind_of
+from llama.datasets.prompts import KEYS, KINDS, OPTIONS, check_names, kind_of
 from llama.datasets.rows import Row, Rows, scan
 from llama.datasets.runs import Result, Run, Task, decoding_parameters
 from llama.decoding.answering import Answer, Job
@@ -48,25 +47,18 @@ def sample_files(
 
     The rows are those of `llama.datasets.batch`; in its `metadata` a row has what the scorer needs besides the prompt,
     such as the right answer. A record is {"id", "line", the prompt, "metadata", "seed"} and what `rejection_sample`
-    returns, or an "error".
+    returns, or an "error". Returned, on rank 0, is the summary of all rows, those of earlier runs included.
 
     Args:
-        llama, scorer, plan: as in `Drawing`.
-        source, target, force, progress: as in `Run.write`.
+        source, target, force, progress: as in `Run.write`, which also says what is raised.
         scorer_name: what identifies the scorer, as JSON; a target of another one is refused.
         retry: whether rows that failed, or have an answer without a score, are done again.
         options: the decoding options of rows that have none of their own; `seed` is the run's.
-
-    Returns:
-        on rank 0, the summary of all rows, those of earlier runs included.
-
-    Raises:
-        FileNotFoundError, ValueError, BlockingIOError, OSError: as `Run.write`.
     """
     run = _Sampling(llama, options, scorer, plan)
-    model = decoding_parameters(llama, run.options, run.seed)
-    written = run.write(source, target, model | {"plan": vars(plan), "scorer": scorer_name}, force, retry, progress)
-    return None if written is None else summarize(written.path, plan)
+    parameters = decoding_parameters(llama, run.options, run.seed) | {"plan": vars(plan), "scorer": scorer_name}
+    written = run.write(source, target, parameters, force, retry, progress)
+    return written and _summary(written.path, plan)
 
 
 def rescore_files(
@@ -89,14 +81,11 @@ def rescore_files(
 
     Args:
         source: rows with `answers`, each an object with its `text`, or with the `text` of one answer.
-        prompts: the file with the rows that were answered, for a source that does not repeat them, such as the output
-            of `llama batch`; the rows are found by their ids.
-
-    Raises:
-        ValueError: also if two rows of `prompts` have the same id.
+        prompts: the file with the rows that were answered, found by their ids, for a source that does not repeat them,
+            such as the output of `llama batch`.
     """
     parameters = {"scorer": scorer_name, "keep": plan.keep}
-    asked: dict[str, dict] = {}
+    run = _Rescoring(scorer, plan, prompts)
     with parallel.fail_together():
         if prompts is not None and dist.get_rank() == 0:
             check_target(target, prompts)
@@ -105,16 +94,13 @@ def rescore_files(
                 parameters["prompts"] = scan(rows).digest
             except ValueError as error:
                 raise ValueError(f"{prompts}: {error}") from None
-            asked = {str(row.id): row.fields for row in rows if row.error is None}
-    run = _Rescoring(scorer, plan, prompts, asked)
+            run.asked = {str(row.id): row.fields for row in rows if row.error is None}
     written = run.write(source, target, parameters, force, retry, progress)
-    return None if written is None else summarize(written.path, plan)
+    return written and _summary(written.path, plan)
 
 
 class _Sampling(Run):
     """A drawing for each row."""
-
-    as_json = KEYS[1:]
 
     def __init__(self, llama: Llama, options: dict[str, Any], scorer: Scorer, plan: Plan):
         super().__init__(llama, options)
@@ -128,34 +114,25 @@ class _Sampling(Run):
         return {"row": _prompt_of(row.fields), "options": self.with_seed(options, row)}
 
     def begin(self, task: Task) -> Job | Result:
-        option = self.option_of(task["options"])
-        check_option(option, self.plan)
-        prompt = prompt_to_sample(self.llama, task["row"])
-        return Drawing(task["line"], task["row"], prompt, option, self.plan, self.scorer).next_job()
+        option, prompt = self.option_of(task["options"]), prompt_to_sample(self.llama, task["row"])
+        return Drawing(Job(task["line"], prompt, option), task["row"], self.plan, self.scorer).next_job()
 
     def go_on(self, job: Job, answers: list[Answer]) -> Job | Result:
         drawing = job.key
-        drawing.add(answers, self.llama.group)
-        done = {"line": drawing.key, "seed": job.option.seed}
-        return drawing.next_job() or done | self.plan.result(drawing.answers)
-
-    def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
-        return _record(row, task, result)
+        drawing.add(answers)
+        result = {"line": drawing.job.key, "seed": job.option.seed}
+        return drawing.next_job() or result | self.plan.result(drawing.answers)
 
 
 class _Rescoring(Run):
-    """No job, and the scores of the answers that a row has.
-
-    Args:
-        scorer, plan: as in `Drawing`.
-        prompts, asked: the file with the rows that were answered, if there is one, and its rows by their ids.
-    """
+    """No job, and the scores of the answers that a row has."""
 
     as_json = ("answers", "scores", "n_drawn", "turns", "seed", *PROMPT_KEYS[1:], *ANSWER_KEYS[2:])
 
-    def __init__(self, scorer: Scorer, plan: Plan, prompts: str | os.PathLike | None, asked: dict[str, dict]):
+    def __init__(self, scorer: Scorer, plan: Plan, prompts: str | os.PathLike | None):
         super().__init__()
-        self.scorer, self.plan, self.prompts, self.asked = scorer, plan, prompts, asked
+        self.scorer, self.plan, self.prompts = scorer, plan, prompts
+        self.asked: dict[str, dict] = {}  # the rows of `prompts` by their ids
 
     def task_of(self, row: Row) -> Task:
         if "error" in row.fields:
@@ -163,34 +140,30 @@ class _Rescoring(Run):
         if self.prompts is not None and str(row.id) not in self.asked:
             raise ValueError(f"{self.prompts} has no line with the id {row.id!r}")
         prompt = _prompt_of_answers(row.fields, self.asked.get(str(row.id)))
-        if isinstance(self.scorer, (Logprob, Reward, Judge)):  # what a function of the caller's reads, nobody knows
-            try:
+        try:
+            if isinstance(self.scorer, (Logprob, Reward, Judge)):  # what a function of the caller's reads, nobody knows
                 kind_of(prompt)
-            except ValueError as error:
-                hint = "pass the file with the lines that were answered as --prompts"
-                where = f"in {self.prompts}" if self.prompts else hint
-                raise ValueError(f"{error}, which the scorer reads ({where})") from None
+        except ValueError as error:
+            hint = "pass the file with the lines that were answered as --prompts"
+            where = f"in {self.prompts}" if self.prompts else hint
+            raise ValueError(f"{error}, which the scorer reads ({where})") from None
         return {"row": prompt, "answers": _answers_of(row.fields)}
 
     def begin(self, task: Task) -> Job | Result:
         read = ("text", "finish_reason", "score", "error")
         scored = [{name: answer[name] for name in read if name in answer} for answer in task["answers"]]
-        give_scores(self.scorer, task["row"], scored, fairscale_groups.get_model_parallel_group())
+        give_scores(self.scorer, task["row"], scored)
         answers = [answer | score for answer, score in zip(task["answers"], scored)]
         return {"line": task["line"], **self.plan.result(answers)}
 
     def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
-        copied = {name: row.fields[name] for name in ("seed",) if name in row.fields}
+        copied = {"seed": row.fields["seed"]} if "seed" in row.fields else {}
         if "answers" in task:
             scores = row.fields.get("scores")
             n_drawn = row.fields.get("n_drawn", len(scores) if isinstance(scores, list) else 0)
             if isinstance(n_drawn, int) and n_drawn > len(task["answers"]):
                 copied["n_drawn"] = n_drawn
-        return _record(row, task, copied | result)
-
-
-def _record(row: Row, task: Task, result: Result) -> dict[str, Any]:
-    return {"id": row.id, "line": row.number, **task.get("row", {}), **result}
+        return super().record_of(row, task, copied | result)
 
 
 def _prompt_of(fields: dict[str, Any]) -> dict[str, Any]:
@@ -199,11 +172,7 @@ def _prompt_of(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt_of_answers(record: dict[str, Any], asked: dict[str, Any] | None) -> dict[str, Any]:
-    """As `_prompt_of`, of the prompt that a record's answers answer.
-
-    Args:
-        record: a row with answers.
-        asked: the row that was answered, if there is one.
+    """As `_prompt_of`, of the row that a record's answers answer: `asked`, if that is there, or the record.
 
     Raises:
         ValueError: the dialog has open turns, and the record does not say how they were filled.
@@ -216,10 +185,8 @@ def _prompt_of_answers(record: dict[str, Any], asked: dict[str, Any] | None) -> 
         prompt.pop("tokens", None)  # the answer's
     if has_open_turns(prompt.get("messages")):
         if not isinstance(filled, list) or has_open_turns(filled):
-            raise ValueError(
-                "the dialog has open turns, and the record does not say what came of them: expected its `turns` and "
-                "`messages`, as `llama batch` writes them"
-            )
+            found = "the dialog has open turns, and the record does not say what came of them"
+            raise ValueError(f"{found}: expected its `turns` and `messages`, as `llama batch` writes them")
         prompt["messages"] = filled  # of a file that was scored before: the dialog up to the answer
     return prompt
 
@@ -240,10 +207,10 @@ def _answers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def summarize(path: str | os.PathLike, plan: Plan) -> Summary:
-    """The summary of a journal's records."""
+def _summary(journal: Path, plan: Plan) -> Summary:
+    """The summary of all records of a journal."""
     summary = Summary(plan.threshold, None if plan.threshold is None else plan.n)
-    with open(path, encoding="utf-8") as file:
+    with journal.open(encoding="utf-8") as file:
         for record in map(json.loads, file):
             if "error" in record:
                 summary.n_failed += 1

@@ -6,7 +6,7 @@ are. The reward is the head's value at the last token of a text (Ouyang et al. 2
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama import parallel
+from llama.checkpoint.config import REWARD_MODEL, args_from_config, context_length, read_json
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.checkpoint.huggingface_config import REWARD_MODEL, model_args, read_json
 from llama.checkpoint.loading import load_weights
 from llama.checkpoint.open import find_tokenizer
-from llama.layers.linear import Linear
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 
@@ -33,10 +32,6 @@ class RewardTransformer(Transformer):
         super().__init__(args)
         del self.output
         self.score = nn.Linear(args.dim, 1, bias=False)  # whole on each rank
-
-    def matrices(self) -> Iterator[tuple[Linear, ...]]:
-        for block in self.layers:
-            yield from block.matrices()
 
     def rewards(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """Ids [B, T], padded on the right, and the index of each row's last token [B] -> float32 [B]."""
@@ -61,9 +56,7 @@ class RewardModel:
         Args:
             ckpt_dir: Hugging Face's directory, with config.json and safetensors files.
             tokenizer: whose ids the model reads if its directory has no tokenizer.
-            model_parallel_size: over how many processes it is split, as in `Llama.build`.
-            device: as in `Llama.build`.
-            dtype: of weights and computation; the checkpoint's, or the nearest the device has, when None.
+            model_parallel_size, device, dtype: as in `Llama.build`.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
@@ -80,17 +73,11 @@ class RewardModel:
         return RewardModel(model, tokenizer, pad_id)
 
     def __init__(self, model: RewardTransformer, tokenizer: Tokenizer, pad_id: int | None = None):
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id
         self.formatter = ChatFormat(tokenizer)
-        self.pad_id = pad_id
 
     def encode(self, prompt: str | Dialog, answer: str) -> list[int]:
-        """The ids of a prompt and an answer to it.
-
-        A dialog and its answer are in the chat format of the model's tokenizer, with the end of the answer's turn. A
-        text and its continuation are one text.
-        """
+        """The ids of a text with its continuation, or of a dialog with its answer and the end of the answer's turn."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt + answer, bos=True)
         ids = self.formatter.encode_dialog_prompt(prompt)
@@ -99,9 +86,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, texts: Sequence[Sequence[int]]) -> list[float]:
-        """The reward of each text of ids, at its last token. Any number of texts, of any lengths.
-
-        As in Transformers, ids of config.json's pad_token_id at the end of a text do not count.
+        """The reward of each text of ids. As in Transformers, padding ids at its end do not count.
 
         Raises:
             ValueError: a text is empty or too long for the model. Nothing has run then.
@@ -147,10 +132,8 @@ def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Huggi
         tokenizer = Tokenizer(find_tokenizer(ckpt_dir))
     elif tokenizer is None:
         find_tokenizer(ckpt_dir)  # raises, saying what the directory holds
-    context = config.get("max_position_embeddings")
-    max_seq_len = context if isinstance(context, int) and context > 0 else 4096
+    max_seq_len = context_length(config, ckpt_dir)
     # The head replaces the output matrix, so whether that one would be tied does not matter.
-    args = model_args(
-        config | {"tie_word_embeddings": False}, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL
-    )
+    config |= {"tie_word_embeddings": False}
+    args = args_from_config(config, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL)
     return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args, reward_head=True), config.get("pad_token_id")

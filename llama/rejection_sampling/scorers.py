@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
 
@@ -48,9 +49,8 @@ FATAL = (RankFailed, MemoryError, torch.OutOfMemoryError)
 class Logprob:
     """The log-probability of an answer's tokens given the prompt under a model, nats, in total or the mean.
 
-    An answer that was drawn just now has it already. Any other text is encoded as a whole, perhaps into other tokens
-    than those it was drawn in. What ends an answer (the end of turn, a stop string) does not count. So an empty answer
-    has 0 in total, and no mean: it must not be the best there is.
+    An answer that was drawn just now has it already; any other text is encoded as a whole. What ends an answer does not
+    count. So an empty answer has 0 in total, and no mean: it must not be the best there is.
     """
 
     def __init__(self, llama: Llama, mean: bool = False):
@@ -83,15 +83,9 @@ class Reward:
 
 
 class Judge:
-    """The log-probability, nats, that a model replies with a verdict such as "Yes" to a question about an answer.
+    """The log-probability, nats, that the reply of a model tuned for dialogs begins with a verdict such as "Yes".
 
-    Args:
-        llama: the judge, tuned for dialogs.
-        template: what the judge is asked, with {prompt} and {answer} in it.
-        verdict: how the judge's reply must begin.
-
-    Raises:
-        ValueError: the template has no place for the answer, or the verdict is empty.
+    The template is what it is asked, with {answer} in it, and {prompt} where that is needed.
     """
 
     def __init__(self, llama: Llama, template: str = JUDGE_TEMPLATE, verdict: str = "Yes"):
@@ -107,9 +101,8 @@ class Judge:
         if not isinstance(prompt, str):
             alone = len(prompt) == 1
             prompt = "\n\n".join(m["content"] if alone else f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
-        texts = []
+        texts, pieces = [], re.split(r"(\{prompt\}|\{answer\})", self.template)  # once: what is filled in is text
         for answer in answers:
-            pieces = re.split(r"(\{prompt\}|\{answer\})", self.template)  # once: what is filled in is text
             content = "".join({"{prompt}": prompt, "{answer}": answer["text"]}.get(piece, piece) for piece in pieces)
             texts.append((prompt_ids(self.llama, {"messages": [{"role": "user", "content": content}]}), self.verdict))
         return _logprobs(self.llama, texts)
@@ -127,10 +120,8 @@ def _logprobs(llama: Llama, texts: list[tuple[list[int], list[int]]]) -> list[fl
 def _prompt_of(row: Row) -> str | Dialog:
     """The text or the dialog that a row's answers answer. Raises ValueError if it has neither."""
     if (kind := kind_of(row)) == "tokens":
-        raise ValueError(
-            "the line has token ids alone, and this scorer reads text: give the line `messages` or a `prompt` in place "
-            "of `tokens`, or score with logprob, mean_logprob or a function of your own"
-        )
+        hint = "give the line `messages` or a `prompt`, or score with logprob, mean_logprob or a function of your own"
+        raise ValueError(f"the line has token ids alone, and this scorer reads text: {hint}")
     if kind == "prompt" and not isinstance(row["prompt"], str):
         raise ValueError(f"prompt = {row['prompt']!r}: expected a text")
     if kind == "messages":
@@ -138,18 +129,12 @@ def _prompt_of(row: Row) -> str | Dialog:
     return row[kind]
 
 
-def give_scores(
-    scorer: Scorer, row: Row, answers: Sequence[dict[str, Any]], group: dist.ProcessGroup | None = None
-) -> None:
-    """Puts a `score` into each answer without an `error`. If it has none, that is None, and an `error` says why.
-
-    Arguments as in `score_answers`.
-    """
+def give_scores(scorer: Scorer, row: Row, answers: Sequence[dict[str, Any]]) -> None:
+    """Puts into each answer without an `error` its `score`, or None and an `error`. All ranks of a model call this."""
     sound = [answer for answer in answers if "error" not in answer]
+    group = fairscale_groups.get_model_parallel_group()
     for answer, (score, error) in zip(sound, score_answers(scorer, row, sound, group)):
-        answer["score"] = score
-        if error is not None:
-            answer["error"] = error
+        answer |= {"score": score} if error is None else {"score": None, "error": error}
 
 
 def score_answers(
@@ -158,13 +143,8 @@ def score_answers(
     """(score, None) for each answer, or (None, why it has none).
 
     A scorer that raises, or returns something other than finite numbers, is asked once more for each answer alone, so
-    that only those it cannot score are marked.
-
-    Args:
-        scorer: one of this module, which every rank of a model calls together; or the caller's function, which the
-            first rank calls for all, so that they agree whatever it does.
-        row, answers: its arguments.
-        group: the ranks of the model.
+    that only those it cannot score are marked. All ranks of the model, `group`, call a scorer of this module together;
+    a function of the caller's is called by the first rank for all, so that they agree whatever it does.
     """
     if not answers:
         return []
@@ -209,7 +189,7 @@ def is_judge(spec: str) -> bool:
     return spec.partition(":")[0] == "judge"
 
 
-def check_spec(spec: str, judge_template: str | None = None) -> Scorer | None:
+def check_spec(spec: str, judge_template: str = JUDGE_TEMPLATE) -> Scorer | None:
     """Checks the name of a scorer before any weights are read; returns the scorer if it needs none.
 
     Raises:
@@ -217,7 +197,7 @@ def check_spec(spec: str, judge_template: str | None = None) -> Scorer | None:
     """
     kind, colon, rest = spec.partition(":")
     if spec in ("logprob", "mean_logprob", "judge") or (kind in ("reward", "judge") and rest):
-        if is_judge(spec) and "{answer}" not in (judge_template or JUDGE_TEMPLATE):
+        if is_judge(spec) and "{answer}" not in judge_template:
             raise ValueError(NO_ANSWER_IN_TEMPLATE)
         if rest and not Path(rest).is_dir():
             raise FileNotFoundError(f"scorer {spec!r}: there is no directory {rest}: expected a model's")
@@ -230,64 +210,49 @@ def check_spec(spec: str, judge_template: str | None = None) -> Scorer | None:
 def load_scorer(
     spec: str,
     llama: Llama | None,
-    judge_template: str | None = None,
+    judge_template: str = JUDGE_TEMPLATE,
     judge_answer: str = "Yes",
     *,
     tokenizer: Tokenizer | None = None,
-    model_parallel_size: int | None = None,
     max_seq_len: int = 2048,
     max_batch_size: int = 8,
-    device: Any = None,
-    dtype: Any = None,
+    **loading: Any,
 ) -> Scorer:
     """The scorer of a name, one of `KINDS`.
 
     Args:
-        spec: the name.
         llama: the model that `logprob`, `mean_logprob` and `judge` ask; None is fine for the others.
         judge_template, judge_answer: as `template` and `verdict` of `Judge`.
         tokenizer: whose ids a reward model without a tokenizer of its own reads.
-        model_parallel_size, max_seq_len, max_batch_size, device, dtype: as in `Llama.build`, for a scorer's own model.
+        max_seq_len, max_batch_size, loading: as in `Llama.build`, for a scorer's own model.
     """
     kind, _, rest = spec.partition(":")
     if (scorer := check_spec(spec, judge_template)) is not None:
         return scorer
     if kind == "reward":
-        return Reward(RewardModel.build(rest, tokenizer, model_parallel_size, device=device, dtype=dtype))
+        return Reward(RewardModel.build(rest, tokenizer, **loading))
     if kind == "judge":
-        if rest:
-            sizes = (max_seq_len, max_batch_size, model_parallel_size)
-            llama = Llama.build(rest, None, *sizes, device=device, dtype=dtype)
-        return Judge(llama, judge_template or JUDGE_TEMPLATE, judge_answer)
+        judge = Llama.build(rest, None, max_seq_len, max_batch_size, **loading) if rest else llama
+        return Judge(judge, judge_template, judge_answer)
     return Logprob(llama, mean=kind == "mean_logprob")
 
 
 def python_function(spec: str) -> Scorer:
-    """The function that module:function names; the module may lie in the current directory.
-
-    Raises:
-        ValueError: there is no such module, or it has no function of that name.
-    """
+    """The function that module:function names; the module may lie in the current directory. Raises ValueError."""
     module_name, _, name = spec.partition(":")
     if "" in module_name.split("."):
-        raise ValueError(
-            f"scorer {spec!r}: expected module:function, with the module's full name and no dots around it"
-        )
-    added = "" not in sys.path
-    if added:
-        sys.path.insert(0, "")  # the current directory, as for `python -m`
+        expected = "expected module:function, with the module's full name and no dots around it"
+        raise ValueError(f"scorer {spec!r}: {expected}")
+    sys.path.insert(0, "")  # the current directory, as for `python -m`
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # an import inside the module failed
-        raise ValueError(
-            f"scorer {spec!r}: there is no module {module_name!r} in the current directory or installed; "
-            f"expected one of {KINDS}"
-        ) from None
+        found = f"there is no module {module_name!r} in the current directory or installed"
+        raise ValueError(f"scorer {spec!r}: {found}; expected one of {KINDS}") from None
     finally:
-        if added:
-            sys.path.remove("")
+        sys.path.remove("")
     function = getattr(module, name, None)
     if not callable(function):
         where = getattr(module, "__file__", None) or f"the module {module_name}"  # a module built into Python has none

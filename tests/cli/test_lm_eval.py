@@ -223,8 +223,8 @@ def test_continuations_equal_scoring_the_whole(demo):
 
 
 def test_pairs_that_cannot_be_scored_are_refused(demo):
-    with pytest.raises(ValueError, match="text 1 has a context of 0 tokens and a continuation of 1: expected at least"):
-        continuation_logprobs(demo, [([1], [2]), ([], [2])])
+    with pytest.raises(ValueError, match="a context of 1 tokens and a continuation of 0: expected a continuation"):
+        continuation_logprobs(demo, [([1], [2]), ([1], [])])
     with pytest.raises(ValueError, match="513 together at most"):
         continuation_logprobs(demo, [([1] * 500, [2] * 14)])
     with pytest.raises(ValueError, match="has 99999 among its ids"):

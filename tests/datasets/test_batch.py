@@ -2,10 +2,9 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, run_python, torchrun
+from conftest import run_python, torchrun
 
 from benchmarks import kill_batch
 from llama import Llama
@@ -129,7 +128,7 @@ def test_beam_searches_sampled_lines_and_a_stream_between_two_records_run_beside
 BROKEN = {
     '{"id": 1, "prompt"': "not JSON: Expecting ':' delimiter",
     '{"prompt": "x", "temprature": 1}': "'temprature' is not known: expected one of prompt, messages, tokens; id,",
-    '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a finite number of at least 0",
+    '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a number of at least 0",
     '{"prompt": "x", "temperature": [1, 2]}': "temperature = [1, 2]: expected a finite number",
     '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not known",
     '{"prompt": "x", "num_return_sequences": 20000000}': "num_return_sequences = 20000000: expected at most 10,000",
@@ -361,7 +360,8 @@ def test_while_a_replica_is_busy_with_one_line_the_other_answers_all_others(writ
 
 def run_command(*arguments: object) -> subprocess.CompletedProcess:
     command = "import sys; from llama.cli.commands import main; main(sys.argv[1:])"
-    return run_python(command, "batch", *arguments)
+    # One thread: on a busy machine several wait for each other.
+    return run_python(command, "batch", *arguments, OMP_NUM_THREADS="1")
 
 
 def test_the_command_answers_a_csv_file_and_says_how_it_went(write_checkpoint, tmp_path):
@@ -401,7 +401,7 @@ def test_mistakes_are_a_line_before_the_weights_are_read(tmp_path, monkeypatch, 
 
 
 def test_ctrl_c_ends_with_a_line_and_the_same_command_goes_on(write_checkpoint, tmp_path):
-    write_lines(tmp_path / "in.jsonl", [{"prompt": "x", "max_gen_len": 200} for _ in range(200)])
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "x", "max_gen_len": 40} for _ in range(200)])
     files = [
         str(tmp_path / "in.jsonl"),
         str(tmp_path / "out.jsonl"),
@@ -415,14 +415,7 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_goes_on(write_checkpoint, 
         "    if record['line'] == 20: signal.raise_signal(signal.SIGINT)\n"
         "Journal.append = interrupt\nmain(sys.argv[1:])\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "batch", *files],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    result = run_python(code, "batch", *files, OMP_NUM_THREADS="1")
     assert result.returncode == 130, result.stderr
     assert "has what was done, and the same command goes on from there" in result.stderr
     before = (tmp_path / "out.jsonl").read_bytes()

@@ -98,6 +98,14 @@ def test_an_output_of_another_input_or_other_parameters_is_refused_with_what_dif
     assert out.read_bytes() == b""
 
 
+def test_parameters_that_json_and_utf_8_do_not_have_are_the_same_when_read_again(tmp_path, rows):
+    parameters = {"logit_bias": {"5": float("-inf")}, "stop": ["\ud800", "é"]}
+    for done in (set(), {1}):
+        with Journal(tmp_path / "out.jsonl", rows, parameters) as journal:
+            assert journal.done == done
+            answer(journal, 1) if not done else None
+
+
 def test_what_is_no_output_of_a_run_is_not_touched(tmp_path, rows):
     out = tmp_path / "out.jsonl"
     out.write_text("my notes\n")

@@ -12,8 +12,9 @@ import pytest
 
 from llama.datasets import tables
 from llama.datasets.journal import check_target
+from llama.datasets.prompts import from_json
 from llama.datasets.rows import Row, Rows, scan
-from llama.options import DecodingOptions, from_json
+from llama.options import DecodingOptions
 
 
 def write(path, text: str | bytes):

@@ -337,20 +337,23 @@ def test_the_least_certain_tokens_are_reported(random):
 BAD = [
     ({"top_k": -1}, r"top_k = -1: expected an integer of at least 0, or None"),
     ({"top_k": 2.5}, r"top_k = 2.5"),
-    ({"min_p": 1.5}, r"min_p = 1.5: expected a number in \[0, 1\], or None"),
+    ({"min_p": 1.5}, r"min_p = 1.5: expected a number of at most 1, or None"),
     ({"min_p": -0.1}, r"min_p = -0.1"),
-    ({"repetition_penalty": 0}, r"repetition_penalty = 0: expected a number above 0"),
+    ({"repetition_penalty": 0}, r"repetition_penalty = 0: expected a number of at least 1e-06"),
     ({"no_repeat_ngram_size": -1}, r"no_repeat_ngram_size = -1: expected an integer of at least 0"),
     ({"num_return_sequences": 0}, r"num_return_sequences = 0: expected an integer of at least 1"),
-    ({"num_return_sequences": 20_000_000}, r"num_return_sequences = 20000000: expected at most 10,000"),
+    ({"num_return_sequences": 20_000_000}, r"num_return_sequences = 20000000: expected an integer of at most 10,000"),
     ({"num_beams": 0}, r"num_beams = 0: expected an integer of at least 1"),
     ({"num_beams": 2.0}, r"num_beams = 2.0"),
     ({"num_beams": 4}, r"num_beams = 4 with temperature = 0.6: a beam search does not sample"),
     ({"num_beams": 2, "temperature": 0, "num_return_sequences": 3}, r"num_return_sequences = 3 with num_beams = 2"),
     ({"num_beams": 9, "temperature": 0}, r"prompt 0: num_beams = 9: expected at most max_batch_size = 8"),
     ({"num_beams": 2, "temperature": 0, "stop": "x"}, r"num_beams = 2 with top_logprobs or a stop string"),
-    ({"length_penalty": math.inf}, r"length_penalty = inf: expected a number from -50 to 50"),
-    ({"logit_bias": {1: math.inf}}, r"logit_bias = .*: expected a dictionary of token ids to numbers or -inf"),
+    ({"length_penalty": math.inf}, r"length_penalty = inf: expected a number of at most 50"),
+    (
+        {"logit_bias": {1: math.inf}},
+        r"logit_bias = .*: expected a dictionary of token ids to numbers of at most 1e\+30",
+    ),
     ({"early_stopping": "soon"}, r"early_stopping = 'soon': expected True, False or 'never'"),
     ({"stop": ""}, r"stop = '': expected strings that are not empty and token ids"),
     ({"stop": [1.5]}, r"stop = \[1.5\]"),
@@ -362,7 +365,7 @@ BAD = [
     ({"top_logprobs": -1}, r"top_logprobs = -1: expected an integer of at least 0"),
     ({"top_logprobs": 600}, r"top_logprobs = 600: expected at most the 512 tokens there are"),
     ({"temperature": [0.5]}, r"temperature is a list of 1: expected one value for each of 2 prompts"),
-    ({"top_p": [0.5, 7]}, r"prompt 1: top_p = 7: expected a number in \(0, 1\]"),
+    ({"top_p": [0.5, 7]}, r"prompt 1: top_p = 7: expected a number of at most 1"),
 ]
 
 

@@ -110,7 +110,7 @@ def test_an_answer_that_failed_has_no_score(demo):
         ({"threshold": 1}, "threshold = 1 without max_samples"),
         ({"n": 4, "threshold": 1, "max_samples": 2}, "max_samples = 2: expected at least n = 4"),
         ({"threshold": math.nan, "max_samples": 16}, "threshold = nan: expected a finite number"),
-        ({"threshold": "high", "max_samples": 16}, "threshold = 'high': expected a number"),
+        ({"threshold": "high", "max_samples": 16}, "threshold = 'high': expected a finite number"),
         ({"temperature": 0}, "temperature = 0 with n = 16: expected more than 0, or it is the same answer"),
         ({"temperature": -1}, "temperature = -1"),
     ],
