@@ -262,7 +262,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command):
     with subprocess.Popen([*LLAMA, *command], env=env, stdout=writer, stderr=subprocess.PIPE) as process:
         os.close(writer)
         os.close(reader)
-        shown = process.communicate(timeout=60)[1].decode()
+        shown = process.communicate(timeout=180)[1].decode()
     assert process.returncode == 0
     assert re.fullmatch(r"(Loaded .*\n)?", shown)
 
@@ -275,7 +275,7 @@ def test_ctrl_c_ends_a_command_with_130_and_no_traceback():
     with subprocess.Popen([*command, "--max_seq_len", "100000"], env=ENV, **pipes, **default) as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        shown = process.communicate(timeout=60)[1].decode()
+        shown = process.communicate(timeout=180)[1].decode()
         assert process.returncode == 130
     assert re.fullmatch(r"Loaded .*\n", shown)
 
