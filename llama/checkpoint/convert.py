@@ -5,7 +5,9 @@ beyond the libraries, for any model. The target appears under its name when it i
 """
 
 import base64
+import bisect
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -26,7 +28,7 @@ from llama.checkpoint.writer import PthFile, appear_whole, progress, safetensors
 from llama.layers import layouts
 from llama.layers.packing import drop_pages
 from llama.layers.quantization import KINDS
-from llama.parallel import dtype_by_name, partition
+from llama.parallel import dtype_by_name
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS
 from llama.tokenizer.tokenizer_json import tokenizer_json
@@ -161,13 +163,16 @@ def _write_safetensors_files(
 
 
 def _share_out(sizes: dict[str, int], n_files: int | None) -> list[list[str]]:
-    """The names in order, cut into n files of as many tensors each, or into files of at most `MAX_FILE_BYTES`."""
+    """The names in order, cut into n files of about the same size, or into files of at most `MAX_FILE_BYTES`."""
     names = list(sizes)
     if n_files is not None:
         if n_files > len(names):
             raise ValueError(f"shards = {n_files}: expected at most {len(names)}, one for each tensor")
-        ends = [partition(len(names), i, n_files) for i in range(n_files)]
-        return [names[start:stop] for start, stop in ends]
+        ends, cuts = list(itertools.accumulate(sizes.values())), [0]
+        for i in range(1, n_files):  # where i shares end, with a tensor in each file before and after
+            at = bisect.bisect(ends, ends[-1] * i / n_files)
+            cuts.append(min(max(at, cuts[-1] + 1), len(names) - n_files + i))
+        return [names[start:stop] for start, stop in itertools.pairwise([*cuts, len(names)])]
     files, room = [], 0
     for name in names:
         if not files or sizes[name] > room:
