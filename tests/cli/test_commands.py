@@ -193,7 +193,7 @@ def test_a_line_that_is_no_call_is_explained_in_a_few_lines(words, expected, not
     ("words", "expected"),
     [
         ("chat --temperature -1", "--temperature = -1.0: expected a number of at least 0"),
-        ("complete hi --min-p 2", "--min_p = 2.0: expected a number in [0, 1]"),
+        ("complete hi --min-p 2", "--min_p = 2.0: expected a number of at most 1"),
         ("complete hi --stop=", "--stop = '': expected strings that are not empty"),
         ("chat --ckpt_dir /nowhere", "/nowhere"),
         ("chat --ckpt_dir CKPT --max_seq_len 0", "--max_seq_len = 0: expected an integer of at least 1"),
