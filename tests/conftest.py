@@ -4,6 +4,7 @@ import base64
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from llama.decode_step import DecodeStep
 
 # Tests run beside each other: threads of the processes that they start would wait for each other's most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# In the background a shell has its programs ignore Ctrl-C, and those that they start too: tests that press it need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
