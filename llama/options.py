@@ -3,6 +3,7 @@
 Knows nothing of models or text. The names are those of Transformers and vLLM.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,10 @@ import torch
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 PENALTIES = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "logits_processor")
+PENALTIES += ("presence_penalty", "frequency_penalty")
+
+# The options that give the answer its shape; at most one of them.
+SHAPES = ("json_schema", "regex", "choice", "grammar")
 
 # The most answers to one prompt. They are all set up at once: with no such limit a slip of the pen in one line of a
 # data set takes all the memory there is.
@@ -35,6 +40,8 @@ class DecodingOptions:
         repetition_penalty: divides the logits above 0, and multiplies those below, of every token of the prompt and
             the answer so far (CTRL, arXiv 1909.05858); 1 is none.
         no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer; 0: no such rule.
+        presence_penalty: subtracted from the logits of every token of the answer so far, -2 to 2.
+        frequency_penalty: subtracted from them as often as the token has occurred in the answer, -2 to 2.
         num_return_sequences: answers to each prompt, at most 10,000.
         num_beams: beam search with so many beams if more than 1; needs temperature 0.
         length_penalty: a beam's score is its log-probability / length ** length_penalty.
@@ -42,6 +49,10 @@ class DecodingOptions:
         stop: strings that end the answer where they begin, and ids of tokens that do; neither is part of it.
         logit_bias: added to the logits of the ids it names.
         seed: makes the answers reproducible.
+        json_schema: the answer is JSON that fits this schema, a dictionary or JSON text (json-schema.org).
+        regex: the whole answer matches this regular expression (the syntax of Rust's regex).
+        choice: the answer is one of these strings.
+        grammar: the answer fits this grammar, in Lark's notation (`llama.decoding.grammar`).
         logits_processor: called as Transformers' with ids [1, T] and logits [1, vocab_size]; returns logits.
         top_logprobs: how many of the most likely tokens to report at each position.
     """
@@ -53,6 +64,8 @@ class DecodingOptions:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     num_return_sequences: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -60,6 +73,10 @@ class DecodingOptions:
     stop: str | int | list[str | int] | None = None
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
     logits_processor: LogitsProcessor | None = None
     top_logprobs: int = 0
 
@@ -73,6 +90,9 @@ class DecodingOptions:
         _require(self, "top_k", "an integer of at least 0, or None", lambda v: v is None or (integer(v) and v >= 0))
         _require(self, "min_p", "a number in [0, 1], or None", lambda v: v is None or (number(v) and 0 <= v <= 1))
         _require(self, "repetition_penalty", "a number above 0", lambda v: number(v) and v > 0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(self, name, "a number from -2 to 2", lambda v: number(v) and -2 <= v <= 2)
+        _check_shape(self)
         for name in ("no_repeat_ngram_size", "top_logprobs"):
             _require(self, name, "an integer of at least 0", lambda v: integer(v) and v >= 0)
         for name in ("num_return_sequences", "num_beams"):
@@ -112,12 +132,21 @@ class DecodingOptions:
     def has_penalties(self) -> bool:
         """Whether the logits depend on more than the model."""
         none = self.repetition_penalty == 1 and self.no_repeat_ngram_size == 0
+        none = none and self.presence_penalty == 0 and self.frequency_penalty == 0
         return bool(self.logit_bias) or not none or self.logits_processor is not None
 
     @property
-    def penalties(self) -> tuple:
+    def shape(self) -> tuple[str, str] | None:
+        """The shape that the answer is to have: which of `SHAPES`, and its text; JSON of a dictionary or a list."""
+        for name in SHAPES:
+            if (value := getattr(self, name)) is not None:
+                return name, value if isinstance(value, str) else json.dumps(value)
+        return None
+
+    @property
+    def penalties(self) -> dict[str, Any]:
         """What the logits depend on besides the model, as `sampling.process_logits` takes it."""
-        return tuple(getattr(self, name) for name in PENALTIES)
+        return {name: getattr(self, name) for name in PENALTIES}
 
     @property
     def penalty_names(self) -> str:
@@ -149,7 +178,7 @@ NAMES = tuple(field.name for field in fields(DecodingOptions))
 def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
     """The options of each prompt; a list among the values holds one value for each prompt.
 
-    For `stop`, whose value may itself be a list, that is a list with a list or None in it.
+    For `stop` and `choice`, whose values may be lists, that is a list with a list or None in it.
 
     Raises:
         ValueError: a value is out of range or contradicts another, or a list is not as long as there are prompts.
@@ -222,7 +251,7 @@ def _check_names(options: Iterable[str]) -> None:
 
 
 def _is_per_prompt(name: str, value: Any) -> bool:
-    if name == "stop":
+    if name in ("stop", "choice"):
         return isinstance(value, list) and any(item is None or isinstance(item, (list, tuple, set)) for item in value)
     return isinstance(value, (list, tuple)) and not callable(value)  # Transformers' LogitsProcessorList is both
 
@@ -231,6 +260,26 @@ def _require(options: DecodingOptions, name: str, expected: str, is_right: Calla
     value = getattr(options, name)
     if not is_right(value):
         raise ValueError(f"{name} = {value!r}: expected {expected}")
+
+
+def _check_shape(options: DecodingOptions) -> None:
+    """Raises ValueError if there are two shapes, or one is of the wrong type; compiling it is not tried here."""
+    given = [name for name in SHAPES if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: expected one shape of the answer at most")
+    for name in ("regex", "grammar"):
+        _require(options, name, "a string that is not empty, or None", lambda v: v is None or (v and type(v) is str))
+    is_texts = lambda v: isinstance(v, (list, tuple)) and v and all(isinstance(x, str) and x for x in v)  # noqa: E731
+    _require(options, "choice", "a list of strings that are not empty, or None", lambda v: v is None or is_texts(v))
+    try:
+        schema = options.json_schema
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        json.dumps(schema, allow_nan=False)
+        is_schema = schema is None or isinstance(schema, Mapping)
+    except (ValueError, TypeError, RecursionError):
+        is_schema = False
+    if not is_schema:
+        raise ValueError(f"json_schema = {str(options.json_schema)[:200]!r}: expected a JSON schema, an object in JSON")
 
 
 def _is_int(value: Any) -> bool:

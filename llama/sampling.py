@@ -5,6 +5,7 @@ Knows nothing of models, caches or text. A row's result depends on that row alon
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -212,13 +213,18 @@ def process_logits(
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
     logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    n_prompt: int = 0,
 ) -> torch.Tensor:
     """The logits of one row after what depends on the ids so far, in the order of Transformers' `generate`.
 
     Args:
         logits: float32 [vocab_size]; not changed.
         ids: prompt and answer so far.
-        logit_bias, repetition_penalty, no_repeat_ngram_size, logits_processor: as in `DecodingOptions`.
+        logit_bias, repetition_penalty, no_repeat_ngram_size, logits_processor, presence_penalty, frequency_penalty: as
+            in `DecodingOptions`.
+        n_prompt: how many of the ids are the prompt's.
 
     Raises:
         ValueError: the processor raised, or returned something of another shape.
@@ -235,6 +241,11 @@ def process_logits(
     if no_repeat_ngram_size > 0:
         banned = _completions_of_ngrams(ids, no_repeat_ngram_size)
         logits = logits.index_fill(0, torch.tensor(banned, dtype=torch.long, device=logits.device), -torch.inf)
+    if presence_penalty or frequency_penalty:
+        counts = Counter(ids[n_prompt:])
+        tokens = torch.tensor(list(counts), dtype=torch.long, device=logits.device)
+        amounts = [-(presence_penalty + count * frequency_penalty) for count in counts.values()]
+        logits = logits.index_add(0, tokens, torch.tensor(amounts, dtype=logits.dtype, device=logits.device))
     if logits_processor is not None:
         name = getattr(logits_processor, "__name__", type(logits_processor).__name__)
         try:

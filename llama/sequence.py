@@ -45,11 +45,13 @@ class Sequence:
         logprobs: whether to keep the log-probability of each token of the answer.
         score_from: from which token on the prompt itself is scored; None: not at all.
         search: who chooses the tokens, where that is not the engine: a beam search.
+        constraint: which tokens may come next, where the answer is to have a given shape.
         tokens: the answer.
         token_logprobs: of each token of the answer, in nats.
         prompt_token_logprobs: of each token of the prompt from `score_from` on, given those before it; 0 for the first
             token of a prompt.
         top_logprobs, prompt_top_logprobs: `options.top_logprobs` (id, log-probability) for each of them, best first.
+        n_cached: how many of the prompt's keys and values were in the cache already.
         prompt_is_greedy: whether greedy decoding would have chosen every scored token of the prompt.
         finish_reason: "stop", "length" or "error" once it has ended.
         error: what went wrong, for "error".
@@ -66,11 +68,13 @@ class Sequence:
     logprobs: bool = False
     score_from: int | None = None
     search: "Search | None" = None
+    constraint: "Constraint | None" = None
     tokens: list[int] = field(default_factory=list)
     token_logprobs: list[float] = field(default_factory=list)
     prompt_token_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    n_cached: int = 0
     prompt_is_greedy: bool = True
     finish_reason: str | None = None
     error: str | None = None
@@ -101,16 +105,47 @@ class Sequence:
             self.finish_reason = "stop"
             return False
         self.tokens.append(token)
-        if self.should_stop is not None and self.should_stop(self.tokens):
+        if self.constraint is not None:
+            self.constraint.accept(token)
+        is_whole = self.constraint is not None and self.constraint.is_complete
+        if (self.should_stop is not None and self.should_stop(self.tokens)) or is_whole:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.max_new_tokens:
             self.finish_reason = "length"
         return True
 
+    def process(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [vocab_size] of the next token after the options' penalties, -inf where the shape rules it out.
+
+        Raises:
+            ValueError: a logits_processor raised, or no token can come next.
+        """
+        options, constraint = self.options, self.constraint
+        if options.has_penalties:
+            logits = process_logits(logits, self.prompt + self.tokens, **options.penalties, n_prompt=len(self.prompt))
+        return logits if constraint is None else constraint.mask(logits)
+
     def fail(self, error: Exception | str) -> None:
         """Ends the sequence with an error."""
         self.finish_reason, self.error = "error", str(error)
         self.cause = error.__cause__ if isinstance(error, Exception) else None
+
+
+class Constraint(Protocol):
+    """The shape of one answer, and how far the answer is."""
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [vocab_size], -inf at the tokens that cannot come next; raises ValueError if none can."""
+
+    def accept(self, token: int) -> None:
+        """Takes the next token of the answer."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is whole and nothing may follow."""
+
+    def copy(self) -> "Constraint":
+        """Another of the same state, for another continuation."""
 
 
 class Search(Protocol):
@@ -155,11 +190,12 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
         try:
             if not math.isfinite(peaks[row]):
                 raise ValueError(UNUSABLE_LOGITS)
-            if options.has_penalties:
-                processed = process_logits(logits[row], sequence.prompt + sequence.tokens, *options.penalties)
+            if options.has_penalties or sequence.constraint is not None:
+                processed = sequence.process(logits[row])
                 if not math.isfinite(peak := processed.amax().item()):
+                    shaped = f" that the {options.shape[0]} allows" if options.shape else ""
                     left = "no token to choose" if peak == -math.inf else f"a logit of {peak}"
-                    raise ValueError(f"{options.penalty_names} left {left}")
+                    raise ValueError(f"{options.penalty_names} left {left}{shaped}")
         except ValueError as error:
             sequence.fail(error)
             processed = torch.zeros_like(logits[row])  # for a token that is not kept

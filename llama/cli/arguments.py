@@ -33,6 +33,7 @@ TEXTS = (
     "plot",
 )
 TEXTS += ("ckpt_dir", "tokenizer_path", "device", "dtype", "draft", "quantize")
+TEXTS += ("host", "model_name", "api_key", "api_key_file", "cors_origins", "json_schema", "regex", "grammar")
 
 
 def takes(source: Callable, *names: str) -> Callable[[Callable], Callable]:

@@ -413,6 +413,55 @@ def rescore(source: str, target: str, *, prompts: str | None = None, keep: int |
     how.run(rescore_files, source, target, how.load(llama, options), plan, known, prompts=prompts)
 
 
+@text_command
+@takes(load, *LOADED)
+def serve(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model_name: str | None = None,
+    api_key: str | None = None,
+    api_key_file: str | None = None,
+    cors_origins: str | None = None,
+    max_batch_size: int = 8,
+    max_waiting: int = 256,
+    max_body: int = 8 * 2**20,
+    timeout: float | None = None,
+    grace: float = 30.0,
+    web: bool = True,
+    log_content: bool = False,
+    **options: Any,
+) -> None:
+    """Answers over HTTP, as OpenAI's interface has it, and with a web chat at /. docs/server.md has the rest.
+
+    Args:
+        host: the address to listen on.
+        port: of TCP; 0 takes a free one.
+        model_name: what requests call the model by; the name of the checkpoint's directory when left out.
+        api_key: who sends one of these keys, separated by commas, is let in; LLAMA_API_KEY has them as well.
+        api_key_file: a file with a key in each line.
+        cors_origins: the web pages, separated by commas, that may call the server from a browser.
+        max_batch_size: answers at a time.
+        max_waiting: how many answers may wait for their turn; more are refused.
+        max_body: bytes of a request; larger ones are refused.
+        timeout: seconds that a request may take.
+        grace: seconds that running answers get when the server is stopped.
+        web: whether there is a chat at /.
+        log_content: whether prompts and answers are logged.
+    """
+    try:
+        from llama import server
+    except ImportError as error:
+        raise ImportError(f"the server's libraries are not all here ({error}): pip install 'llama[serve]'") from None
+
+    settings = server.Settings(
+        *(host, port, model_name, api_key, api_key_file, cors_origins, max_waiting, max_body, timeout, grace),
+        *(web, log_content),
+    )
+    name = Path(options["ckpt_dir"]).resolve().name if options.get("ckpt_dir") else "llama-demo"
+    server.serve(lambda: load(max_batch_size=max_batch_size, **options), settings, name)
+
+
 def _check_files(source: str, target: str, *others: str | None) -> None:
     """Raises OSError, ValueError or ImportError where rows cannot be read, or answers to them not be written."""
     inputs = [source, *(path for path in others if path is not None)]
@@ -452,6 +501,7 @@ COMMANDS = {
     "verify": verify,
     "convert": convert,
     "quantize": quantize,
+    "serve": serve,
 }
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.decoding.beam_search import BeamSearch
+from llama.decoding.grammar import Grammars
 from llama.decoding.shared_engine import SharedEngine
 from llama.decoding.speculative import SpeculativeEngine
 from llama.engine import Engine
@@ -96,6 +97,7 @@ class Answerer:
         self.tokenizer = tokenizer
         self.seed = seed
         args = engine.model.args
+        self.grammars = Grammars(tokenizer, args.vocab_size)
         self.vocab_size, self.max_seq_len, self.max_batch_size = args.vocab_size, args.max_seq_len, args.max_batch_size
         self._calls = itertools.count(1)  # of those without a seed of their own
 
@@ -178,8 +180,13 @@ class Answerer:
         return check_ids(name, ids, self.vocab_size, None if any_length else self.max_seq_len)
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
-        """Raises ValueError, begun by `name`, if options name tokens or ask for beams that the model does not have."""
+        """Raises ValueError, begun by `name`, if options ask for what the model does not have, or for no shape at all.
+
+        Raises ImportError if an answer is to have a shape, and llguidance is not installed.
+        """
         option.check_model(self.vocab_size, self.max_batch_size, name)
+        if option.shape is not None:
+            self.grammars.check(option.shape, name)
 
     def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
@@ -220,6 +227,7 @@ class Answerer:
             frozenset(self.tokenizer.stop_tokens) | {stop for stop in option.stops if isinstance(stop, int)},
             logprobs=logprobs,
             score_from=0 if logprobs and job.echo and sample == job.first_sample else None,
+            constraint=None if option.shape is None else self.grammars.start(option.shape),
         )
         if stops := _stop_strings(option):  # the text is followed only where something looks for a string in it
             sequence.should_stop = AnswerText(self.tokenizer, stops).follow

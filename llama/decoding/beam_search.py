@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama.sampling import process_logits
 from llama.sequence import Sequence
 
 
@@ -84,6 +83,9 @@ class BeamSearch:
                             sequence.prompt, sequence.max_new_tokens, sequence.options, search=self, total=total
                         )
                         beam.tokens, beam.token_logprobs = tokens, token_logprobs
+                        if self.beams[parent].constraint is not None:
+                            beam.constraint = self.beams[parent].constraint.copy()
+                            beam.constraint.accept(token)
                         beams.append(beam)
                         parents.append(parent)
                     continue
@@ -100,10 +102,8 @@ class BeamSearch:
     def _candidates(self, logprobs: torch.Tensor) -> list[tuple[int, int, float, float]]:
         """The best continuations: of which beam, the token, its log-probability under the model, the new total."""
         options, processed = self.sequence.options, logprobs
-        if options.has_penalties:
-            rows = zip(self.beams, logprobs.clone())
-            processed = [process_logits(row, b.prompt + b.tokens, *options.penalties) for b, row in rows]
-            processed = torch.stack(processed)
+        if options.has_penalties or self.sequence.constraint is not None:
+            processed = torch.stack([beam.process(row) for beam, row in zip(self.beams, logprobs.clone())])
         totals = processed + logprobs.new_tensor([[getattr(beam, "total", 0.0)] for beam in self.beams])
         n_candidates = max(2, 1 + len(self.sequence.stop_tokens)) * self.n_slots
         totals, places = totals.flatten().topk(min(n_candidates, totals.numel()))

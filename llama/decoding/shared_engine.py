@@ -118,6 +118,16 @@ class Call:
             self._open[sequence] = None
             self._shared._change(self._shared.engine.add, sequence)
 
+    def cancel(self, sequences: set[Sequence]) -> None:
+        """Forgets some of the sequences; their slots are free before the next step."""
+        with _interrupts_held(), self._shared._lock:
+            open_ones = sequences & self._open.keys()
+            for sequence in open_ones:
+                del self._shared._owners[sequence], self._open[sequence]
+            if open_ones:
+                self._shared._change(self._shared.engine.cancel, open_ones)
+            self._ended = [sequence for sequence in self._ended if sequence not in sequences]
+
     def step(self, every: bool = False) -> list[Sequence]:
         """Lets the engine run until some of this call's sequences have ended, and returns these; [] if none are open.
 

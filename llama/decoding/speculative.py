@@ -263,7 +263,8 @@ class DraftModel:
         for row, (sequence, text) in enumerate(zip(sequences, texts)):
             o = sequence.options
             if o.has_penalties:
-                logits[row] = process_logits(logits[row], text, *o.penalties[:-1])  # not the caller's code
+                penalties = o.penalties | {"logits_processor": None, "n_prompt": len(sequence.prompt)}
+                logits[row] = process_logits(logits[row], text, **penalties)
         return draw(sequences, logits, ahead).tolist()
 
 

@@ -61,6 +61,12 @@ class AnswerText:
                     break
         return self._text[: len(self._text) - held]
 
+    @property
+    def n_decided_tokens(self) -> int:
+        """How many tokens lie wholly in the decided text."""
+        length = len(self.decided)
+        return sum(end <= length for end in self._ends)
+
     def finish(self) -> str:
         """The whole text, after the last token; a character that was never completed is U+FFFD."""
         if not self._stopped:
