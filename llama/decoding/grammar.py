@@ -22,6 +22,9 @@ from llama.tokenizer import Tokenizer
 
 # Compiled shapes that are kept for the next call.
 N_KEPT = 64
+# Where only one text is possible, llguidance would allow a single way to cut it into tokens, and cuts it as a text that
+# stands alone. Here the model chooses among all ways.
+FREE = '%llguidance {"no_forcing": true}\n'
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -158,14 +161,14 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> tuple[Any, torch.Tenso
 
 
 def _grammar(matcher: Any, name: str, text: str) -> str:
-    """A shape in llguidance's own notation."""
+    """A shape as a Lark grammar with llguidance's extensions."""
+    if name == "grammar":
+        return text if "%llguidance" in text else FREE + text
     if name == "json_schema":
-        return matcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
-    if name == "regex":
-        return matcher.grammar_from_regex(text)
+        return FREE + "start: %json " + json.dumps({**json.loads(text), "x-guidance": JSON_OPTIONS})
     if name == "choice":
-        return matcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(text))))
-    return matcher.grammar_from_lark(text)
+        return FREE + "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(text)))
+    return FREE + json.loads(matcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
 
 
 def _first_lines(error: str) -> str:

@@ -6,6 +6,7 @@ Knows nothing of what is served.
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Collection
@@ -61,11 +62,11 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, max_body: int, refused: Any):
-        self._app, self._keys, self._max_body, self._refused = app, keys, max_body, refused
+        self.app, self._keys, self._max_body, self._refused = app, keys, max_body, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if scope["path"] != "/health" and not self._keys.fit(headers.get(b"authorization", "")):
@@ -78,19 +79,25 @@ class Gate:
             await self._refuse(error, scope, receive, send)
             return
         if scope["type"] == "websocket":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         length = headers.get(b"content-length", "0")
         if length.isdigit() and int(length[:18]) > self._max_body:
-            await self._refuse(self._too_large(), scope, receive, send)
+            await self._refuse(_too_large(self._max_body), scope, receive, send)
             return
-        try:
-            await self._app(scope, _Body(receive, self._max_body, self).receive, send)
-        except ApiError as error:  # of the body, while it was read
-            await self._refuse(error, scope, receive, send)
+        body = _Body(receive, self._max_body)
+        has_begun = False
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is too large: expected at most {self._max_body} bytes", None, "body_too_large")
+        async def send_unless_refused(message: Message) -> None:
+            nonlocal has_begun
+            if body.error is None or has_begun:
+                has_begun = True
+                await send(message)
+
+        with contextlib.suppress(ApiError):
+            await self.app(scope, body.receive, send_unless_refused)
+        if body.error is not None and not has_begun:  # whatever the application has made of it
+            await self._refuse(body.error, scope, receive, send)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         self._refused.labels(error.status).inc()
@@ -99,11 +106,20 @@ class Gate:
         await response(scope, receive, send)
 
 
-class _Body:
-    """A request's body while it comes."""
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is too large: expected at most {limit} bytes", None, "body_too_large")
 
-    def __init__(self, receive: Receive, limit: int, gate: Gate):
-        self._receive, self._limit, self._gate = receive, limit, gate
+
+class _Body:
+    """A request's body while it comes.
+
+    Attributes:
+        error: what is wrong with it; raised, too, by `receive`.
+    """
+
+    def __init__(self, receive: Receive, limit: int):
+        self._receive, self._limit = receive, limit
+        self.error: ApiError | None = None
         self._n_bytes, self._is_whole = 0, False
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
@@ -114,13 +130,15 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, seconds))
         except asyncio.TimeoutError:
-            error = ApiError(408, f"the body was not there after {BODY_SECONDS:.0f} seconds", None, "body_too_slow")
-            raise error from None
+            message = f"the body was not there after {BODY_SECONDS:.0f} seconds"
+            self.error = ApiError(408, message, None, "body_too_slow")
+            raise self.error from None
         if message["type"] == "http.request":
             self._n_bytes += len(message.get("body", b""))
             self._is_whole = not message.get("more_body", False)
             if self._n_bytes > self._limit:
-                raise self._gate._too_large()
+                self.error = _too_large(self._limit)
+                raise self.error
         return message
 
 

@@ -22,6 +22,7 @@ from llama import Llama
 from llama.server.app import Service, make_app
 from llama.server.driver import Driver, Metrics, follow
 from llama.server.limits import Connection, Gate, Keys
+from llama.server.webchat import Policy, add_web_chat
 
 KEY_VARIABLE = "LLAMA_API_KEY"
 
@@ -117,10 +118,8 @@ def serve(load: Callable[[], Llama], settings: Settings, name: str) -> None:
     service = Service(driver, settings.model_name or name, settings.max_waiting, settings.timeout, log)
     app = make_app(service)
     if settings.web:
-        from llama.server.webchat import add_web_chat
-
         add_web_chat(app, service)
-    gated = Gate(app, Keys(settings.keys()), settings.max_body, metrics.refused)
+    gated = Gate(Policy(app), Keys(settings.keys()), settings.max_body, metrics.refused)
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

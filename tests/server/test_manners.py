@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -40,16 +41,17 @@ def wait_for(condition, seconds: float = 60) -> None:
         threading.Event().wait(0.01)
 
 
-def begin(server: Server, **more) -> tuple["httpx.Client", "httpx.Response"]:
-    """A stream of which the first chunk has come."""
+def begin(server: Server, **more) -> tuple["httpx.Client", "httpx.Response", Iterator[str]]:
+    """A stream of which the first chunk has come, and what follows it."""
     client = httpx.Client(timeout=120)
     request = client.build_request(
         "POST", server.url + "/v1/completions", json=never_ending(server) | {"stream": True} | more
     )
     response = client.send(request, stream=True)
     assert response.status_code == 200
-    next(response.iter_raw())
-    return client, response
+    chunks = response.iter_text()
+    next(chunks)
+    return client, response, chunks
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def server():
 def test_a_client_that_leaves_frees_its_slot_within_a_step(server, streamed):
     before = metric(server, "llama_answer_tokens_total")
     if streamed:
-        client, response = begin(server)
+        client, response, _ = begin(server)
         response.close()
         client.close()
     else:
@@ -79,7 +81,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(server, streamed):
 
 
 def test_a_full_queue_is_a_429_with_retry_after_and_the_running_answer_goes_on(server):
-    client, running = begin(server)
+    client, _, running = begin(server)
     waiting_client = httpx.Client(timeout=120)
     thread = threading.Thread(target=lambda: waiting_client.post(server.url + "/v1/completions", json=SHORT))
     thread.start()
@@ -88,7 +90,7 @@ def test_a_full_queue_is_a_429_with_retry_after_and_the_running_answer_goes_on(s
     assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert httpx.get(server.url + "/health").status_code == 200
-    rest = "".join(running.iter_text())
+    rest = "".join(running)
     assert rest.endswith("data: [DONE]\n\n")
     thread.join(60)
     client.close()
@@ -159,19 +161,19 @@ def test_a_request_that_takes_too_long_is_a_504_and_frees_its_slot():
 def test_sigterm_ends_what_runs_takes_no_more_and_exits_0(processes, tmp_path):
     folder = DEMO if processes == 1 else split_checkpoint(DEMO, tmp_path / "split", 2, "rows")
     with Server(*SMALL, "--ckpt_dir", str(folder), processes=processes) as server:
-        client, running = begin(server)
+        client, _, running = begin(server)
         os.kill(first_rank(server, processes), signal.SIGTERM)
         wait_for(lambda: not listens(server))
-        assert "".join(running.iter_text()).endswith("data: [DONE]\n\n")
+        assert "".join(running).endswith("data: [DONE]\n\n")
         client.close()
         assert server.process.wait(60) == 0
 
 
 def test_an_answer_that_outlasts_the_grace_is_told_so_and_the_exit_code_is_0():
     with Server(*SMALL, "--grace", "0.1", "--max_seq_len", "4096") as server:
-        client, running = begin(server)
+        client, _, running = begin(server)
         server.process.send_signal(signal.SIGTERM)
-        assert "the server was stopped" in "".join(running.iter_text())
+        assert "the server was stopped" in "".join(running)
         client.close()
         assert server.process.wait(60) == 0
 
