@@ -428,7 +428,7 @@ def serve(
     max_body: int = 8 * 2**20,
     timeout: float | None = None,
     grace: float = 30.0,
-    web: bool = True,
+    no_web: bool = False,
     log_content: bool = False,
     **options: Any,
 ) -> None:
@@ -446,7 +446,7 @@ def serve(
         max_body: bytes of a request; larger ones are refused.
         timeout: seconds that a request may take.
         grace: seconds that running answers get when the server is stopped.
-        web: whether there is a chat at /.
+        no_web: leaves out the chat at /.
         log_content: whether prompts and answers are logged.
     """
     try:
@@ -456,7 +456,7 @@ def serve(
 
     settings = server.Settings(
         *(host, port, model_name, api_key, api_key_file, cors_origins, max_waiting, max_body, timeout, grace),
-        *(web, log_content),
+        *(no_web, log_content),
     )
     name = Path(options["ckpt_dir"]).resolve().name if options.get("ckpt_dir") else "llama-demo"
     server.serve(lambda: load(max_batch_size=max_batch_size, **options), settings, name)

@@ -148,7 +148,7 @@ class LlamaLM(TemplateLM):
             prompts.append(self.tok_encode(context)[-(self.max_length - budget) :])
             for name, value in {"max_gen_len": budget, "stop": until, **decoding}.items():
                 options[name].append(value)
-        answers = self.llama.answer(prompts, progress=not disable_tqdm, **options) if prompts else []
+        answers = self.llama.answer(prompts, False, False, not disable_tqdm, **options) if prompts else []
         texts = [answer.text for (answer,) in answers]
         for request, text in zip(requests, texts):
             self.cache_hook.add_partial("generate_until", request.args, text)

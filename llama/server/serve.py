@@ -42,7 +42,7 @@ class Settings:
         max_body: bytes of a request; larger ones are refused (413).
         timeout: seconds that a request may take.
         grace: seconds that running answers get when the server is stopped.
-        web: whether there is a chat at /.
+        no_web: leaves out the chat at /.
         log_content: whether prompts and answers are logged.
     """
 
@@ -56,7 +56,7 @@ class Settings:
     max_body: int = 8 * 2**20
     timeout: float | None = None
     grace: float = 30.0
-    web: bool = True
+    no_web: bool = False
     log_content: bool = False
 
     def __post_init__(self):
@@ -117,7 +117,7 @@ def serve(load: Callable[[], Llama], settings: Settings, name: str) -> None:
     log = (lambda line: print(line, file=sys.stderr, flush=True)) if settings.log_content else None
     service = Service(driver, settings.model_name or name, settings.max_waiting, settings.timeout, log)
     app = make_app(service)
-    if settings.web:
+    if not settings.no_web:
         add_web_chat(app, service)
     gated = Gate(Policy(app), Keys(settings.keys()), settings.max_body, metrics.refused)
     if settings.cors_origins:

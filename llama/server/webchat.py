@@ -32,6 +32,8 @@ STYLE = """
 .turn.user { background: rgba(25, 118, 210, .12); }
 .turn pre { overflow-x: auto; }
 .note { opacity: .8; font-size: .8rem; }
+.q-footer { background: #fff; color: inherit; }
+.body--dark .q-footer { background: #121212; }
 """
 # How often, seconds, a growing answer is drawn.
 REDRAW = 0.05
@@ -123,9 +125,9 @@ class Chat:
                 "full-width"
             )
         self._list = ui.column().classes("chat").props('role=log aria-live=polite aria-label="Conversation"')
-        with ui.footer().style("background: transparent"), ui.row().classes("chat no-wrap items-end"):
+        with ui.footer(), ui.row().classes("chat no-wrap items-end"):
             self._input = ui.textarea(placeholder="Ask something").props(
-                'outlined autogrow autofocus aria-label="Message" bg-color=primary dark input-style="max-height: 12rem"'
+                'outlined autogrow autofocus aria-label="Message" input-style="max-height: 12rem"'
             )
             self._input.classes("col").on("keydown.enter.exact.prevent", self.send).on("keydown.escape", self.stop)
             self._send = ui.button(icon="send", on_click=self.send).props('round aria-label="Send"')
@@ -151,6 +153,7 @@ class Chat:
                             button = ui.button(icon="refresh", on_click=lambda index=index: self.regenerate(index))
                             button.props('flat dense size=sm aria-label="Regenerate"')
                         button.set_enabled(not self._busy)
+        ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
 
     def new(self) -> None:
         """Forgets the conversation."""
@@ -226,6 +229,7 @@ class Chat:
                 first = last if ticket.n_tokens[0] <= 1 else first
                 if last - drawn_at > REDRAW:
                     drawn.set_content(text or "…")
+                    self._ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
                     drawn_at = last
         finally:
             service.close(ticket)

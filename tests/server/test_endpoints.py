@@ -18,7 +18,7 @@ STORY = "Once upon a time"
 
 @pytest.fixture(scope="module")
 def server():
-    with Server("--max_seq_len", "512", "--web=False") as running:
+    with Server("--max_seq_len", "512", "--no_web") as running:
         yield running
 
 

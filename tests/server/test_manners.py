@@ -19,7 +19,7 @@ from running import Server  # noqa: E402
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 480, "temperature": 1.0, "seed": 1, "logit_bias": {}}
 SHORT = {"prompt": "Once upon a time", "max_tokens": 2, "temperature": 0}
-SMALL = ("--max_seq_len", "512", "--web=False")
+SMALL = ("--max_seq_len", "512", "--no_web")
 
 
 def never_ending(server: Server, n_more: int = 0) -> dict:

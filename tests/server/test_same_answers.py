@@ -57,7 +57,7 @@ def offline(llama: Llama) -> list[str]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sixty_four_at_once_are_answered_as_each_alone(processes, demo, tmp_path):
     folder = DEMO if processes == 1 else split_checkpoint(DEMO, tmp_path / "split", 2, "rows")
-    options = ("--ckpt_dir", str(folder), "--model_name", "m", "--max_seq_len", "512", "--web=False")
+    options = ("--ckpt_dir", str(folder), "--model_name", "m", "--max_seq_len", "512", "--no_web")
     with Server(*options, processes=processes) as server:
         answers = asyncio.run(ask_all(server.url))
     expected = offline(demo)
