@@ -48,6 +48,11 @@ class Choice:
         self.finish_reason: str | None = None
 
     @property
+    def text(self) -> str:
+        """All of it, once it has ended."""
+        return self._text.finish()
+
+    @property
     def has_call(self) -> bool:
         return self._reader is not None and self._reader.has_call
 
@@ -204,7 +209,7 @@ class Writer:
                     call = {"id": _call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
                     entry["message"] |= {"content": text or None, "tool_calls": [call]}
                 elif not text and events:  # a call that was cut off
-                    entry["message"]["content"] = choice._text.finish()
+                    entry["message"]["content"] = choice.text
                 if self._prepared.logprobs:
                     entry["logprobs"] = choice.chat_logprobs(tokens)
             else:

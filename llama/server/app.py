@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from llama import Llama
 from llama.server.answers import Writer
@@ -251,11 +252,7 @@ async def _answer(
     deadline = service.deadline()
     if body.stream:
         service.open(prepared.ticket)  # what is refused is refused before the stream begins
-        return StreamingResponse(
-            _stream(service, prepared.ticket, writer, deadline),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+        return _Events(service, prepared.ticket, _stream(service, prepared.ticket, writer, deadline))
     return await _whole(service, prepared.ticket, writer, deadline, request)
 
 
@@ -280,6 +277,21 @@ async def _whole(
     return JSONResponse(response)
 
 
+class _Events(StreamingResponse):
+    """A stream of events; its ticket is closed at the end, and also if the client leaves before it begins."""
+
+    def __init__(self, service: Service, ticket: Ticket, events: AsyncIterator[str]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._service, self._ticket = service, ticket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._service.close(self._ticket)
+
+
 async def _stream(service: Service, ticket: Ticket, writer: Writer, deadline: float | None) -> AsyncIterator[str]:
     """The events of a stream. Starlette cancels it when the client leaves."""
     try:
@@ -294,8 +306,6 @@ async def _stream(service: Service, ticket: Ticket, writer: Writer, deadline: fl
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body)
-    finally:
-        service.close(ticket)
 
 
 def _event(content: dict[str, Any], log: Callable[[str], None] | None = None) -> str:

@@ -65,6 +65,8 @@ def describe(error: RequestValidationError) -> ApiError:
     path = [part for part in path if part not in ("str", "list", "int", "bool")]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
     if found["type"] == "extra_forbidden":
+        field = str(found["loc"][-1])[:100].encode("ascii", "backslashreplace").decode()
+        name = ".".join([*(str(part) for part in path if part != found["loc"][-1]), field])
         return ApiError(400, f"{name}: this field is not supported or not known", name, "unknown_parameter")
     if found["type"] == "json_invalid":
         reason = found.get("ctx", {}).get("error", "it cannot be parsed")

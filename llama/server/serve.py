@@ -101,6 +101,7 @@ def serve(load: Callable[[], Llama], settings: Settings, name: str) -> None:
             signal.signal(number, signal.SIG_IGN)
         follow(load())
         return
+    _allow_many_files()
     listener = _listen(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -172,6 +173,15 @@ class _Server(uvicorn.Server):
             self._service.fail_all(f"the server was stopped, and the answer was not there after {self._grace:g} s")
         self.config.timeout_graceful_shutdown = 3
         await super().shutdown(sockets)
+
+
+def _allow_many_files() -> None:
+    """A connection is a file: as many as the system lets us have, where it lets us choose."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; a limit that is no number
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -14,18 +14,19 @@ SECONDS = 180  # for a busy machine
 
 
 class Server:
-    """`python -m llama serve` with these options; ready once the `with` is entered.
+    """`python -m llama serve` with these options, or a piece of Python; ready once the `with` is entered.
 
     Attributes:
         url: where it listens.
         log: what it has written to stderr.
     """
 
-    def __init__(self, *options: str, processes: int = 1, wait: bool = True, **variables: str):
+    def __init__(self, *options: str, processes: int = 1, wait: bool = True, code: str = "", **variables: str):
         launcher = [sys.executable, "-m"]
         if processes > 1:
             launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
         command = [*launcher, "llama", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32", *options]
+        command = [sys.executable, "-c", code] if code else command
         own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "*"}
         self.process = subprocess.Popen(
             command, env={**os.environ, **own, **variables}, stderr=subprocess.PIPE, text=True, start_new_session=True

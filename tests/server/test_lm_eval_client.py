@@ -65,11 +65,11 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def evaluate(folder: Path, model: str, **model_args) -> dict[tuple[str, str], float]:
+def evaluate(folder: Path, kind: str, **model_args) -> dict[tuple[str, str], float]:
     from lm_eval.tasks import TaskManager
 
     found = lm_eval.simple_evaluate(
-        model,
+        kind,
         model_args,
         tasks=["sums", "choice", "words"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),

@@ -213,8 +213,58 @@ def test_a_following_rank_that_is_killed_takes_the_server_with_it(tmp_path):
         assert time.monotonic() - started < 15
 
 
-def test_a_failed_engine_fails_its_requests_and_the_process_ends_non_zero():
-    # A model whose file is damaged after it was found: nothing loads.
+def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_reason():
     with Server("--ckpt_dir", "/nowhere", wait=False) as server:
         assert server.process.wait(60) == 1
         assert "the engine has failed: FileNotFoundError" in server.log
+
+
+BREAKS = f"""
+import os, threading
+from llama import Llama
+from llama.server import Settings, serve
+
+def load():
+    if os.environ.get("SLOWLY"):
+        threading.Event().wait()
+    llama = Llama.build({str(DEMO)!r}, max_seq_len=512, device="cpu", dtype="float32")
+    step, steps = llama._engine.step, iter(range(40))
+    def broken():
+        if next(steps, None) is None:
+            raise RuntimeError("the device is on fire")
+        return step()
+    llama._engine.step = broken
+    return llama
+
+serve(load, Settings(port=0, no_web=True), "m")
+"""
+
+
+def test_a_failed_engine_fails_its_requests_and_the_process_ends_with_1():
+    with Server(code=BREAKS) as server:
+        client, _, running = begin(server)
+        assert "the device is on fire" in "".join(running)
+        client.close()
+        assert server.process.wait(60) == 1
+
+
+def test_while_the_model_is_loading_health_is_a_503_and_so_is_everything_else():
+    with Server(code=BREAKS, wait=False, SLOWLY="1") as server:
+        health = httpx.get(server.url + "/health", timeout=60)
+        assert health.status_code == 503 and health.json()["error"]["code"] == "loading"
+        assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+def test_what_a_server_cannot_be_told_is_an_error_before_anything_is_loaded(tmp_path):
+    for options, message in (
+        (("--port", "70000"), "port = 70000"),
+        (("--api_key", ""), "at least one key"),
+        (("--api_key_file", str(tmp_path / "none")), "No such file"),
+        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1:0"),
+        (("--max_waiting", "-1"), "max_waiting = -1"),
+    ):
+        server = Server(*options, wait=False)
+        assert server.process.wait(60) == 2
+        wait_for(lambda server=server, message=message: message in server.log)

@@ -68,6 +68,20 @@ class Page:
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(text, Keys.TAB)
 
+    def set_temperature(self, value: str) -> None:
+        """Sets it, and sees after a reload that the server has it."""
+        self.button("Settings").click()
+        self.wait(lambda: self.button("Temperature").is_displayed())
+        self.set("Temperature", value)
+
+        def is_kept() -> bool:
+            self.browser.refresh()
+            self.wait(lambda: self.button("Settings").is_displayed())
+            field = self.browser.find_element(By.CSS_SELECTOR, '[aria-label="Temperature"]')
+            return field.get_attribute("value") == value
+
+        self.wait(is_kept)
+
     def ask(self, text: str) -> None:
         self.button("Message").send_keys(text, Keys.ENTER)
 
@@ -75,10 +89,7 @@ class Page:
 @pytest.fixture
 def page(browser, server) -> Page:
     page = Page(browser, server)
-    page.button("Settings").click()
-    page.wait(lambda: page.button("Temperature").is_displayed())
-    page.set("Temperature", "0")
-    page.button("Settings").click()
+    page.set_temperature("0")
     return page
 
 
@@ -111,10 +122,7 @@ def test_an_answer_streams_and_is_edited_asked_again_and_there_after_a_reload(pa
 
 
 def test_a_long_answer_is_stopped_and_its_slot_is_free(page, server):
-    # At temperature 5 the model finds no end.
-    page.button("Settings").click()
-    page.set("Temperature", "5")
-    page.button("Settings").click()
+    page.set_temperature("5")  # at which the model finds no end
     page.ask("Tell me a story.")
     page.wait(lambda: len(page.texts()) == 2 and page.texts()[1] not in ("", "…"))
     page.button("Stop").click()
