@@ -30,7 +30,7 @@ setup(
             "transformers",
             "pyarrow",
             "matplotlib",
-            "lm-eval",
+            "lm-eval[api]",
             "accelerate",
             "fastapi",
             "uvicorn",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llama import Llama, parallel
+from llama import Llama, parallel, server
 from llama.checkpoint.open import find_tokenizer
 from llama.cli.arguments import run, takes, text_command
 from llama.cli.chat import Conversation, Keyboard, show, talk
@@ -449,11 +449,6 @@ def serve(
         no_web: leaves out the chat at /.
         log_content: whether prompts and answers are logged.
     """
-    try:
-        from llama import server
-    except ImportError as error:
-        raise ImportError(f"the server's libraries are not all here ({error}): pip install 'llama[serve]'") from None
-
     settings = server.Settings(
         *(host, port, model_name, api_key, api_key_file, cors_origins, max_waiting, max_body, timeout, grace),
         *(no_web, log_content),

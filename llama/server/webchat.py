@@ -103,7 +103,8 @@ class Chat:
             self._state.setdefault(name, value)
         self._busy = self._stopped = False
         self._ticket: Any = None
-        ui.context.client.on_disconnect(self.stop)
+        self._client = ui.context.client
+        self._client.on_disconnect(self.stop)
 
     def draw(self) -> None:
         """The whole page."""
@@ -153,7 +154,12 @@ class Chat:
                             button = ui.button(icon="refresh", on_click=lambda index=index: self.regenerate(index))
                             button.props('flat dense size=sm aria-label="Regenerate"')
                         button.set_enabled(not self._busy)
-        ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
+        self._scroll()
+
+    def _scroll(self) -> None:
+        """Shows the end of the conversation."""
+        # Not `ui.run_javascript`: the button whose click led here may have been drawn over.
+        self._client.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
 
     def new(self) -> None:
         """Forgets the conversation."""
@@ -200,7 +206,8 @@ class Chat:
         try:
             text, note = await self._ask(drawn)
         except ApiError as error:
-            ui.notify(error.message, type="negative", multi_line=True)
+            with self._list:
+                ui.notify(error.message, type="negative", multi_line=True)
         finally:
             self._busy, self._ticket = False, None
         if text or note:
@@ -229,7 +236,7 @@ class Chat:
                 first = last if ticket.n_tokens[0] <= 1 else first
                 if last - drawn_at > REDRAW:
                     drawn.set_content(text or "…")
-                    self._ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
+                    self._scroll()
                     drawn_at = last
         finally:
             service.close(ticket)

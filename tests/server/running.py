@@ -1,5 +1,6 @@
 """A real server in a process of its own, for the tests beside this file."""
 
+import contextlib
 import os
 import re
 import signal
@@ -11,6 +12,17 @@ from pathlib import Path
 from conftest import ROOT
 
 SECONDS = 180  # for a busy machine
+
+
+def ranks(parent: int) -> list[int]:
+    """The children of a torchrun, by their ranks."""
+    command = ["ps", "-o", "pid=", "--ppid", str(parent)]
+    by_rank = {}
+    for pid in subprocess.run(command, capture_output=True, text=True, check=False).stdout.split():
+        with contextlib.suppress(OSError):
+            if found := re.search(r"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_text()):
+                by_rank[int(found[1])] = int(pid)
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 class Server:
@@ -55,12 +67,19 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            for pid in (*ranks(self.process.pid), self.process.pid):  # torchrun's children have sessions of their own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
+
+    @property
+    def ranks(self) -> list[int]:
+        """The processes under torchrun, rank 0 first; the one process where there is no torchrun."""
+        return ranks(self.process.pid) or [self.process.pid]
 
     def memory(self) -> int:
         """Bytes of its resident memory."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tenacity", reason="lm-eval's extra `api` is not installed")
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 

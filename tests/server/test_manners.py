@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -162,7 +161,7 @@ def test_sigterm_ends_what_runs_takes_no_more_and_exits_0(processes, tmp_path):
     folder = DEMO if processes == 1 else split_checkpoint(DEMO, tmp_path / "split", 2, "rows")
     with Server(*SMALL, "--ckpt_dir", str(folder), processes=processes) as server:
         client, _, running = begin(server)
-        os.kill(first_rank(server, processes), signal.SIGTERM)
+        os.kill(server.ranks[0], signal.SIGTERM)
         wait_for(lambda: not listens(server))
         assert "".join(running).endswith("data: [DONE]\n\n")
         client.close()
@@ -186,28 +185,11 @@ def listens(server: Server) -> bool:
         return False
 
 
-def ranks(server: Server) -> list[int]:
-    """The processes of torchrun's server, rank 0 first."""
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(server.process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    by_rank = {}
-    for pid in children:
-        with open(f"/proc/{pid}/environ") as file:
-            if found := re.search(r"\0RANK=(\d+)\0", file.read()):
-                by_rank[int(found[1])] = int(pid)
-    return [by_rank[rank] for rank in sorted(by_rank)]
-
-
-def first_rank(server: Server, processes: int) -> int:
-    return server.process.pid if processes == 1 else ranks(server)[0]
-
-
 def test_a_following_rank_that_is_killed_takes_the_server_with_it(tmp_path):
     folder = split_checkpoint(DEMO, tmp_path / "split", 2, "rows")
     with Server(*SMALL, "--ckpt_dir", str(folder), processes=2) as server:
         assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
-        os.kill(ranks(server)[1], signal.SIGKILL)
+        os.kill(server.ranks[1], signal.SIGKILL)
         started = time.monotonic()
         assert server.process.wait(60) != 0
         assert time.monotonic() - started < 15
