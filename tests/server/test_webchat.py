@@ -14,6 +14,7 @@ if not (shutil.which("chromium") and shutil.which("chromedriver")):
     pytest.skip("there is no Chromium: apt-get install chromium chromium-driver", allow_module_level=True)
 
 from running import Server  # noqa: E402
+from selenium.common import exceptions  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -51,10 +52,11 @@ class Page:
         self.wait(lambda: self.button("Send").is_displayed())
 
     def wait(self, condition) -> None:
-        from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
-
-        gone = (NoSuchElementException, StaleElementReferenceException, IndexError)
-        WebDriverWait(self.browser, 120, 0.02, gone).until(lambda _: condition())
+        not_yet = (
+            *(exceptions.NoSuchElementException, exceptions.StaleElementReferenceException, IndexError),
+            exceptions.ElementNotInteractableException,
+        )
+        WebDriverWait(self.browser, 120, 0.02, not_yet).until(lambda _: condition())
 
     def button(self, label: str):
         return self.browser.find_elements(By.CSS_SELECTOR, f'[aria-label="{label}"]')[-1]
@@ -67,15 +69,14 @@ class Page:
         """Changes a setting, and sees after a reload that the server has it."""
 
         def is_kept() -> bool:
+            self.browser.refresh()
+            self.wait(lambda: self.button("Settings").is_displayed())
+            if self.setting(label).get_attribute("value") == text:
+                return True
             self.button("Settings").click()
             self.wait(lambda: self.setting(label).is_displayed())
-            if self.setting(label).get_attribute("value") == text:
-                self.browser.refresh()
-                self.wait(lambda: self.button("Settings").is_displayed())
-                return self.setting(label).get_attribute("value") == text
             self.setting(label).send_keys(Keys.CONTROL, "a")
             self.setting(label).send_keys(text, Keys.TAB)
-            self.button("Settings").click()
             return False
 
         self.wait(is_kept)
