@@ -15,6 +15,7 @@ from types import FrameType
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from llama import Llama
 from llama.server.app import Service, make_app
@@ -47,17 +48,7 @@ def run(load: Callable[[], Llama], settings: Settings, name: str) -> None:
     driver = Driver(metrics, fail)
     log = (lambda line: print(line, file=sys.stderr, flush=True)) if settings.log_content else None
     service = Service(driver, settings.model_name or name, settings.max_waiting, settings.timeout, log)
-    app = make_app(service)
-    if not settings.no_web:
-        add_web_chat(app, service)
-    gated = Gate(Policy(app), Keys(settings.keys()), settings.max_body, metrics.refused)
-    if settings.cors_origins:
-        origins = [origin.strip() for origin in settings.cors_origins.split(",")]
-        gated = CORSMiddleware(gated, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    config = uvicorn.Config(
-        gated, http=Connection, log_level="warning", access_log=False, lifespan="on", ws_max_size=1 << 20
-    )
-    server = _Server(config, service, settings.grace)
+    server = _Server(_application(settings, service), service, settings.grace)
     ready = lambda llama: print(f"serving {service.model} at {url}", file=sys.stderr, flush=True)  # noqa: E731
     thread = driver.start(load, ready)
     asyncio.run(server.serve(sockets=[listener]))
@@ -70,11 +61,24 @@ def run(load: Callable[[], Llama], settings: Settings, name: str) -> None:
         os._exit(1)  # the engine's thread, and other ranks, may be stuck
 
 
+def _application(settings: Settings, service: Service) -> ASGIApp:
+    """The endpoints and the chat, behind what protects them."""
+    app = make_app(service)
+    if not settings.no_web:
+        add_web_chat(app, service)
+    gate = Gate(Policy(app), Keys(settings.keys()), settings.max_body, service.driver.metrics.refused)
+    if not settings.cors_origins:
+        return gate
+    origins = [origin.strip() for origin in settings.cors_origins.split(",")]
+    return CORSMiddleware(gate, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, which ends by itself what it has begun."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, grace: float):
-        super().__init__(config)
+    def __init__(self, app: ASGIApp, service: Service, grace: float):
+        quiet = {"log_level": "warning", "access_log": False}
+        super().__init__(uvicorn.Config(app, http=Connection, lifespan="on", ws_max_size=1 << 20, **quiet))
         self._service, self._grace = service, grace
 
     @contextlib.contextmanager
