@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, ROOT, torchrun
-from llama.decoding.continuations import continuation_logprobs
 
 from llama import Llama
 from llama.checkpoint.convert import convert
+from llama.decoding.continuations import continuation_logprobs
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
