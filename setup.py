@@ -29,6 +29,7 @@ setup(
             "matplotlib",
             "lm-eval",
             "accelerate",
+            "peft",
         ],
         "dev": ["ruff"],
     },

@@ -232,7 +232,7 @@ class Engine:
 
     def _pack(self) -> None:
         """Lays the matrices out for fast decoding, once: not while loading, for the sake of the first token."""
-        if not self.packed:
+        if not self.packed and getattr(self.model, "packable", True):
             pack(self.model)
             self.packed = True
 

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from llama import parallel
-from llama.checkpoint.loading import load_weights
+from llama.adapters import AdaptedCheckpoint, attach_adapter, read_adapter
+from llama.checkpoint.loading import load_weights, make_trainable
 from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint.save import save_model
 from llama.decoding import scoring
 from llama.decoding.answering import Answer, Answerer, Jobs, TopLogprobs, wants_top
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
@@ -60,6 +62,8 @@ class Llama:
         compile: bool = False,
         quantize: str | None = None,
         draft: str | os.PathLike | None = None,
+        adapter: str | os.PathLike | None = None,
+        train: bool = False,
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
@@ -83,6 +87,10 @@ class Llama:
             draft: what proposes tokens, for the model to check several at a time: the same answers, sooner. The
                 directory of a smaller model with the same tokenizer, or "ngram", which looks the last tokens up in
                 prompt and answer (`llama.decoding.speculative`). Beam searches do without.
+            adapter: the directory of a LoRA, as `llama finetune` and PEFT write it. It is folded into the weights while
+                they are loaded; beside a quantised checkpoint's it is computed with each product.
+            train: whether the weights are to learn: all are parameters that require gradients, never packed, and no
+                prefix is kept from one call to the next. `generate` works between the steps of an optimizer.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
@@ -98,6 +106,8 @@ class Llama:
             raise ValueError(f"quantize = {quantize!r}: expected {' or '.join(map(repr, KINDS))}, or None")
         if not isinstance(draft, (str, os.PathLike, type(None))):
             raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
+        if train and (quantize or compile or draft):
+            raise ValueError("train = True: expected no quantize, compile or draft, which are for weights that stay")
         device = parallel.pick_device(device)
         dtype = _as_dtype(dtype)
         proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
@@ -116,8 +126,20 @@ class Llama:
                 with torch.device("meta"):
                     model = Transformer(checkpoint.args)
                 rounded = quantize or checkpoint.quantization
+                if train and rounded:
+                    raise ValueError(
+                        f"train = True, but {ckpt_dir} is quantised to {rounded}, and codes do not learn: expected the "
+                        "checkpoint that it was made of, or an adapter (`llama finetune --lora_rank`)"
+                    )
                 dtype = dtype or parallel.pick_dtype(torch.bfloat16 if rounded else checkpoint.dtype, device)
-                loaded = load_weights(model, checkpoint, dtype, device, quantize)
+                lora = None if adapter is None else read_adapter(adapter, checkpoint)
+                if lora is not None and not checkpoint.quantization:
+                    checkpoint = AdaptedCheckpoint(checkpoint, lora, dtype)
+                loaded = load_weights(model, checkpoint, dtype, device, quantize, alone=lora is not None)
+                if lora is not None and checkpoint.quantization:
+                    attach_adapter(model, lora)
+                if train:
+                    make_trainable(model)
                 model.allocate_cache()
                 if is_model:
                     load_weights(draft_model, draft_checkpoint, dtype, device)
@@ -131,7 +153,12 @@ class Llama:
                 ) from error
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
-        return Llama(model, tokenizer, seed, proposer, compile)
+        llama = Llama(model, tokenizer, seed, proposer, compile)
+        llama.texts = Path(ckpt_dir) if tokenizer_path is None else Path(tokenizer_path).parent
+        llama.quantization = rounded
+        if train:
+            llama._engine.reuse_prefixes = False
+        return llama
 
     def __init__(
         self,
@@ -153,6 +180,42 @@ class Llama:
             if dist.get_rank() == 0:
                 print(took)
         self.answerer = Answerer(self._engine, tokenizer, seed)
+        self.texts: Path | None = None  # the directory with the tokenizer's files
+        self.quantization: str | None = None
+
+    def save(
+        self,
+        dst: str | os.PathLike,
+        to: str = "meta",
+        shards: int | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        """Writes the weights as they are now, with the tokenizer, into a directory that `build` reads.
+
+        It appears whole or not at all. All processes call this.
+
+        Args:
+            dst: the directory to make; it may be there if it is empty.
+            to: "meta" or "hf".
+            shards: into how many files the weights are cut; as few as the format allows when None.
+            dtype: of the tensors written; the model's when None.
+
+        Raises:
+            FileExistsError: `dst` has something in it.
+            OSError: it could not be written, as when the disk is full. Nothing is left then.
+            ValueError: the weights are quantised, or have an adapter beside them: there is nothing whole to write.
+        """
+        if self.texts is None:
+            raise ValueError("this Llama was not made by Llama.build: expected `texts`, the tokenizer's directory")
+        if self.quantization is not None:
+            raise ValueError(f"the weights are {self.quantization}: expected a model built without `quantize`")
+        model = self._engine.model
+        tensors = model.state_dict()
+        if model.args.tied_embeddings:
+            del tensors["output.weight"]
+        if extra := [name for name in tensors if ".lora." in name]:
+            raise ValueError(f"{extra[0]} is an adapter: expected a model without one (`llama merge` folds it in)")
+        save_model(tensors, model.args, self.group, self.tokenizer, self.texts, dst, to, shards, dtype)
 
     @property
     def args(self) -> ModelArgs:

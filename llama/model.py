@@ -342,6 +342,8 @@ class Transformer(nn.Module):
             raise ValueError(f"start_pos = {last} without a cache: call allocate_cache() first, or pass every token")
         if self.cache is not None and batch_size > self.cache.max_batch_size:
             raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {self.cache.max_batch_size}")
+        if last > 0 and torch.is_grad_enabled() and self.norm.weight.requires_grad:
+            raise ValueError(f"start_pos = {last} where gradients are wanted: pass every token, or use torch.no_grad()")
         slots = slice(0, batch_size) if slots is None else slots
         if first == last:  # all rows at the same position
             positions = slice(first, length)
@@ -353,5 +355,6 @@ class Transformer(nn.Module):
             positions = starts[:, None] + torch.arange(n_new, device=tokens.device)  # [B, T]
             keys = torch.arange(length, device=tokens.device)
             mask = (keys <= positions[:, :, None])[:, None]  # [B, 1, T, length]
-        cache = None if self.cache is None else CacheView(self.cache, slots, positions, length)
+        learns = torch.is_grad_enabled() and self.norm.weight.requires_grad  # no graph may end in the cache
+        cache = None if self.cache is None or learns else CacheView(self.cache, slots, positions, length)
         return self.rotary[positions], mask, cache

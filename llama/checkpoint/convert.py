@@ -83,7 +83,30 @@ def convert(
             place for the special tokens; a number is beyond float16.
         OSError: it could not be written, as when the disk is full. Nothing is left then.
     """
-    src, dst = Path(src), Path(dst)
+    tokenizer, source = open_checkpoint(Path(src))
+    _refuse_quantised(Path(src), source)
+    write_checkpoint(source, tokenizer, src, dst, to, shards, dtype)
+
+
+def write_checkpoint(
+    source: Source,
+    tokenizer: Tokenizer,
+    texts: str | os.PathLike,
+    dst: str | os.PathLike,
+    to: str,
+    shards: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Writes weights into a directory, in Meta's format or Hugging Face's. Errors and other arguments as `convert`'s.
+
+    Args:
+        source: anything that reads slices of full tensors, as a checkpoint does.
+        tokenizer: of the model.
+        texts: the directory whose tokenizer files are copied.
+        config: further keys of Hugging Face's config.json.
+    """
+    texts, dst = Path(texts), Path(dst)
     if to not in ("meta", "hf"):
         raise ValueError(f"to = {to!r}: expected 'meta' or 'hf'")
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
@@ -91,18 +114,16 @@ def convert(
         raise ValueError(f"dtype = {dtype!r}: expected bfloat16, float16, float32 or float64")
     if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
         raise ValueError(f"shards = {shards!r}: expected an integer of at least 1, or None")
-    tokenizer, source = open_checkpoint(src)
-    _refuse_quantised(src, source)
     dtype = dtype or source.dtype
     n_bytes = dtype.itemsize * sum(math.prod(shape) for shape in source.shapes.values())
     with appear_whole(dst, n_bytes) as folder:
         with progress(n_bytes, f"{dst.name} ({to})") as advance:
             if to == "meta":
-                _write_meta_tokenizer(src, folder, tokenizer)
-                _write_params(src, folder, source)
+                _write_meta_tokenizer(texts, folder, tokenizer)
+                _write_params(texts, folder, source)
                 _write_pth_files(folder, source, shards or 1, dtype, advance)
             else:
-                _write_hugging_face_texts(src, folder, tokenizer, source, dtype)
+                _write_hugging_face_texts(texts, folder, tokenizer, source, dtype, config or {})
                 _write_safetensors_files(folder, source, shards, dtype, advance)
         write_checklist(folder)
 
@@ -293,7 +314,7 @@ def _write_meta_tokenizer(src: Path, folder: Path, tokenizer: Tokenizer) -> None
 
 
 def _write_hugging_face_texts(
-    src: Path, folder: Path, tokenizer: Tokenizer, source: Source, dtype: torch.dtype
+    src: Path, folder: Path, tokenizer: Tokenizer, source: Source, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
     """config.json and the files of the tokenizer: the source's own where it has them."""
     dtype_name = str(dtype).removeprefix("torch.")
@@ -303,7 +324,7 @@ def _write_hugging_face_texts(
         config["torch_dtype"] = dtype_name  # the name that Transformers 4 and 5 both read
     else:
         config = config_json(source.args, tokenizer.bos_id, tokenizer.eos_id, dtype_name)
-    _write_json(folder / "config.json", config)
+    _write_json(folder / "config.json", config | changes)
     copied = [name for name in ("tokenizer.model", "tokenizer.json", *TEXT_FILES) if (src / name).is_file()]
     for name in copied:
         shutil.copyfile(src / name, folder / name)

@@ -50,6 +50,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantize: str | None = None,
+    alone: bool = False,
 ) -> Loaded:
     """Gives a model built on the meta device its tensors, this rank's slices of the checkpoint's.
 
@@ -76,6 +77,8 @@ def load_weights(
     copier = StagedCopy(device) if device.type == "cuda" else None
     parts: dict[Linear, torch.Tensor | Quantized] = {}
     loaded, together = Loaded(), {linear: group for group in model.matrices() for linear in group}
+    if alone:
+        together = {linear: (linear,) for linear in together}
     with tqdm(
         desc="Loading",
         total=n_bytes,
@@ -114,6 +117,14 @@ def load_weights(
             loaded.n_bytes += lay_out_together({model.output: model.output.weight}, quantize, dtype)
     model.to(device)  # the rotary table; the parameters are there
     return loaded
+
+
+def make_trainable(model: Transformer) -> None:
+    """Gives every weight memory of its own, where it was a mapped file, and lets it require gradients."""
+    model.packable = False
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() if is_mapped(parameter.data) else parameter.data
+        parameter.requires_grad_(True)
 
 
 def pieces(
