@@ -1,6 +1,6 @@
 """A base checkpoint with an adapter folded in: W + scale * B A, read in slices like any other checkpoint.
 
-So a model with an adapter loads on any number of ranks, converts and quantises like any other. Knows nothing of engines.
+So a model with an adapter loads on any number of ranks, converts and quantises as usual. Knows nothing of engines.
 """
 
 import os

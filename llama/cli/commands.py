@@ -19,6 +19,7 @@ from llama import Llama, parallel
 from llama.checkpoint.open import find_tokenizer
 from llama.cli.arguments import run, takes, text_command
 from llama.cli.chat import Conversation, Keyboard, show, talk
+from llama.cli.finetune import finetune, merge
 from llama.datasets.batch import OPTIONS, run_batch_files
 from llama.datasets.fingerprint import identity
 from llama.datasets.journal import check_target
@@ -452,6 +453,8 @@ COMMANDS = {
     "verify": verify,
     "convert": convert,
     "quantize": quantize,
+    "finetune": finetune,
+    "merge": merge,
 }
 
 

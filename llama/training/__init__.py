@@ -3,7 +3,7 @@
 Knows nothing of command lines, servers or sampling.
 """
 
-from llama.training.finetune import Options, finetune
+from llama.training.sft import Options, finetune
 from llama.training.trainer import Diverged
 
 __all__ = ["Diverged", "Options", "finetune"]

@@ -75,6 +75,11 @@ def load_base(
                 f"{path} is quantised, and quantised matrices carry no gradients between processes: expected "
                 "--model_parallel_size 1, with which the processes are replicas"
             )
+        if checkpoint.args.vocab_size % model.output.world_size:
+            raise ValueError(
+                f"a vocabulary of {checkpoint.args.vocab_size:,} over {model.output.world_size} processes: expected a "
+                "--model_parallel_size that divides it, for gradients are gathered in equal parts"
+            )
         load_weights(model, checkpoint, torch.float32 if lora_rank is None else dtype, device, alone=True)
         make_trainable(model)
     if checkpoint.quantization:
