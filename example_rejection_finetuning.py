@@ -51,12 +51,12 @@ def accuracies(llama: Llama, rows: list[Row], seed: int) -> dict[float, float]:
 
 
 def write_right_answers(llama: Llama, rows: list[Row], n: int, temperature: float, seed: int, path: Path) -> int:
-    """Draws n answers to each sum and writes the different right ones as dialogs; returns how many."""
+    """Draws n answers to each sum and writes the right ones as dialogs; returns how many."""
     results = rejection_sample(llama, rows, check, n, temperature=temperature, top_p=1.0, max_gen_len=64, seed=seed)
     n_right = 0
     with path.open("w") as file:
         for row, result in zip(rows, results):
-            for answer in {a["text"]: a for a in result["answers"] if a["score"] == 1}:
+            for answer in [a["text"] for a in result["answers"] if a["score"] == 1]:
                 dialog = [*row["messages"], {"role": "assistant", "content": answer}]
                 file.write(json.dumps({"messages": dialog}) + "\n")
                 n_right += 1
@@ -83,7 +83,7 @@ def main(
     n_prompts: int = 100,
     n_unseen: int = 200,
     temperature: float = 1.8,
-    epochs: float = 3,
+    epochs: float = 2,
     lora_rank: int = 16,
     lr: float = 2e-3,
     seed: int = 1,
@@ -119,7 +119,7 @@ def main(
         data = folder / f"right-{number + 1}.jsonl"
         asked = rows[number * n_prompts : (number + 1) * n_prompts]
         n_right = write_right_answers(llama, asked, n, temperature, seed + number, data)
-        print(f"round {number + 1}: {n_right} different right answers to {len(asked)} sums", flush=True)
+        print(f"round {number + 1}: {n_right} of {n * len(asked)} answers are right", flush=True)
         options = Options(max_seq_len=256, batch_tokens=2048, epochs=epochs, lora_rank=lora_rank, lr=lr, seed=seed)
         finetune(data, adapter, ckpt_dir, options)
         merge(ckpt_dir, adapter, merged)

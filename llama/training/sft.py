@@ -230,8 +230,8 @@ def read_examples(rows: Rows, base: Base, options: Options) -> tuple[list[Exampl
     n_held_out = round(options.eval_share * len(examples))
     if options.eval_share and not 0 < n_held_out < len(examples):
         raise ValueError(
-            f"eval_share = {options.eval_share} of {len(examples)} examples is {n_held_out}: expected at least one, and "
-            "one to train on"
+            f"eval_share = {options.eval_share} of {len(examples)} examples is {n_held_out}: expected one at least, "
+            "and one to train on"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(options.seed)).tolist()
     held_out = set(order[:n_held_out])

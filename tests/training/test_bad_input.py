@@ -154,5 +154,5 @@ def test_a_file_where_the_result_should_go_or_no_data_is_refused_first(write_che
         finetune(tmp_path / "none.jsonl", tmp_path / "out", ckpt, Options())
     with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
         finetune(data, data, ckpt, Options())
-    with pytest.raises(FileNotFoundError, match="ckpt_dir .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"ckpt_dir .* does not exist"):
         finetune(data, tmp_path / "out", tmp_path / "nowhere", Options())

@@ -100,7 +100,7 @@ def test_any_number_of_processes_has_the_losses_of_one(write_checkpoint, tmp_pat
     (tmp_path / "script.py").write_text(SCRIPT)
     n_processes, size = CASES[case]
     result = torchrun(
-        *(n_processes, tmp_path / "script.py", data, tmp_path / "many", ckpt, size, json.dumps(options)), timeout=300
+        *(n_processes, tmp_path / "script.py", data, tmp_path / "many", ckpt, size, json.dumps(options)), timeout=580
     )
     assert result.returncode == 0, result.stderr[-3000:]
     many = read_log(tmp_path / "many.training")
@@ -118,7 +118,7 @@ def test_more_ranks_than_key_heads_and_a_scalar_head_train_as_on_one(write_check
     options = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 8, "lr": 1e-3, "head": "scalar"}
     one = run(data, tmp_path / "one", ckpt, **options)
     (tmp_path / "script.py").write_text(SCRIPT)
-    result = torchrun(4, tmp_path / "script.py", data, tmp_path / "many", ckpt, 4, json.dumps(options), timeout=300)
+    result = torchrun(4, tmp_path / "script.py", data, tmp_path / "many", ckpt, 4, json.dumps(options), timeout=580)
     assert result.returncode == 0, result.stderr[-3000:]
     assert largest_difference(losses(one), losses(read_log(tmp_path / "many.training"))) < 1e-5
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("many", "one"))
