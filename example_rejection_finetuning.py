@@ -120,7 +120,11 @@ def main(
         asked = rows[number * n_prompts : (number + 1) * n_prompts]
         n_right = write_right_answers(llama, asked, n, temperature, seed + number, data)
         print(f"round {number + 1}: {n_right} of {n * len(asked)} answers are right", flush=True)
-        options = Options(max_seq_len=256, batch_tokens=2048, epochs=epochs, lora_rank=lora_rank, lr=lr, seed=seed)
+        # The loss is that of the distribution the answers were drawn from, at its temperature: they are samples of it.
+        options = Options(
+            **{"max_seq_len": 256, "batch_tokens": 2048, "epochs": epochs, "lora_rank": lora_rank, "lr": lr},
+            **{"temperature": temperature, "seed": seed},
+        )
         finetune(data, adapter, ckpt_dir, options)
         merge(ckpt_dir, adapter, merged)
         ckpt_dir = merged

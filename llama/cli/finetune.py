@@ -13,6 +13,7 @@ def finetune(
     max_seq_len: int = 2048,
     learn: str = "answers",
     threshold: float | None = None,
+    temperature: float = 1.0,
     long: str = "skip",
     head: str | None = None,
     lora_rank: int | None = None,
@@ -51,6 +52,7 @@ def finetune(
         max_seq_len: the most tokens of a document, and of a packed row.
         learn: what of a dialog is learned: "answers", "last" (the last answer) or "all".
         threshold: of what `llama sample` wrote, all answers with at least this score; the best when left out.
+        temperature: what logits are divided by in the loss: that of the sampling that the answers are from.
         long: what becomes of longer documents: "skip" or "cut". Both are counted.
         head: "scalar" trains a reward model.
         lora_rank: trains an adapter of this rank, in PEFT's format, and not the weights.

@@ -22,11 +22,13 @@ class LanguageLoss(nn.Module):
         model: without a cache in its way: it is not used.
         recompute: whether the layers' activations are computed again in the backward pass, and not kept: a third more
             work, a fraction of the memory (Chen et al. 2016, arXiv 1604.06174).
+        temperature: what the logits are divided by, as in sampling. Answers drawn at a temperature and chosen are
+            samples of that distribution, and teach most where they are likely under it.
     """
 
-    def __init__(self, model: Transformer, recompute: bool = False):
+    def __init__(self, model: Transformer, recompute: bool = False, temperature: float = 1.0):
         super().__init__()
-        self.model, self.recompute = model, recompute
+        self.model, self.recompute, self.temperature = model, recompute, temperature
 
     @staticmethod
     def weight(batch: Batch) -> int:
@@ -38,9 +40,10 @@ class LanguageLoss(nn.Module):
         learned = batch.targets != IGNORED
         hidden, targets = hidden[learned], batch.targets[learned]  # [n_learned, dim], [n_learned]
         if len(targets) <= LOGITS_AT_A_TIME:
-            return _nll_sum(self.model, hidden, targets)
+            return _nll_sum(self.model, self.temperature, hidden, targets)
         parts = zip(hidden.split(LOGITS_AT_A_TIME), targets.split(LOGITS_AT_A_TIME))
-        return torch.stack([checkpoint(_nll_sum, self.model, *part, use_reentrant=False) for part in parts]).sum()
+        sums = [checkpoint(_nll_sum, self.model, self.temperature, *part, use_reentrant=False) for part in parts]
+        return torch.stack(sums).sum()
 
 
 class PreferenceLoss(nn.Module):
@@ -93,7 +96,7 @@ def hidden_states(model: Transformer, batch: Batch, recompute: bool = False) -> 
     return model.norm(x)
 
 
-def _nll_sum(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _nll_sum(model: Transformer, temperature: float, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = model.logits(hidden)
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits.float() / temperature, targets, reduction="sum")

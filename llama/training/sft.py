@@ -46,6 +46,8 @@ class Options:
         max_seq_len: the most tokens of a document, and of a packed row.
         learn: what of a dialog is learned: "answers" (each of the assistant's turns), "last" (the last of them), "all".
         threshold: of what `llama sample` wrote, every answer with at least this score; the best one when None.
+        temperature: what logits are divided by in the loss: that at which the answers were drawn, if they are to become
+            likely at it.
         long: what becomes of documents longer than max_seq_len: "skip" or "cut". Both are counted.
         head: "scalar" trains a reward model on pairs of `chosen` and `rejected`.
         lora_rank: trains an adapter of this rank, and leaves the weights; all weights when None.
@@ -72,6 +74,7 @@ class Options:
     max_seq_len: int = 2048
     learn: str = "answers"
     threshold: float | None = None
+    temperature: float = 1.0
     long: str = "skip"
     head: str | None = None
     lora_rank: int | None = None
@@ -101,9 +104,9 @@ class Options:
             value, may_be_none = getattr(self, name), name in whole[4:]
             if not (value is None and may_be_none) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
-        for name in ("epochs", "lr", "lora_alpha"):
+        for name in ("epochs", "temperature", "lr", "lora_alpha"):
             value = getattr(self, name)
-            if not (value is None and name != "epochs") and not (_is_number(value) and value > 0):
+            if not (value is None and name in ("lr", "lora_alpha")) and not (_is_number(value) and value > 0):
                 raise ValueError(f"{name} = {value!r}: expected a number above 0")
         for name in ("weight_decay", "clip"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
@@ -282,7 +285,7 @@ def prepare_module(base: Base, options: Options) -> LanguageLoss | PreferenceLos
     if options.lora_rank is not None:
         add_lora(model, options.lora_rank, options.alpha / options.lora_rank, options.targets, generator)
     if options.head is None:
-        return LanguageLoss(model, options.recompute)
+        return LanguageLoss(model, options.recompute, options.temperature)
     return PreferenceLoss(model, score.to(model.rotary.device), options.recompute)
 
 

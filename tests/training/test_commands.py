@@ -41,6 +41,23 @@ def test_finetune_writes_an_adapter_a_log_and_curves_and_merge_folds_it_in(tmp_p
     assert folded[0] == adapted[0]
 
 
+def test_the_example_draws_learns_and_asks_again(tmp_path):
+    script = ROOT / "example_rejection_finetuning.py"
+    small = ["--rounds", "1", "-n", "4", "--n_prompts", "6", "--n_unseen", "4", "--epochs", "1"]
+    result = subprocess.run(
+        [sys.executable, str(script), "--out", str(tmp_path / "out"), *small],
+        capture_output=True,
+        text=True,
+        timeout=580,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "before: 100.0% at 0, " in result.stdout and "after round 1: " in result.stdout
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "right-1.jsonl").read_text().splitlines()]
+    assert rows and all(row["messages"][1]["role"] == "assistant" for row in rows)
+
+
 def test_a_mistake_is_one_line(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", n=4)
     for args, message in [

@@ -88,11 +88,8 @@ CASES = {  # processes, and over how many of them the model is split
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(("case", "kind"), [*((case, "full") for case in CASES), ("2 replicas split over 2", "lora")])
 def test_any_number_of_processes_has_the_losses_of_one(write_checkpoint, tmp_path, case, kind):
-    if kind == "lora" and case in ("split over 4", "4 replicas"):
-        pytest.skip("as with two")
     ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
     options = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 8, "lr": 1e-3, "pass_tokens": 128}
     options |= {"lora_rank": 4, "lr": 1e-2} if kind == "lora" else {}
