@@ -132,3 +132,28 @@ def test_llama_2s_dialogs_are_learned_as_they_are_prompted(stories):
     prompt = reader.formatter.encode_dialog_prompt([*messages, messages[0]])
     assert document.ids[: len(prompt)] == prompt and document.ids[-1] == tokenizer.eos_id
     assert tokenizer.decode([i for i, ok in zip(document.ids, document.learned) if ok]).split() == ["Yes", "Yes"]
+
+
+ANSWERS = """
+import sys
+from llama import Llama
+for ckpt in sys.argv[2:]:
+    llama = Llama.build(ckpt, max_seq_len=64, dtype="float32", device="cpu", adapter=sys.argv[1])
+    tokens, logprobs = llama.generate([[1, 2, 3], [4, 5]], 10, 0, logprobs=True)
+    print("answers", tokens, [[round(value, 3) for value in row] for row in logprobs])
+"""
+
+
+def test_an_adapter_answers_alike_on_two_ranks_folded_in_and_beside_quantised_matrices(write_checkpoint, tmp_path):
+    from llama.checkpoint.convert import quantize
+
+    ckpt, data = write_checkpoint(dim=128), write_rows(tmp_path / "rows.jsonl")
+    quantize(ckpt, tmp_path / "int8", "int8")
+    run(data, tmp_path / "out", ckpt, lora_rank=4, lr=1e-2, steps=20)
+    (tmp_path / "script.py").write_text(ANSWERS)
+    arguments = [tmp_path / "script.py", tmp_path / "out", ckpt, tmp_path / "int8"]
+    one, two = (torchrun(n, *arguments, timeout=580) for n in (1, 2))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    lines = [[line for line in result.stdout.splitlines() if line.startswith("answers")] for result in (one, two)]
+    assert len(lines[0]) == 2 and lines[0][0].split("]]")[0] == lines[1][0].split("]]")[0]
+    assert lines[0][1].split("]]")[0] == lines[1][1].split("]]")[0]
