@@ -130,9 +130,9 @@ def main(
         n_weights = sum(p.numel() for p in trainer.model.parameters())
         reference = theirs(args, where, dtype, lora_rank)
         runs: dict[str, Callable[[int], object]] = {
-            "transformers, padded": lambda i: reference(collate(examples[i], longest, pack=False)),
-            "llama, padded": lambda i: trainer.step(i, [collate(examples[i], longest, pack=False)]),
-            "llama, packed": lambda i: trainer.step(i, [collate(examples[i], longest)]),
+            "transformers, padded": lambda i, e=examples, step=reference: step(collate(e[i], longest, pack=False)),
+            "llama, padded": lambda i, e=examples, t=trainer: t.step(i, [collate(e[i], longest, pack=False)]),
+            "llama, packed": lambda i, e=examples, t=trainer: t.step(i, [collate(e[i], longest)]),
         }
         seconds: dict[str, list[float]] = {run: [] for run in runs}
         for i in range(steps + 1):
