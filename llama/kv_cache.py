@@ -83,17 +83,18 @@ class CacheView:
     positions: slice | torch.Tensor
     length: int
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the new keys and values of a layer, and returns all of its keys and values up to `length`.
 
         Args:
-            layer: which layer, from 0.
-            k, v: [B, n_kv_heads, T, head_dim].
+            keys, values: of the layer, [max_batch_size, n_kv_heads, max_seq_len, head_dim].
+            k, v: the new ones, [B, n_kv_heads, T, head_dim].
 
         Returns:
             keys and values, [B, n_kv_heads, length, head_dim].
         """
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
         if isinstance(self.positions, slice):
             keys[self.slots, :, self.positions] = k
             values[self.slots, :, self.positions] = v

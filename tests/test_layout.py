@@ -14,7 +14,16 @@ PACKAGE = ROOT / "llama"
 # Those on one line do not know each other, but for the ground floor, which goes from left to right.
 FLOORS = [
     *(["tokenizer"], ["parallel"], ["kv_cache"], ["sampling"], ["options"], ["sequence"]),
-    *(["layers"], ["model"], ["decode_step", "checkpoint"], ["engine"], ["decoding"], ["generation"], ["datasets"]),
+    *(
+        ["layers"],
+        ["meta_names"],
+        ["model"],
+        ["decode_step", "checkpoint"],
+        ["engine"],
+        ["decoding"],
+        ["generation"],
+        ["datasets"],
+    ),
     *(["rejection_sampling", "training", "server"], ["cli"]),
 ]
 FLOOR = {house: floor for floor, houses in enumerate(FLOORS) for house in houses}

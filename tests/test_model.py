@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 from llama import ModelArgs, Transformer
-from llama.model import rotary_frequencies
+from llama.layers.rotary import rotary_frequencies
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with it")
 
@@ -151,8 +151,8 @@ def test_gradients_equal_transformers():
 
 
 def test_scaled_rope_leaves_fast_pairs_and_slows_slow_ones_by_the_factor():
-    plain = rotary_frequencies(ModelArgs(dim=4096, n_heads=32, rope_theta=500000.0))
-    scaled = rotary_frequencies(ModelArgs(dim=4096, n_heads=32, rope_theta=500000.0, use_scaled_rope=True))
+    plain = rotary_frequencies(128, 500000.0)
+    scaled = rotary_frequencies(128, 500000.0, 8.0)
     wavelength = 2 * torch.pi / plain
     assert torch.equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
     assert torch.equal(scaled[wavelength > 8192], plain[wavelength > 8192] / 8)
@@ -177,11 +177,11 @@ def test_positions_out_of_room_are_refused():
     model = random_model(**SHAPE, max_batch_size=2)
     with pytest.raises(ValueError, match=r"positions 0 to 128 asked for: expected 0 to 127"):
         model(torch.zeros(1, 129, dtype=torch.long))
-    with pytest.raises(ValueError, match="start_pos = 3 without a cache"):
+    with pytest.raises(ValueError, match="start_pos = 3, but nothing was run"):
         model(torch.zeros(1, 1, dtype=torch.long), 3)
     model.allocate_cache()
     with pytest.raises(ValueError, match="3 rows: the cache was built for max_batch_size = 2"):
-        model(torch.zeros(3, 1, dtype=torch.long))
+        model(torch.zeros(3, 1, dtype=torch.long), 0)
     with pytest.raises(ValueError, match="positions 127 to 128"):
         model(torch.zeros(1, 2, dtype=torch.long), 127)
 

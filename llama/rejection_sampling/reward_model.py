@@ -6,7 +6,7 @@ are. The score is the head's value at the last token of a text (Ouyang et al. 20
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.huggingface_config import REWARD_MODEL, model_args, read_json
 from llama.checkpoint.loading import load_weights
 from llama.checkpoint.open import find_tokenizer
-from llama.layers.linear import Linear
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 
@@ -33,10 +32,6 @@ class RewardTransformer(Transformer):
         super().__init__(args)
         del self.output
         self.score = nn.Linear(args.dim, 1, bias=False)  # whole on each rank
-
-    def matrices(self) -> Iterator[tuple[Linear, ...]]:
-        for block in self.layers:
-            yield from block.matrices()
 
     def rewards(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """Ids [B, T], padded on the right, and the index of each row's last token [B] -> float32 [B]."""
