@@ -34,6 +34,7 @@ class Pack:
         rows: which rows of the layout each matrix has.
         modules: those of the matrices, then others that hold the same parameter: the embedding of a tied output.
         emptied: whether the parameters gave up their memory.
+        is_inference: whether the parameters were made in inference mode.
         on_unpack: called after unpacking.
     """
 
@@ -44,6 +45,7 @@ class Pack:
     rows: tuple[slice, ...]
     modules: "tuple[weakref.ref[Packable], ...]" = ()
     emptied: bool = False
+    is_inference: bool = False
     on_unpack: Callable[[], None] | None = None
 
     def __post_init__(self):
@@ -85,7 +87,7 @@ class Packable(nn.Module):
         vars(self)["_parameters"] = parameters
 
     def __getattr__(self, name: str) -> Any:
-        if name != "weight":
+        if name != "weight" or (torch.compiler.is_compiling() and self.pack is None):  # a compiler knows no locks
             return super().__getattr__(name)
         with LOCK:
             self.unpack()
@@ -99,20 +101,25 @@ class Packable(nn.Module):
         """
         if self.pack is None:
             return
-        with LOCK, torch.inference_mode(False), torch.no_grad():
+        with LOCK, torch.no_grad(), torch._C._DisableFuncTorch():
             pack = self.pack
             if pack is None:  # another thread was faster
                 return
             if pack.quantized:
                 raise RuntimeError(self._refusal("has no weight to read, change, load or train"))
-            dense = pack.layout.to_dense() if pack.emptied else None
-            for module in filter(None, (reference() for reference in pack.modules)):
-                if dense is not None:
-                    weight = dense if len(pack.rows) == 1 else dense[module.rows].clone()
-                    vars(module)["_parameters"]["weight"].data = weight
-                vars(module).update(pack=None, rows=None)
+            with torch.inference_mode(pack.is_inference):
+                self._fill(pack)
             if pack.on_unpack is not None:
                 pack.on_unpack()
+
+    @staticmethod
+    def _fill(pack: Pack) -> None:
+        dense = pack.layout.to_dense() if pack.emptied else None
+        for module in filter(None, (reference() for reference in pack.modules)):
+            if dense is not None:
+                weight = dense if len(pack.rows) == 1 else dense[module.rows].clone()
+                vars(module)["_parameters"]["weight"].data = weight
+            vars(module).update(pack=None, rows=None)
 
     def _refusal(self, what: str) -> str:
         return f"this {type(self).__name__} is {self.pack.quantized} and {what}: build the model without `quantize`"

@@ -43,7 +43,7 @@ def pack(model: nn.Module) -> bool:
     state = _state(model)
     if not state.is_due():
         return state.complete
-    with LOCK, torch.inference_mode(False), torch.no_grad():
+    with LOCK, torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
         holders = _Holders(model)
         held = [_pack_group(group, holders, state) for group in groups(model)]
     state.tried(complete=not any(held))
@@ -171,7 +171,8 @@ def _pack_group(group: tuple[Linear, ...], holders: _Holders, state: PackingStat
     """Packs matrices with the same input, together if they can be; returns whether somebody holds one of them."""
     plain = [linear for linear in group if linear.pack is None and _is_matrix(linear)]
     free = [linear for linear in plain if holders.may_pack(linear)]
-    kinds = {(w.dtype, w.device, w.shape[1]) for w in (vars(linear)["_parameters"]["weight"] for linear in free)}
+    weights = (vars(linear)["_parameters"]["weight"] for linear in free)
+    kinds = {(weight.dtype, weight.device, weight.shape[1], weight.is_inference()) for weight in weights}
     # Those with hooks are called one by one.
     together = len(free) == len(group) and len(kinds) == 1 and all(is_plain(m, COLUMN_FORWARD) for m in group)
     for linears in [free] if together else [[linear] for linear in free]:
@@ -195,9 +196,9 @@ def _pack_together(linears: list[Linear], holders: _Holders, state: PackingState
         return
     vars(linears[0])["_numbered"] = len(linears), getattr(layout, "number", None)
     modules = dict.fromkeys([*linears, *(module for w in weights for module in holders.modules[id(w)])])
-    pack = Pack(layout, dtype, device, None, _rows([len(w) for w in weights]), emptied=len(modules) == len(linears))
-    pack.modules = tuple(map(weakref.ref, modules))
-    pack.on_unpack = state.touched
+    pack = Pack(layout, dtype, device, None, _rows([len(w) for w in weights]))
+    pack.modules, pack.on_unpack = tuple(map(weakref.ref, modules)), state.touched
+    pack.emptied, pack.is_inference = len(modules) == len(linears), weights[0].is_inference()
     for module in modules:
         vars(module).update(pack=pack)
     _join(linears, pack)
@@ -206,7 +207,8 @@ def _pack_together(linears: list[Linear], holders: _Holders, state: PackingState
             drop_pages(weight)
         if pack.emptied:
             holders.n_sharing[_memory(weight)] -= 1
-            weight.data = torch.empty(0, dtype=dtype, device=device)
+            with torch.inference_mode(pack.is_inference):
+                weight.data = torch.empty(0, dtype=dtype, device=device)
 
 
 def _join(linears: list[Linear], pack: Pack) -> None:
