@@ -8,8 +8,9 @@ torchrun --nproc_per_node 1 example_chat_completion.py \
 
 from pathlib import Path
 
+import fire
+
 from llama import Dialog, Llama
-from llama.cli.arguments import run
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 
@@ -61,10 +62,11 @@ def main(
     answers = llama.chat_completion(dialogs, temperature, top_p, max_gen_len)
 
     for dialog, answer in zip(dialogs, answers):
-        for message in [*dialog, answer["generation"]]:
+        for message in dialog:
             print(f"{message['role'].capitalize()}: {message['content']}\n")
-        print("==================================\n")
+        print(f"> Assistant: {answer['generation']['content']}")
+        print("\n==================================\n")
 
 
 if __name__ == "__main__":
-    run(main, name="example_chat_completion.py")
+    fire.Fire(main)

@@ -9,8 +9,9 @@ import random
 import re
 from pathlib import Path
 
+import fire
+
 from llama import Llama
-from llama.cli.arguments import run
 from llama.rejection_sampling.best_of_n import Summary
 from llama.rejection_sampling.draw import rejection_sample
 
@@ -66,4 +67,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main, name="example_rejection_sampling.py")
+    fire.Fire(main)

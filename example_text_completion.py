@@ -8,8 +8,9 @@ torchrun --nproc_per_node 1 example_text_completion.py \
 
 from pathlib import Path
 
+import fire
+
 from llama import Llama
-from llama.cli.arguments import run
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 
@@ -53,4 +54,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main, name="example_text_completion.py")
+    fire.Fire(main)

@@ -13,7 +13,7 @@ setup(
     package_data={"llama": ["py.typed"]},
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
     python_requires=">=3.10",
-    install_requires=["torch", "fairscale", "tiktoken", "fire", "tqdm"],
+    install_requires=["torch", "fairscale", "tiktoken", "tyro", "fire", "tqdm"],
     extras_require={
         "llama2": ["sentencepiece"],
         "hf": ["safetensors"],

@@ -47,9 +47,9 @@ class Ours:
 
     def _run(self, batch: int, context: int, n_tokens: int) -> list[float]:
         """Seconds of each step of the engine; the last n_tokens are those in which every row decodes."""
-        from llama.engine import Sequence
         from llama.options import DecodingOptions
         from llama.sampling import RandomStream
+        from llama.sequence import Sequence
 
         prompt = token_ids(context)
         n_new = n_tokens + (1 if n_tokens > 1 else 0)

@@ -22,10 +22,11 @@ import torch
 
 from benchmarks.shapes import write_tokenizer
 from llama import Llama, ModelArgs, Transformer, parallel
-from llama.cli.commands import DEMO
+from llama.cli.arguments import DEMO
 from llama.decoding.speculative import DraftModel
-from llama.engine import Counters, Sequence
+from llama.engine import Counters
 from llama.sampling import filtered
+from llama.sequence import Sequence
 
 OPENINGS = ["Once upon a time", "One day", "The fox", "A king", "In the morning", "The little dog", "There was", "Anna"]
 SETTINGS = {"greedy": {"temperature": 0}, "temperature 0.8, top_p 0.95": {"temperature": 0.8, "top_p": 0.95}}

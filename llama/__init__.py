@@ -2,9 +2,9 @@
 
 from llama.decoding.answering import Answer, GenerationError
 from llama.generation import ChatPrediction, CompletionPrediction, Llama
+from llama.meta_names import sample_top_p
 from llama.model import ModelArgs, Transformer
 from llama.options import DecodingOptions
-from llama.sampling import sample_top_p
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer
 
 __version__ = "0.1.0"

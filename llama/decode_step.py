@@ -1,6 +1,6 @@
 """One new token for each running sequence: as PyTorch runs it, compiled, or replayed from a CUDA graph.
 
-The last two are `Transformer.step`, the first a plain forward pass. A step reads every weight once, so what can be
+The last two are `Transformer.step`, the first is a plain forward pass. A step reads every weight once. What can be
 saved is the time between the kernels: a graph launches them all at once, and a compiler makes fewer of them. Knows
 nothing of sequences or sampling.
 """
@@ -14,6 +14,7 @@ from getpass import getuser
 
 import torch
 
+from llama.layers.cuda_graph import CUDAGraph
 from llama.model import Transformer
 
 SHORTEST_LENGTH = 256  # of the keys that a graph reads; its other lengths are 1.5 and 2 times as much, and so on
@@ -41,7 +42,7 @@ class DecodeStep:
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
             # In a region of its own: PyTorch counts the programs of all models together otherwise, and stops at eight.
             self._step = torch.compile(model.step, fullgraph=True, isolate_recompiles=True, options=options)
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int], CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.batch_sizes = _sizes(1, model.args.max_batch_size)
         self.lengths = _sizes(SHORTEST_LENGTH, model.args.max_seq_len)
@@ -94,38 +95,11 @@ class DecodeStep:
         length = self.lengths[bisect.bisect_left(self.lengths, max(positions) + 1)]
         graph = self._graphs.get((n_rows, length))
         if graph is None:
-            graph = self._graphs[n_rows, length] = _Graph(self._step, n_rows, self.key_positions[:length], self._pool)
+            graph = self._graphs[n_rows, length] = CUDAGraph(
+                self._step, n_rows, self.key_positions[:length], self._pool
+            )
         more = range(len(tokens), n_rows)
         return graph([*tokens, *(0 for _ in more)], [*positions, *(spare(row) for row in more)])[: len(tokens)]
-
-
-class _Graph:
-    """A step of so many rows and keys, recorded once: its inputs and outputs have fixed places in memory."""
-
-    def __init__(self, step: Callable[..., torch.Tensor], n_rows: int, key_positions: torch.Tensor, pool: tuple):
-        self.step = step
-        self.key_positions = key_positions
-        self.tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=key_positions.device)
-        self.positions = torch.zeros(n_rows, dtype=torch.long, device=key_positions.device)
-        self.pool = pool
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: torch.Tensor | None = None
-
-    def __call__(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
-        self.tokens.copy_(torch.tensor(tokens)[:, None])
-        self.positions.copy_(torch.tensor(positions))
-        if self.graph is None:
-            # Once before, so that nothing is compiled, loaded or chosen during the recording.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.step(self.tokens, self.positions, self.key_positions)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
-                self.logits = self.step(self.tokens, self.positions, self.key_positions)
-        self.graph.replay()
-        return self.logits
 
 
 def _sizes(first: int, most: int) -> list[int]:

@@ -22,18 +22,8 @@ class KVCache:
     The positions of one head lie next to each other, so that attention at one row reads each head as one stream.
     """
 
-    def __init__(
-        self,
-        n_layers: int,
-        max_batch_size: int,
-        n_kv_heads: int,
-        max_seq_len: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ):
+    def __init__(self, n_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str):
         # Zeros and not empty memory: attention multiplies what it masks out by a weight of 0, and 0 x NaN is NaN.
-        shape = (max_batch_size, n_kv_heads, max_seq_len, head_dim)
         # Tensors of their own, for a compiler takes parts of one tensor for the whole of it.
         self.keys = [_zeros(shape, dtype, device) for _ in range(n_layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(n_layers)]
@@ -69,31 +59,20 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
 
 @dataclass
 class CacheView:
-    """The part of the cache that one forward pass of B rows and T positions works on.
-
-    Attributes:
-        cache: the whole.
-        slots: the B rows, next to each other, so that nothing is copied when reading.
-        positions: where in its row each new position goes: a slice of T if all rows agree, else a tensor [B, T].
-        length: how many positions of each row are read: the longest row's, counting the new ones.
-    """
+    """The part of the cache that one forward pass of B rows and T positions works on."""
 
     cache: KVCache
-    slots: slice
-    positions: slice | torch.Tensor
-    length: int
+    slots: slice  # the B rows, next to each other, so that nothing is copied when reading
+    positions: slice | torch.Tensor  # where in its row each new position goes: of all rows, or [B, T]
+    length: int  # how many positions of each row are read: the longest row's, counting the new ones
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new keys and values of a layer, and returns all of its keys and values up to `length`.
-
-        Args:
-            keys, values: of the layer, [max_batch_size, n_kv_heads, max_seq_len, head_dim].
-            k, v: the new ones, [B, n_kv_heads, T, head_dim].
+        """Writes new keys and values, [B, n_kv_heads, T, head_dim], to those of a layer.
 
         Returns:
-            keys and values, [B, n_kv_heads, length, head_dim].
+            all of its keys and values up to `length`, [B, n_kv_heads, length, head_dim].
         """
         if isinstance(self.positions, slice):
             keys[self.slots, :, self.positions] = k
@@ -107,43 +86,57 @@ class CacheView:
 
 
 class Slots:
-    """The record of a cache's slots. `tokens[slot]` are the ids whose keys it holds, from position 0 on."""
+    """The record of a cache's slots. `tokens[slot]` are the ids whose keys it holds, from position 0 on.
+
+    A slot's record never says more than is there.
+    """
 
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.tokens: list[list[int]] = [[] for _ in range(cache.max_batch_size)]
         self._last_used = [0] * cache.max_batch_size
         self._clock = 0
+        self._age = 0  # of the model: how often it may have changed,
+        self._ages = [0] * cache.max_batch_size  # and when each slot's keys were made
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def record(self, slot: int, position: int, ids: list[int]) -> None:
-        """Says that keys have been written from `position` on, and that those before it are still there."""
+        """Notes that keys have been written from `position` on, and that those before it are still there."""
         del self.tokens[slot][position:]
         self.tokens[slot] += ids
         self._clock += 1
         self._last_used[slot] = self._clock
 
-    def find(self, prompt: list[int]) -> tuple[int, int]:
-        """The slot that holds the longest beginning of a prompt, and its length; 0 if none is worth while."""
-        lengths = [shareable(prompt, tokens) for tokens in self.tokens]
-        slot = max(range(len(lengths)), key=lengths.__getitem__)
-        return slot, lengths[slot]
+    def find(self, prompt: list[int], limit: int) -> tuple[int, int]:
+        """The slot that holds the longest beginning of a prompt, and its length up to `limit`; 0 if it is too short."""
+        best, longest = 0, 0
+        for slot, tokens in enumerate(self.tokens):
+            if self._ages[slot] == self._age and (n := shared_prefix(prompt, tokens, limit)) > longest:
+                best, longest = slot, n
+        return best, longest
 
     def take(self, slot: int, source: int, shared: int) -> None:
         """Gives a slot, the first free one, the first `shared` positions of another, and forgets the rest of it.
 
-        What it held, another prompt may still begin with: it goes to the free slot that has longest been left alone.
+        Another prompt may begin with what it held: that goes to the free slot that has longest been left alone.
         """
         if shared and source >= slot:  # that one is free as well
             self.swap(slot, source)
         else:
             self.swap(slot, min(range(slot, len(self)), key=self._last_used.__getitem__))
             if shared:
-                self.cache.move([source], [slot], 0, shared)
-                self.tokens[slot] = self.tokens[source][:shared]
+                self.copy([source], [slot], 0, shared)
         del self.tokens[slot][shared:]
+        self._ages[slot] = self._age
+
+    def copy(self, sources: list[int], targets: list[int], start: int, stop: int) -> None:
+        """Gives each target slot the positions [start, stop) of its source, where both agree on those before."""
+        self.cache.move(sources, targets, start, stop)
+        for source, target in zip(sources, targets):
+            self.tokens[target][start:] = self.tokens[source][start:stop]
+            self._ages[target] = self._ages[source]
 
     def spare_position(self, slot: int) -> int:
         """A position of a slot that may be overwritten: the one after what it holds, given up where it is full."""
@@ -155,18 +148,22 @@ class Slots:
         if a == b:
             return
         self.cache.move([a, b], [b, a], 0, max(len(self.tokens[a]), len(self.tokens[b])))
-        for record in (self.tokens, self._last_used):
+        for record in (self.tokens, self._last_used, self._ages):
             record[a], record[b] = record[b], record[a]
 
-    def forget(self, first: int = 0) -> None:
-        """Forgets what the slots from `first` on hold."""
-        for slot in range(first, len(self)):
-            self.tokens[slot], self._last_used[slot] = [], 0
+    def outdate(self) -> None:
+        """Notes that the model may have changed: no new prompt takes keys that were made before."""
+        self._age += 1
+
+    def forget(self) -> None:
+        """Forgets what all slots hold."""
+        self.tokens = [[] for _ in self.tokens]
+        self._last_used = [0] * len(self.tokens)
 
 
-def shareable(prompt: list[int], tokens: list[int]) -> int:
-    """How many of the keys of `tokens` serve a prompt; its last token is always run, for the logits after it."""
-    n = min(len(prompt) - 1, len(tokens))
+def shared_prefix(prompt: list[int], tokens: list[int], limit: int) -> int:
+    """How many keys of `tokens` serve a prompt of which `limit` may be reused; 0 where copying them does not pay."""
+    n = min(limit, len(tokens))
     if prompt[:n] != tokens[:n]:
         n = next(i for i in range(n) if prompt[i] != tokens[i])
-    return n if n >= min(MIN_SHARED_PREFIX, len(prompt) - 1) else 0
+    return n if n >= min(MIN_SHARED_PREFIX, limit) else 0

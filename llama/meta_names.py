@@ -1,7 +1,8 @@
-"""Names and manners of Meta's own code, for scripts that were written against it; nothing else here needs them.
+"""What only scripts written against Meta's code need: its names, and its manners of calling a model.
 
-Meta's `forward(tokens, start_pos)`, blocks called as `block(x, start_pos, freqs_cis, mask)`, complex rotary numbers,
-and caches that attention modules own. Interface: github.com/meta-llama/llama3, llama/model.py and llama/generation.py.
+The names are importable from where those scripts look for them: `llama`, `llama.generation`, `llama.model`. The manners
+are `forward(tokens, start_pos)`, blocks called as `block(x, start_pos, freqs_cis, mask)`, complex rotary numbers, and
+caches that attention modules own. Interface: github.com/meta-llama/llama3, llama/model.py and llama/generation.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,10 +15,38 @@ from llama.kv_cache import CacheView, KVCache
 from llama.layers.attention import Place, causal_mask
 from llama.layers.hooks import is_ours
 from llama.layers.rotary import apply_rotary, rotary_table
+from llama.sampling import filtered
 
 # The tags of Llama 2's chat format.
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+
+
+def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draws from the nucleus: the smallest set of most likely tokens that holds at least `p` of the probability.
+
+    Tokens of equal probability enter in the order of their ids. (Meta's function of this name also keeps the next
+    token when the set holds exactly `p`.) Holtzman et al. 2019, arXiv 1904.09751.
+
+    Args:
+        probs: probabilities, [..., vocab_size].
+        p: in (0, 1].
+        generator: PyTorch's global one when None.
+
+    Returns:
+        ids, int64 [..., 1].
+
+    Raises:
+        ValueError: `p` outside (0, 1].
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"top_p = {p}: expected a number in (0, 1]")
+    if probs.device.type == "mps":  # which has no float64
+        return sample_top_p(probs.cpu(), p, generator).to(probs.device)
+    rows = probs.reshape(-1, probs.shape[-1])
+    weights, ids = filtered(rows, *torch.tensor([[0.0], [p], [0.0]], dtype=torch.float64, device=probs.device))
+    drawn = torch.multinomial(weights, num_samples=1, generator=generator)
+    return ids.gather(-1, drawn).reshape(*probs.shape[:-1], 1)
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, use_scaled: bool = False) -> torch.Tensor:
@@ -96,7 +125,7 @@ class OwnCache(nn.Module):
     def allocate_cache(self, dtype: torch.dtype, device: torch.device) -> None:
         """Makes room, unless there is."""
         if self.keys is None or self.values is None:
-            cache = KVCache(1, *self.cache_shape, dtype, device)
+            cache = KVCache(1, self.cache_shape, dtype, device)
             self.keys, self.values = cache.keys[0], cache.values[0]
 
     def remember(

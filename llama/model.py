@@ -217,8 +217,7 @@ class Transformer(meta.RotaryAsComplex):
         for attention in attentions:
             attention.allocate_cache(self.norm.weight.dtype, self.norm.weight.device)
         if self.cache is None:
-            size = (self.args.max_batch_size, 0, self.args.max_seq_len, self.args.head_dim)
-            self.cache = KVCache(0, *size, self.norm.weight.dtype, self.norm.weight.device)
+            self.cache = KVCache(0, (), self.norm.weight.dtype, self.norm.weight.device)
         self.cache.keys = [attention.keys for attention in attentions]
         self.cache.values = [attention.values for attention in attentions]
 

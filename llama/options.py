@@ -4,9 +4,10 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,89 +16,96 @@ import torch
 # (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size]: the face of Transformers' LogitsProcessor.
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# The most answers to one prompt. They are all set up at once: with no such limit a slip of the pen in one line of a
-# data set takes all the memory there is.
+PENALTIES = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "logits_processor")
+
+# The most answers to one prompt. They are all set up at once: without a limit, a mistyped number in one line of a data
+# set would take all the memory there is.
 MAX_SEQUENCES = 10_000
+
+# The kind of each number, its least and its most. Within these float32 neither overflows nor rounds to zero, whatever
+# the options are together, and integers fit into int64 tensors.
+MAX_INT = 2**63 - 1
+NUMBERS = {
+    "max_gen_len": (Integral, 0, MAX_INT),
+    "temperature": (Real, 0, 1e30),
+    "top_p": (Real, 1e-30, 1),
+    "top_k": (Integral, 0, MAX_INT),
+    "min_p": (Real, 0, 1),
+    "repetition_penalty": (Real, 1e-6, 1e6),
+    "no_repeat_ngram_size": (Integral, 0, MAX_INT),
+    "num_return_sequences": (Integral, 1, MAX_SEQUENCES),
+    "num_beams": (Integral, 1, MAX_SEQUENCES),
+    "length_penalty": (Real, -50, 50),
+    "seed": (Integral, -(2**63), 2**64 - 1),
+    "top_logprobs": (Integral, 0, MAX_INT),
+}
+MAX_BIAS = 1e30
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How the answers to one prompt are decoded. `per_prompt` makes one for each prompt of a call.
+    """How the answers to one prompt are decoded. `per_prompt` makes one for each prompt of a call."""
 
-    Attributes:
-        max_gen_len: the most new tokens of an answer; None: as many as fit.
-        temperature: divides the logits before sampling; 0 takes the most likely token each time.
-        top_p: samples from the smallest set of tokens that holds this much of the probability, in (0, 1].
-        top_k: samples from the k most likely tokens (and those tied with the last); None or 0: from all.
-        min_p: drops tokens less than min_p times as likely as the most likely one, in [0, 1] (arXiv 2407.01082).
-        repetition_penalty: divides the logits above 0, and multiplies those below, of every token of the prompt and
-            the answer so far (CTRL, arXiv 1909.05858); 1 is none.
-        no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer; 0: no such rule.
-        num_return_sequences: answers to each prompt, at most 10,000.
-        num_beams: beam search with so many beams if more than 1; needs temperature 0.
-        length_penalty: a beam's score is its log-probability / length ** length_penalty.
-        early_stopping: when a beam search ends: True, False or "never", as in Transformers.
-        stop: strings that end the answer where they begin, and ids of tokens that do; neither is part of it.
-        logit_bias: added to the logits of the ids it names.
-        seed: makes the answers reproducible.
-        logits_processor: called as Transformers' with ids [1, T] and logits [1, vocab_size]; returns logits.
-        top_logprobs: how many of the most likely tokens to report at each position.
-    """
-
-    max_gen_len: int | None = None
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int | None = None
-    min_p: float | None = None
+    max_gen_len: int | None = None  # the most new tokens of an answer; None: as many as fit
+    temperature: float = 0.6  # divides the logits before sampling; 0 takes the most likely token each time
+    top_p: float = 0.9  # samples from the smallest set of tokens that holds this much of the probability, in (0, 1]
+    top_k: int | None = (
+        None  # samples from the k most likely tokens (and those tied with the last); None or 0: from all
+    )
+    min_p: float | None = None  # drops tokens less than min_p times as likely as the likeliest (arXiv 2407.01082)
+    # Divides the logits above 0, and multiplies those below, of every token of the prompt and the answer so far (CTRL,
+    # arXiv 1909.05858); 1 is none.
     repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    num_return_sequences: int = 1
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
+    no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice in prompt and answer; 0: no such rule
+    num_return_sequences: int = 1  # answers to each prompt, at most 10,000
+    num_beams: int = 1  # beam search with that many beams if more than 1; needs temperature 0
+    length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
+    early_stopping: bool | str = False  # when a beam search ends: True, False or "never", as in Transformers
+    # Strings that end the answer where they begin, and ids of tokens that do; neither is part of it.
     stop: str | int | list[str | int] | None = None
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    logits_processor: LogitsProcessor | None = None
-    top_logprobs: int = 0
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of the ids it names
+    seed: int | None = None  # makes the answers reproducible
+    logits_processor: LogitsProcessor | None = None  # called as Transformers'; returns logits [1, vocab_size]
+    top_logprobs: int = 0  # how many of the most likely tokens to report at each position
 
     def __post_init__(self):
-        integer, number = _is_int, _is_number
-        _require(
-            self, "max_gen_len", "an integer of at least 0, or None", lambda v: v is None or (integer(v) and v >= 0)
-        )
-        _require(self, "temperature", "a finite number of at least 0", lambda v: number(v) and v >= 0)
-        _require(self, "top_p", "a number in (0, 1]", lambda v: number(v) and 0 < v <= 1)
-        _require(self, "top_k", "an integer of at least 0, or None", lambda v: v is None or (integer(v) and v >= 0))
-        _require(self, "min_p", "a number in [0, 1], or None", lambda v: v is None or (number(v) and 0 <= v <= 1))
-        _require(self, "repetition_penalty", "a number above 0", lambda v: number(v) and v > 0)
-        for name in ("no_repeat_ngram_size", "top_logprobs"):
-            _require(self, name, "an integer of at least 0", lambda v: integer(v) and v >= 0)
-        for name in ("num_return_sequences", "num_beams"):
-            _require(self, name, "an integer of at least 1", lambda v: integer(v) and v >= 1)
-        _require(self, "num_return_sequences", f"at most {MAX_SEQUENCES:,}", lambda v: v <= MAX_SEQUENCES)
-        _require(self, "length_penalty", "a number from -50 to 50", lambda v: number(v) and -50 <= v <= 50)
-        _require(self, "early_stopping", "True, False or 'never'", lambda v: v is True or v is False or v == "never")
-        _require(self, "seed", "an integer, or None", lambda v: v is None or integer(v))
-        _require(self, "logits_processor", "a callable, or None", lambda v: v is None or callable(v))
-        _require(self, "stop", "strings that are not empty and token ids", lambda _: all(map(_is_stop, self.stops)))
-        _require(self, "logit_bias", "a dictionary of token ids to numbers or -inf", lambda v: v is None or _is_bias(v))
+        for name, (kind, least, most) in NUMBERS.items():
+            value, may_be_none = getattr(self, name), self.__dataclass_fields__[name].default is None
+            is_kind = isinstance(value, kind) and not isinstance(value, (bool, Fraction))  # which PyTorch does not take
+            if (is_kind and least <= value <= most) or (value is None and may_be_none):
+                continue
+            expected = "an integer" if kind is Integral else "a number"
+            if is_kind and value == value:  # not NaN
+                expected += f" of at least {least:,}" if value < least else f" of at most {most:,}"
+            raise _mistake(self, name, expected + (", or None" if may_be_none else ""))
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise _mistake(self, "early_stopping", "True, False or 'never'")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise _mistake(self, "logits_processor", "a callable, or None")
+        if self.stop is not None and not all(map(_is_stop, self.stops)):
+            raise _mistake(self, "stop", "strings that are not empty and token ids")
+        if self.logit_bias is not None and not _is_bias(self.logit_bias):
+            raise _mistake(self, "logit_bias", f"a dictionary of token ids to numbers of at most {MAX_BIAS}, or -inf")
         if self.num_beams > 1:
-            if self.temperature > 0:
-                raise ValueError(
-                    f"num_beams = {self.num_beams} with temperature = {self.temperature}: a beam search does not "
-                    "sample, so expected temperature = 0 with it (top_p, top_k and min_p then have no part)"
-                )
-            if self.top_logprobs or any(isinstance(stop, str) for stop in self.stops):
-                raise ValueError(
-                    f"num_beams = {self.num_beams} with top_logprobs or a stop string: "
-                    "expected neither in a beam search (ids in `stop` are fine)"
-                )
-            if self.num_return_sequences > self.num_beams:
-                raise ValueError(
-                    f"num_return_sequences = {self.num_return_sequences} with num_beams = {self.num_beams}: "
-                    "expected at most as many answers as beams"
-                )
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        """Raises ValueError if an option does not go with a beam search."""
+        if self.temperature > 0:
+            raise ValueError(
+                f"num_beams = {self.num_beams} with temperature = {self.temperature}: a beam search does not "
+                "sample, so expected temperature = 0 with it (top_p, top_k and min_p then have no part)"
+            )
+        if self.top_logprobs or self.stop_strings:
+            raise ValueError(
+                f"num_beams = {self.num_beams} with top_logprobs or a stop string: "
+                "expected neither in a beam search (ids in `stop` are fine)"
+            )
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences = {self.num_return_sequences} with num_beams = {self.num_beams}: "
+                "expected at most as many answers as beams"
+            )
 
     @property
     def stops(self) -> list[str | int]:
@@ -107,19 +115,49 @@ class DecodingOptions:
         return list(self.stop) if isinstance(self.stop, (list, tuple, set, frozenset)) else [self.stop]
 
     @property
+    def stop_strings(self) -> list[str]:
+        """Those of `stops` that are text."""
+        return [stop for stop in self.stops if isinstance(stop, str)] if self.stop is not None else []
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Those of `stops` that are ids."""
+        return frozenset(self.stops).difference(self.stop_strings) if self.stop is not None else frozenset()
+
+    @property
     def has_penalties(self) -> bool:
         """Whether the logits depend on more than the model."""
         none = self.repetition_penalty == 1 and self.no_repeat_ngram_size == 0
         return bool(self.logit_bias) or not none or self.logits_processor is not None
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError if an option names a token that the model does not have."""
-        for name, ids in (("stop", [s for s in self.stops if _is_int(s)]), ("logit_bias", self.logit_bias or ())):
+    @property
+    def penalties(self) -> tuple:
+        """What the logits depend on besides the model, as `sampling.process_logits` takes it."""
+        return tuple(getattr(self, name) for name in PENALTIES)
+
+    @property
+    def penalty_names(self) -> str:
+        """Those of them that are in use."""
+        return " and ".join(n for n in PENALTIES if getattr(self, n) != self.__dataclass_fields__[n].default)
+
+    def check_model(self, vocab_size: int, max_batch_size: int, name: str = "") -> None:
+        """Raises ValueError, its message begun by `name`, if an option asks for what the model does not have.
+
+        Args:
+            vocab_size: how many tokens it has.
+            max_batch_size: how many rows its cache has, one for each beam.
+        """
+        for option, ids in (("stop", self.stop_ids), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    raise ValueError(f"{name} names token {token}: expected ids from 0 to {vocab_size - 1}")
+                    found = f"{name}{option} names token {_shown(token)}"
+                    raise ValueError(f"{found}: expected ids from 0 to {vocab_size - 1}")
         if self.top_logprobs > vocab_size:
-            raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most the {vocab_size} tokens there are")
+            found = f"top_logprobs = {self.top_logprobs}"
+            raise ValueError(f"{name}{found}: expected at most the {vocab_size} tokens there are")
+        if self.num_beams > max_batch_size:
+            found = f"num_beams = {self.num_beams}: expected at most max_batch_size = {max_batch_size}"
+            raise ValueError(f"{name}{found}, which `Llama.build` sets")
 
 
 NAMES = tuple(field.name for field in fields(DecodingOptions))
@@ -134,13 +172,18 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
         ValueError: a value is out of range or contradicts another, or a list is not as long as there are prompts.
         TypeError: an option has a name that is none.
     """
-    _check_names(options)
-    # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
-    options = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in options.items()}
-    lists = {name: value for name, value in options.items() if _is_per_prompt(name, value)}
-    for name, values in lists.items():
-        if len(values) != n_prompts:
-            raise ValueError(f"{name} is a list of {len(values)}: expected one value for each of {n_prompts} prompts")
+    lists = {}
+    for name, value in options.items():
+        if name not in NAMES:
+            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+        # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
+        options[name] = value = value.tolist() if hasattr(value, "tolist") else value
+        if _is_per_prompt(name, value):
+            lists[name] = value
+            if len(value) != n_prompts:
+                raise ValueError(
+                    f"{name} is a list of {len(value)}: expected one value for each of {n_prompts} prompts"
+                )
     if not lists:
         return [DecodingOptions(**options)] * n_prompts
     result = []
@@ -152,26 +195,30 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
     return result
 
 
-def from_json(options: dict[str, Any]) -> dict[str, Any]:
-    """Decoding options as a file has them. Raises TypeError.
+def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[int]:
+    """Token ids as a list of int, whatever holds them: a list, a tuple, an array or a tensor.
 
-    The ids of a logit_bias are strings in JSON, and pandas writes the integers of a column as 5.0 if one is missing.
+    Args:
+        name: what errors call them.
+        ids: at least one, each from 0 to vocab_size - 1.
+        limit: the most of them, which is max_seq_len; None: any number.
+
+    Raises:
+        ValueError, TypeError: they are none, too many, or out of range.
     """
-    _check_names(options)
-    is_whole = {name: isinstance(value, float) and value.is_integer() for name, value in options.items()}
-    options = {name: int(value) if is_whole[name] else value for name, value in options.items()}
-    bias = options.get("logit_bias")
-    if isinstance(bias, dict):
-        is_id = re.compile(r"\d{1,18}", re.ASCII).fullmatch
-        ids = {int(key) if isinstance(key, str) and is_id(key) else key: value for key, value in bias.items()}
-        options = options | {"logit_bias": ids}
-    return options
-
-
-def _check_names(options: Iterable[str]) -> None:
-    for name in options:
-        if name not in NAMES:
-            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(ids, (list, tuple)):
+        kind = type(ids).__name__
+        raise TypeError(f"{name} is a {kind}: expected a list of token ids (`text_completion` takes texts)")
+    if len(ids) == 0:
+        raise ValueError(f"{name} is empty: expected at least one token id, such as the tokenizer's bos_id")
+    if limit is not None and len(ids) > limit:
+        found = f"{name} has {len(ids):,} tokens"
+        raise ValueError(f"{found}: expected at most max_seq_len = {limit:,}, which `Llama.build` sets")
+    for token in ids:
+        if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
+            raise ValueError(f"{name} has {token!r} among its ids: expected integers from 0 to {vocab_size - 1}")
+    return list(map(int, ids))
 
 
 def _is_per_prompt(name: str, value: Any) -> bool:
@@ -180,18 +227,20 @@ def _is_per_prompt(name: str, value: Any) -> bool:
     return isinstance(value, (list, tuple)) and not callable(value)  # Transformers' LogitsProcessorList is both
 
 
-def _require(options: DecodingOptions, name: str, expected: str, is_right: Callable[[Any], bool]) -> None:
-    value = getattr(options, name)
-    if not is_right(value):
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+def _mistake(options: DecodingOptions, name: str, expected: str) -> ValueError:
+    return ValueError(f"{name} = {_shown(getattr(options, name))}: expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to a line."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_stop(value: Any) -> bool:
@@ -199,6 +248,7 @@ def _is_stop(value: Any) -> bool:
 
 
 def _is_bias(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        _is_int(token) and (_is_number(bias) or bias == -math.inf) for token, bias in value.items()
-    )
+    if not isinstance(value, Mapping) or not all(map(_is_int, value)):
+        return False
+    numbers = [bias for bias in value.values() if isinstance(bias, Real) and not isinstance(bias, (bool, Fraction))]
+    return len(numbers) == len(value) and all(b == -math.inf or -1e308 <= b <= MAX_BIAS for b in numbers)

@@ -55,33 +55,6 @@ def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return ((z >> 12 & (1 << 52) - 1).double() + 0.5) / 2**52  # of 53 bits, the last number would round to 1
 
 
-def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draws from the nucleus: the smallest set of most likely tokens that holds at least `p` of the probability.
-
-    Tokens of equal probability enter in the order of their ids. (Meta's function of this name also keeps the next
-    token when the set holds exactly `p`.) Holtzman et al. 2019, arXiv 1904.09751.
-
-    Args:
-        probs: probabilities, [..., vocab_size].
-        p: in (0, 1].
-        generator: PyTorch's global one when None.
-
-    Returns:
-        ids, int64 [..., 1].
-
-    Raises:
-        ValueError: `p` outside (0, 1].
-    """
-    if not 0 < p <= 1:
-        raise ValueError(f"top_p = {p}: expected a number in (0, 1]")
-    if probs.device.type == "mps":  # which has no float64
-        return sample_top_p(probs.cpu(), p, generator).to(probs.device)
-    rows = probs.reshape(-1, probs.shape[-1])
-    weights, ids = filtered(rows, *torch.tensor([[0.0], [p], [0.0]], dtype=torch.float64, device=probs.device))
-    drawn = torch.multinomial(weights, num_samples=1, generator=generator)
-    return ids.gather(-1, drawn).reshape(*probs.shape[:-1], 1)
-
-
 def filtered(
     probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +170,12 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """log softmax(logits) at `tokens`: minus the cross-entropy. [..., vocab_size], [...] -> float32 [...]."""
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(dim=-1)
+
+
+def top_logprobs(logits: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
+    """The k most likely (id, log-probability) of each row [T, vocab_size], best first."""
+    values, ids = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
+    return [list(zip(row_ids, row)) for row_ids, row in zip(ids.tolist(), values.tolist())]
 
 
 def process_logits(

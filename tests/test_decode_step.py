@@ -100,7 +100,7 @@ def test_graphs_for_more_rows_and_keys_than_there_are_change_nothing(write_check
     folder = write_checkpoint()
     size = {"max_seq_len": 96, "max_batch_size": 7, "device": "cpu"}
     expected = answers(Llama.build(folder, **size))
-    monkeypatch.setattr(llama.decode_step, "_Graph", Recorded)
+    monkeypatch.setattr(llama.decode_step, "CUDAGraph", Recorded)
     monkeypatch.setattr(llama.decode_step, "SHORTEST_LENGTH", 16)
     monkeypatch.setattr(Recorded, "made", [])
     llm = Llama.build(folder, **size)

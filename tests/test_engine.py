@@ -352,11 +352,15 @@ def test_progress_counts_every_prompt(make, monkeypatch, options):
     assert [(bar.n, bar.total, disabled) for bar, disabled in bars] == [(3, 3, False)]
 
 
-def test_beams_need_slots_that_no_stream_holds(make, monkeypatch):
-    llama = make(2)
+def test_beams_scores_and_samples_run_beside_open_streams(make):
+    llama = make(4)
     llama.tokenizer.stop_tokens = set()
-    stream = llama.stream_text("ab", temperature=0, max_gen_len=100)
-    next(stream)
-    monkeypatch.setattr(llama._engine, "step", lambda: pytest.fail("something was run"))
-    with pytest.raises(ValueError, match=r"prompt 1: num_beams = 2, but 1 of max_batch_size = 2 slots are free"):
-        llama.generate([[1], [2]], 5, temperature=0, num_beams=[1, 2])
+    text = llama.text_completion(["ab"], temperature=0, max_gen_len=60)[0]["generation"]
+    beams = llama.generate([[1, 2], [3]], 5, temperature=0, num_beams=4)
+    scores = llama.score(["a text to score"])
+    streams = [llama.stream_text("ab", temperature=0, max_gen_len=60) for _ in range(3)]
+    pieces = [next(stream) for stream in streams]
+    # Four beams wait until all streams but none of their pieces have gone: nobody has to read them for it.
+    assert llama.generate([[1, 2], [3]], 5, temperature=0, num_beams=[4, 4]) == beams
+    assert llama.score(["a text to score"]) == scores
+    assert [piece + "".join(stream) for piece, stream in zip(pieces, streams)] == [text] * 3

@@ -19,22 +19,30 @@ def run(script, *args: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_chat_example_answers_its_four_dialogs():
+LINE = "\n\n==================================\n\n"
+
+
+def test_the_chat_example_prints_four_dialogs_and_answers_as_metas_does():
     result = run(CHAT, "--temperature", "0")
     assert result.returncode == 0, result.stderr
-    answers = [part.rsplit("Assistant: ", 1)[1].strip() for part in result.stdout.split("=" * 34)[:4]]
-    recipe, tower, haiku, emojis = answers
+    *parts, rest = result.stdout.split(LINE)
+    assert len(parts) == 4 and rest == ""
+    recipe, tower, haiku, emojis = (part.rpartition("\n> Assistant: ")[2] for part in parts)
     assert "egg yolk" in recipe
     assert "Eiffel Tower" in tower
     assert len(haiku.splitlines()) == 3 and "Paris" in haiku
     assert not re.search(r"\w", emojis) and emojis
+    assert parts[0].endswith(f"\nUser: what is the recipe of mayonnaise?\n\n> Assistant: {recipe}")
+    roles = [re.findall(r"^(> )?(System|User|Assistant): ", part, re.M) for part in parts]
+    assert roles[1] == [("", "User"), ("", "Assistant"), ("", "User"), ("> ", "Assistant")]
+    assert roles[3] == [("", "System"), ("", "User"), ("> ", "Assistant")]
 
 
-@pytest.mark.parametrize("n_processes", [1, 2, 4])
-def test_the_text_example_runs_under_torchrun_as_in_a_plain_python(n_processes):
-    plain = run(TEXT, "--temperature", "0", "--max_gen_len", "12")
-    assert plain.returncode == 0 and plain.stdout.count("\n> ") == 4, plain.stderr
-    parallel = torchrun(n_processes, TEXT, "--temperature", "0", "--max_gen_len", "12")
+@pytest.mark.parametrize(("script", "n_processes"), [(TEXT, 1), (TEXT, 2), (TEXT, 4), (CHAT, 2)])
+def test_the_examples_run_under_torchrun_as_in_a_plain_python(script, n_processes):
+    plain = run(script, "--temperature", "0", "--max_gen_len", "12")
+    assert plain.returncode == 0 and plain.stdout.count("\n> ") == plain.stdout.count(LINE) == 4, plain.stderr
+    parallel = torchrun(n_processes, script, "--temperature", "0", "--max_gen_len", "12")
     assert parallel.returncode == 0, parallel.stderr
     assert parallel.stdout.count("\n> ") == 4  # rank 0 alone prints
     if n_processes == 1:
@@ -53,23 +61,25 @@ def test_the_rejection_sampling_example_draws_a_rising_curve(n_processes):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--ckpt_dir", "/nowhere"], "ckpt_dir /nowhere does not exist: expected a directory with params.json"),
-        (["--temperature", "-1"], "temperature = -1: expected a finite number of at least 0"),
-        (["--bogus", "1"], "Could not consume arg: --bogus (example_chat_completion.py --help lists what there is)"),
-        (["--max_seq_len", "20"], "expected at most max_seq_len = 20"),
+        (["--ckpt_dir", "/nowhere"], "FileNotFoundError: ckpt_dir /nowhere does not exist: expected a directory with "),
+        (["--temperature", "-1"], "ValueError: temperature = -1: expected a number of at least 0"),
+        (["--max_seq_len", "20"], "ValueError: prompt 0 has 22 tokens: expected at most max_seq_len = 20"),
+        (
+            ["--max_seq_len", "99999999999"],
+            "MemoryError: not enough memory on cpu for this checkpoint with max_seq_len",
+        ),
     ],
 )
-def test_a_mistake_is_one_line(args, message):
+def test_the_last_line_names_a_mistake(args, message):
     result = run(CHAT, *args)
-    assert result.returncode == 2
-    assert result.stderr.startswith("example_chat_completion.py: ") and result.stderr.count("\n") == 1
-    assert message in result.stderr
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
 
 
-def test_a_context_that_no_memory_holds_is_refused_with_what_to_do():
-    result = run(CHAT, "--max_seq_len", "99999999999")
+def test_an_unknown_flag_is_named():
+    result = run(TEXT, "--max_gen_len", "1", "--bogus", "1")
     assert result.returncode == 2
-    assert "not enough memory on cpu for this checkpoint with max_seq_len = 99999999999" in result.stderr
+    assert "ERROR: Could not consume arg: --bogus" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_the_readmes_python_prints_what_it_says():

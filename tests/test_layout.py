@@ -105,7 +105,7 @@ def test_every_link_of_the_readme_leads_somewhere():
 
 IMPORTABLE = {
     "llama": "Llama Dialog Message Tokenizer ChatFormat ModelArgs Transformer sample_top_p",
-    "llama.generation": "Llama Dialog Message ChatPrediction CompletionPrediction",
+    "llama.generation": "Llama Dialog Message Role ChatPrediction CompletionPrediction sample_top_p B_INST E_INST",
     "llama.model": "ModelArgs Transformer TransformerBlock Attention FeedForward RMSNorm",
     "llama.tokenizer": "Tokenizer ChatFormat Dialog Message Role",
 }
@@ -115,3 +115,21 @@ IMPORTABLE = {
 def test_what_scripts_in_the_wild_import_is_there(module):
     for name in IMPORTABLE[module].split():
         assert hasattr(importlib.import_module(module), name), f"from {module} import {name}"
+
+
+def test_the_course_is_short():
+    lines = {name: len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in COURSE}
+    assert max(lines.values()) <= 300 and sum(lines.values()) <= 1800, (sum(lines.values()), lines)
+
+
+def test_no_file_is_longer_than_400_lines_and_no_house_has_more_than_ten_files():
+    for path in files():
+        assert len(path.read_text().splitlines()) <= 400, path
+    for folder in {path.parent for path in files()} - {PACKAGE}:
+        assert len([path for path in folder.glob("*.py") if path.stem not in DOORS]) <= 10, folder
+
+
+def test_a_house_says_what_it_is_for_and_what_it_knows_nothing_of():
+    for folder in {path.parent for path in files()} - {PACKAGE}:
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert "nothing" in said.lower(), folder

@@ -1,26 +1,28 @@
-"""Hugging Face's directories to this rank's tensors: safetensors files, with the face of `checkpoint.MetaCheckpoint`.
+"""Hugging Face's directories to tensors: safetensors files, read in slices as `meta.MetaCheckpoint` reads Meta's.
 
-Knows their layout (that of Transformers' `LlamaForCausalLM`) and how its names and rotary order become Meta's; nothing
-of running a model. Files are memory-mapped: only the bytes that a rank asks for are read, and all but the reordered
-rows of wq and wk *are* the file. `open_checkpoint` tells the two kinds of directory apart.
+Knows the layout of Transformers' `LlamaForCausalLM`, and how its names and its rotary order become Meta's; nothing of
+running a model. Files are memory-mapped: only what is asked for is read, and a slice *is* the file, except for the rows
+of wq and wk, which are put into another order.
 
-Format of the files: github.com/huggingface/safetensors. Their headers are checked by that package: offsets inside the
-file, without gap or overlap, sizes that fit shape and dtype.
+Format of the files: github.com/huggingface/safetensors. That package checks their headers: offsets inside the file,
+without gap or overlap, sizes that fit shape and dtype.
 """
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llama.checkpoint.huggingface_config import read_json
-from llama.checkpoint.meta import COLUMNS, full_shapes, listing
+from llama.checkpoint.config import read_json
+from llama.checkpoint.meta import COLUMNS, dtype_problems, full_shapes, listing, name_problems
 from llama.checkpoint.writer import SAFETENSORS_DTYPES
 from llama.model import ModelArgs
 
 FILE_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+INDEX_NAME = "model.safetensors.index.json"
 
 # Meta's names and Hugging Face's, with the layer's number taken out.
 NAMES = {
@@ -47,7 +49,7 @@ def file_name(name: str) -> str:
 
 
 def has_rotary_rows(name: str) -> bool:
-    """Whether a tensor of this name (Meta's) has its rows in another order in each format: queries and keys."""
+    """Whether the two formats order a tensor's rows differently (by Meta's name): those of queries and keys."""
     return name.endswith((".wq.weight", ".wk.weight"))
 
 
@@ -61,66 +63,57 @@ def rows_in_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def find_files(ckpt_dir: Path) -> list[Path]:
-    """The safetensors files of a model: model.safetensors, or those that an index or their own names count.
+def read_index(ckpt_dir: Path) -> dict[str, str]:
+    """The file of each tensor, from the index of a directory; empty if it has none, or needs none.
 
-    Raises:
-        FileNotFoundError: there are none, or not all.
-        ValueError: the index is broken.
+    Raises ValueError if the index is broken.
+    """
+    path = ckpt_dir / INDEX_NAME
+    if (ckpt_dir / "model.safetensors").is_file() or not path.is_file():
+        return {}
+    expected = "an object whose weight_map has a file name for each tensor"
+    weight_map = read_json(path, expected).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{path} has no usable weight_map: expected {expected}")
+    for name in weight_map.values():
+        if Path(name).name != name:
+            raise ValueError(f"{path} names {name[:100]!r}: expected the names of files in its own directory")
+    return weight_map
+
+
+def find_files(ckpt_dir: Path) -> list[Path]:
+    """The safetensors files of a model: model.safetensors, or those that an index or their own numbers name.
+
+    Raises FileNotFoundError if there are none, or not all; ValueError if the index is broken.
     """
     if (ckpt_dir / "model.safetensors").is_file():
         return [ckpt_dir / "model.safetensors"]
-    index = ckpt_dir / "model.safetensors.index.json"
-    if index.is_file():
-        expected = "an object whose weight_map has a file name for each tensor"
-        weight_map = read_json(index, expected).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index} has no usable weight_map: expected {expected}")
-        names, source = sorted(set(weight_map.values())), index.name
-        if strange := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index} names {strange[0]!r}: expected the names of files in its own directory")
-    else:
-        numbered = [match for entry in ckpt_dir.iterdir() if (match := FILE_NAME.fullmatch(entry.name))]
-        names = [
-            f"model-{i:05d}-of-{match[2]}.safetensors" for match in numbered[:1] for i in range(1, int(match[2]) + 1)
-        ]
-        source = numbered[0][0] if numbered else ""
+    names, source = sorted(set(read_index(ckpt_dir).values())), INDEX_NAME
+    numbered = [match for entry in ckpt_dir.iterdir() if (match := FILE_NAME.fullmatch(entry.name))]
+    if not names and numbered:
+        source, n_files = numbered[0][0], numbered[0][2]
+        names = [f"model-{i:05d}-of-{n_files}.safetensors" for i in range(1, int(n_files) + 1)]
     if not names:
         found = f"{ckpt_dir} holds {listing(ckpt_dir)}"
         if any(ckpt_dir.glob("pytorch_model*.bin")):
             found += "; .bin files are not read (Transformers' save_pretrained writes safetensors)"
         raise FileNotFoundError(f"{found}: expected model.safetensors, or model-00001-of-0000N.safetensors and on")
-    missing = [name for name in names if not (ckpt_dir / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{source} in {ckpt_dir} means {len(names)} files, but {', '.join(missing)} is missing")
+    if missing := [name[:100] for name in names if not os.path.isfile(ckpt_dir / name)]:  # takes any name
+        some = ", ".join(missing[:8])
+        raise FileNotFoundError(f"{source} in {ckpt_dir} means {len(names)} files, but {some} is missing")
     return [ckpt_dir / name for name in names]
 
 
 class HuggingFaceCheckpoint:
-    """A directory of Hugging Face's, whose full tensors can be read in slices under Meta's names.
+    """Hugging Face's directory. Its full tensors can be read in slices, under Meta's names.
 
-    Names, shapes and dtypes are checked when it is opened, against `args`.
-
-    Args:
-        ckpt_dir: the directory.
-        args: the shape of the model.
-        reward_head: whether it has a reward model's head, `score.weight`, in place of the output matrix.
-
-    Attributes:
-        args: the shape of the model.
-        dtype: of all its tensors.
-        shapes: the full shape of each tensor, by Meta's name.
-        paths: the files.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is broken, or a tensor is missing, too many, or of another shape or dtype.
-        ImportError: the safetensors package is not installed.
+    Checks, attributes and errors are those of `meta.MetaCheckpoint`; ImportError if the safetensors package is not
+    installed. With `reward_head` it has a reward model's head, `score.weight`, in place of the output matrix.
     """
 
     quantization: str | None = None
 
-    def __init__(self, ckpt_dir: Path, args: ModelArgs, reward_head: bool = False):
+    def __init__(self, ckpt_dir: Path, args: ModelArgs, check: bool = True, reward_head: bool = False):
         self.args = args
         self.paths = find_files(ckpt_dir)
         self.shapes = full_shapes(args)
@@ -135,41 +128,36 @@ class HuggingFaceCheckpoint:
                 if name in self._file_of:
                     raise ValueError(f"{path} and {self._file_of[name][0]} both hold {name}: expected it once")
                 self._file_of[name] = (path, file)
-        expected = {file_name(name): shape for name, shape in self.shapes.items()}
-        self._check_names(ckpt_dir, expected)
-        dtypes: dict[str, str] = {}
-        for name, shape in expected.items():
-            path, file = self._file_of[name]
-            header = file.get_slice(name)
-            if tuple(header.get_shape()) != shape:
-                found = list(header.get_shape())
-                raise ValueError(f"{path}: {name} has shape {found}: expected {list(shape)}, as config.json says")
-            dtypes.setdefault(header.get_dtype(), name)
-        if len(dtypes) > 1 or not dtypes.keys() <= SAFETENSORS_DTYPES.keys():
-            found = " and ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-            raise ValueError(
-                f"{ckpt_dir} holds tensors of dtype {found}: expected one of {', '.join(SAFETENSORS_DTYPES)} for all"
-            )
-        self.dtype = SAFETENSORS_DTYPES[next(iter(dtypes))]
+        if check and (problem := next(self.problems(), None)) is not None:
+            raise ValueError(problem)
 
-    def _check_names(self, ckpt_dir: Path, expected: Iterable[str]) -> None:
-        index = ckpt_dir / "model.safetensors.index.json"
-        uses_index = self.paths[0].name != "model.safetensors" and index.is_file()
-        for name, file in read_json(index, "an index")["weight_map"].items() if uses_index else ():
+    @property
+    def dtype(self) -> torch.dtype:
+        name = file_name("norm.weight")
+        return SAFETENSORS_DTYPES[self._file_of[name][1].get_slice(name).get_dtype()]
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the files, as far as names, shapes and dtypes tell."""
+        ckpt_dir = self.paths[0].parent
+        for name, file in read_index(ckpt_dir).items():
             if name not in self._file_of or self._file_of[name][0].name != file:
-                raise ValueError(f"{index} says that {name} is in {file}, which does not hold it")
+                yield f"{ckpt_dir / INDEX_NAME} says that {name[:100]} is in {file}, which does not hold it"
+        expected = {file_name(name): shape for name, shape in self.shapes.items()}
         found = [name for name in self._file_of if not name.endswith("rotary_emb.inv_freq")]  # computed, no weight
         if self.args.tied_embeddings:  # a copy of the table may be there
             found = [name for name in found if name != "lm_head.weight"]
-        missing, unexpected = set(expected) - set(found), set(found) - set(expected)
-        for what, names in (("lacks", missing), ("has unexpected", unexpected)):
-            if names:
-                others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(
-                    f"{ckpt_dir} {what} {min(names)}{others}: expected the {len(self.shapes)} tensors of a model with "
-                    f"num_hidden_layers {self.args.n_layers} and tie_word_embeddings {self.args.tied_embeddings}, "
-                    "as config.json says"
-                )
+        model = f"num_hidden_layers {self.args.n_layers} and tie_word_embeddings {self.args.tied_embeddings}"
+        yield from name_problems(ckpt_dir, expected, found, f"{model}, as config.json says")
+        dtypes: dict[torch.dtype | str, str] = {}
+        for name, shape in expected.items():
+            if name not in self._file_of:
+                continue
+            path, file = self._file_of[name]
+            header = file.get_slice(name)
+            if (found_shape := list(header.get_shape())) != list(shape):
+                yield f"{path}: {name} has shape {found_shape[:8]}: expected {list(shape)}, as config.json says"
+            dtypes.setdefault(SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype()), name)
+        yield from dtype_problems(ckpt_dir, dtypes)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
         """[start, stop) along `dim` of a full tensor, or all of it; a view of the mapped file, but for wq and wk.
@@ -184,7 +172,7 @@ class HuggingFaceCheckpoint:
             if dim == COLUMNS or start % self.args.head_dim or stop % self.args.head_dim:
                 raise ValueError(f"[{start}, {stop}) along {dim} of {name}: expected rows of whole heads")
             return rows_in_pairs(tensor, self.args.head_dim)
-        # The format does not promise that numbers lie at multiples of their size, and PyTorch takes it for granted.
+        # The format does not promise that numbers lie at multiples of their size, but PyTorch relies on it.
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
@@ -198,8 +186,8 @@ def _open_file(path: Path) -> Any:
         ) from None
     try:
         return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {error}. "
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {str(error)[:200]}. "
             "Download it again if its size is not the published one"
         ) from None

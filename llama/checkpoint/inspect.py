@@ -1,35 +1,30 @@
 """What a checkpoint directory holds, and whether it is sound: the functions behind `llama info` and `llama verify`.
 
-Both kinds of directory, Meta's and Hugging Face's. Nothing is printed, and no model is built.
+Both kinds of directory, Meta's and Hugging Face's. Prints nothing and builds no model.
 """
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.checkpoint.loading import CHUNK_BYTES
-from llama.checkpoint.loading import pieces as pieces_of_tensor
-from llama.checkpoint.meta import MetaCheckpoint, find_shards, model_args, open_shard, read_params
-from llama.checkpoint.open import find_tokenizer, open_checkpoint
+from llama.checkpoint.loading import CHUNK_BYTES, pieces
+from llama.checkpoint.meta import MetaCheckpoint, open_shard, require_directory
+from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint.writer import CHECKLIST, md5_of
 from llama.layers.packing import drop_pages
 from llama.model import ModelArgs
-from llama.tokenizer import Tokenizer
 
-CHECKLIST = "checklist.chk"
-
-# Published models by (vocabulary, dim, layers): params.json has no name in it. Context in tokens.
+# Published models by (dim, layers): a params.json does not name its model.
 LLAMA_1_AND_2 = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "33B", (8192, 80): "65B or 70B"}
 LLAMA_3 = {(4096, 32): "8B", (8192, 80): "70B", (16384, 126): "405B", (2048, 16): "1B", (3072, 28): "3B"}
 
 
 def family(args: ModelArgs) -> tuple[str, int | None]:
-    """Which published Llama a shape looks like, and the context that one was trained for, tokens; None if unknown."""
+    """The published Llama that has this shape, and the context that it was trained for, tokens; None if unknown."""
     shape = (args.dim, args.n_layers)
     if args.vocab_size == 128256 and args.rope_theta == 500000:
         size = LLAMA_3.get(shape, "of an unpublished size")
@@ -42,14 +37,14 @@ def family(args: ModelArgs) -> tuple[str, int | None]:
         size = LLAMA_1_AND_2.get(shape, "of an unpublished size")
         if args.rope_theta == 1000000:
             return f"Code Llama {size}", 16384
-        if args.norm_eps == 1e-6:  # all that tells Llama 1 from 2
+        if args.norm_eps == 1e-6:  # the only difference between Llama 1 and 2
             return f"Llama 1 {size}", 2048
         return f"Llama 2 {size}", 4096
     return "a Llama that Meta has not published", None
 
 
 def memory(args: ModelArgs, n_parameters: int, itemsize: int, n_ranks: int = 1) -> dict[str, int]:
-    """What each of n_ranks processes needs, bytes, for args.max_batch_size sequences of args.max_seq_len tokens."""
+    """Bytes that each of n_ranks processes needs for args.max_batch_size sequences of args.max_seq_len tokens."""
     kv_heads = max(args.n_kv_heads, n_ranks) // n_ranks
     cache = 2 * args.n_layers * args.max_batch_size * kv_heads * args.max_seq_len * args.head_dim
     return {
@@ -65,10 +60,9 @@ def info(
     max_seq_len: int = 2048,
     max_batch_size: int = 1,
 ) -> list[tuple[str, str]]:
-    """What a directory holds and needs, as (name, value) in the order to show them. Reads headers, not weights.
+    """What a directory holds and needs: (name, value) pairs in the order to show them. Reads headers, not weights.
 
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `Llama.build`.
+    Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does.
     """
     _, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
     args, itemsize = checkpoint.args, checkpoint.dtype.itemsize
@@ -76,18 +70,16 @@ def info(
     name, context = family(args)
     n_files, kind = len(checkpoint.paths), "Meta" if isinstance(checkpoint, MetaCheckpoint) else "Hugging Face"
     bits = f", matrices {checkpoint.quantization}" if checkpoint.quantization else ""
-    shared = (
-        "as many of keys and values" if args.n_kv_heads == args.n_heads else f"{args.n_kv_heads} of keys and values"
-    )
+    n_shared = "as many" if args.n_kv_heads == args.n_heads else args.n_kv_heads
     lines = [
         ("architecture", f"looks like {name}"),
         ("parameters", f"{n_parameters:,}{', the output matrix is the embedding' if args.tied_embeddings else ''}"),
         ("layers", f"{args.n_layers} of dim {args.dim}, hidden {args.hidden_dim}"),
-        ("heads", f"{args.n_heads} of {args.head_dim}, {shared}"),
+        ("heads", f"{args.n_heads} of {args.head_dim}, {n_shared} of keys and values"),
         ("vocabulary", f"{args.vocab_size:,}"),
         ("dtype", str(checkpoint.dtype).removeprefix("torch.") + bits),
         ("files", f"{n_files} ({kind}), {_size(sum(path.stat().st_size for path in checkpoint.paths))}"),
-        ("context", f"{context:,} tokens" if context else "not known: the files do not say"),
+        ("context", f"{context:,} tokens" if context else "unknown: the files do not say"),
     ]
     for n_ranks in [n for n in args.model_parallel_sizes if n <= 16]:
         parts = memory(args, n_parameters, itemsize, n_ranks)
@@ -108,17 +100,11 @@ def _size(n_bytes: int) -> str:
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """What `verify` found."""
 
-    Attributes:
-        problems: what is wrong, a message each; nothing is when empty.
-        notes: what was left unchecked, and why.
-        n_tensors, n_bytes: how much was read.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    n_tensors: int = 0
+    problems: list[str] = field(default_factory=list)  # what is wrong, a message each; empty if the directory is sound
+    notes: list[str] = field(default_factory=list)  # what was left unchecked, and why
+    n_tensors: int = 0  # how much was read
     n_bytes: int = 0
 
 
@@ -133,30 +119,15 @@ def verify(
     tokenizer_path: str | os.PathLike | None = None,
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> Verification:
-    """Reads all of a directory: is every tensor there, of the right shape, finite; does checklist.chk hold?
+    """Reads a whole directory: is every tensor there, of the right shape, finite? Are the sums of checklist.chk right?
 
-    Goes on after a problem, to find all of them. Memory stays within some chunks of CHUNK_BYTES.
-
-    Args:
-        ckpt_dir: the directory, Meta's or Hugging Face's.
-        tokenizer_path: as in `Llama.build`.
-        advance: told of the bytes that were read, as they are.
-
-    Raises:
-        FileNotFoundError: no such directory.
+    After a problem it goes on, to find them all. It needs the memory of a few chunks of CHUNK_BYTES. It calls `advance`
+    with the number of bytes after each read. Raises FileNotFoundError if there is no such directory.
     """
     folder, found = Path(ckpt_dir), Verification()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"ckpt_dir {folder} is not a directory: expected one with a checkpoint")
+    require_directory("ckpt_dir", folder, "a checkpoint")
     _verify_checklist(folder, found, advance)
-    try:
-        _, checkpoint = open_checkpoint(folder, tokenizer_path)
-    except (OSError, ValueError, ImportError) as error:
-        problems, tensors = _salvage(folder, tokenizer_path)
-        found.problems += problems or [str(error)]
-    else:
-        tensors = _tensors(checkpoint)
-    for label, parts in tensors:
+    for label, parts in _open_all(folder, tokenizer_path, found):
         n_bad = 0
         for part in parts:
             n_bad += _count_not_finite(part)
@@ -169,46 +140,33 @@ def verify(
     return found
 
 
-def _tensors(checkpoint: MetaCheckpoint | HuggingFaceCheckpoint) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
-    """Each tensor's name, and its numbers in pieces of bounded size."""
-    if isinstance(checkpoint, MetaCheckpoint):
-        for path, shard in zip(checkpoint.paths, checkpoint.shards):
-            yield from _tensors_of_shard(path, shard)
-    else:
-        for name, shape in checkpoint.shapes.items():
-            yield name, (piece for *_, piece in pieces_of_tensor(checkpoint, name, 0, 0, shape[0]))
-
-
-def _tensors_of_shard(path: Path, shard: dict[str, torch.Tensor]) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
-    for name, tensor in shard.items():
-        rows = max(1, CHUNK_BYTES // max(1, tensor[:1].nbytes)) if tensor.dim() else 1
-        yield f"{path.name}: {name}", iter(tensor.split(rows) if tensor.dim() else [tensor])
-
-
-def _salvage(
-    folder: Path, tokenizer_path: str | os.PathLike | None
-) -> tuple[list[str], Iterator[tuple[str, Iterator[torch.Tensor]]]]:
-    """What is wrong with Meta's files that cannot be loaded, and the tensors that can still be read."""
-    problems, shards = [], {}
+def _open_all(
+    folder: Path, tokenizer_path: str | os.PathLike | None, found: Verification
+) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+    """Notes what is wrong in the headers. Yields the tensors that can be read: a label, and the numbers in parts."""
+    shards: dict[Path, dict[str, torch.Tensor]] = {}
     try:
-        paths = find_shards(folder)
-    except FileNotFoundError as error:
-        paths = sorted(folder.glob("consolidated.*.pth"))
-        problems += [str(error)] if paths else []
-    for path in paths:
-        try:
-            shards[path] = open_shard(path)
-        except ValueError as error:
-            problems.append(str(error))
-    if paths and not problems:
-        try:
-            tokenizer = Tokenizer(find_tokenizer(folder) if tokenizer_path is None else tokenizer_path)
-            args = model_args(read_params(folder), folder, tokenizer.n_words, 2048, 1)
-            if "quantization" not in read_params(folder):  # else what was said on opening it is all there is to say
-                problems += MetaCheckpoint(folder, args, check=False).problems()
-        except (OSError, ValueError, ImportError) as error:
-            problems.append(str(error))
-    return problems, (item for path, shard in shards.items() for item in _tensors_of_shard(path, shard))
+        _, checkpoint = open_checkpoint(folder, tokenizer_path, check=False)
+    except (OSError, ValueError, ImportError) as error:
+        problems = [str(error)]
+        for path in sorted(folder.glob("consolidated.*.pth")):
+            try:
+                shards[path] = open_shard(path)
+            except (OSError, ValueError) as damage:
+                problems.append(str(damage))
+        found.problems += dict.fromkeys(problems)  # each once
+    else:
+        problems = list(checkpoint.problems())
+        found.problems += problems
+        if isinstance(checkpoint, MetaCheckpoint):
+            shards = dict(zip(checkpoint.paths, checkpoint.shards))
+        elif not problems:
+            for name, shape in checkpoint.shapes.items():
+                yield name, (piece for *_, piece in pieces(checkpoint, name, 0, 0, shape[0]))
+    for path, shard in shards.items():
+        for name, tensor in shard.items():
+            rows = max(1, CHUNK_BYTES // max(1, tensor[:1].nbytes)) if tensor.dim() else 1
+            yield f"{path.name}: {name}", tensor.split(rows) if tensor.dim() else [tensor]
 
 
 def _count_not_finite(part: torch.Tensor) -> int:
@@ -232,13 +190,7 @@ def _verify_checklist(folder: Path, found: Verification, advance: Callable[[int]
         file = folder / name.strip().removeprefix("*")
         if len(expected) != 32 or not name.strip():
             found.problems.append(f"{path} line {number} is {line[:80]!r}: expected an md5 sum and the name of a file")
-        elif not file.is_file():
+        elif not os.path.isfile(file):  # which, unlike Path.is_file, takes any name
             found.problems.append(f"{file} is missing: {CHECKLIST} names it")
-        else:
-            digest = hashlib.md5(usedforsecurity=False)
-            with file.open("rb") as content:
-                while chunk := content.read(1 << 22):
-                    digest.update(chunk)
-                    advance(len(chunk))
-            if digest.hexdigest() != expected.lower():
-                found.problems.append(f"{file} has md5 {digest.hexdigest()}: {CHECKLIST} says {expected}")
+        elif (md5 := md5_of(file, advance)) != expected.lower():
+            found.problems.append(f"{file} has md5 {md5}: {CHECKLIST} says {expected}")

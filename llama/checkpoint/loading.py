@@ -1,8 +1,8 @@
-"""A checkpoint's tensors into a model: this rank's slices, each byte once, without a second copy in memory.
+"""A checkpoint's tensors into a model: this rank's slices, each byte read once, without a second copy in memory.
 
-On the CPU the matrices are used as they lie in the files at first, and are packed for decoding later (`pack`). Knows
-nothing of formats: a checkpoint is anything that reads slices of full tensors (`checkpoint.MetaCheckpoint`,
-`huggingface.HuggingFaceCheckpoint`).
+On the CPU the matrices are used at first as they lie in the files; they are packed for decoding later
+(`layers.packing`). Knows nothing of formats: a checkpoint is anything that reads slices of full tensors, such as
+`meta.MetaCheckpoint` and `huggingface.HuggingFaceCheckpoint`.
 """
 
 import math
@@ -15,23 +15,23 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from llama.checkpoint.meta import MetaCheckpoint, partition_dim, slice_of_rank
+from llama.checkpoint.meta import MetaCheckpoint, Part, part_of_rank, shape_of_part
 from llama.layers.linear import Linear
 from llama.layers.packing import drop_pages, is_mapped, lay_out_together
 from llama.layers.quantization import Quantized
 from llama.model import Transformer
 from llama.parallel import raise_if_a_rank_failed
 
-# How much a load copies at a time; on CUDA there are two pinned buffers of this size.
+# How many bytes are copied at a time. On CUDA there are two pinned buffers of this size.
 CHUNK_BYTES = 64 << 20
 
 
 @dataclass
 class Loaded:
-    """What a load has done: the bytes of this rank's weights, and how many of them are still the mapped file."""
+    """What a load has done."""
 
-    n_bytes: int = 0
-    n_mapped: int = 0
+    n_bytes: int = 0  # of this rank's weights
+    n_mapped: int = 0  # how many of them are still the mapped file
 
     def describe(self, device: torch.device, seconds: float, n_ranks: int) -> str:
         """One line for the user: how long, how much, where, how fast."""
@@ -51,49 +51,34 @@ def load_weights(
     device: torch.device,
     quantize: str | None = None,
 ) -> Loaded:
-    """Gives a model built on the meta device its tensors, this rank's slices of the checkpoint's.
+    """Gives a model built on the meta device its tensors: this rank's slices of the checkpoint's.
 
     On the CPU, a slice that is one piece of a file and has the right dtype stays mapped and takes no memory of its own.
-    Everything else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", or where the checkpoint is
-    quantised, matrices are laid out as soon as those that belong together are there, so that only few are there as they
-    were at any time.
+    All else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", or where the checkpoint is quantised,
+    matrices are laid out as soon as those that belong together are there: at most a few are in memory unpacked.
 
-    Raises:
-        RankFailed: another rank has failed meanwhile (inside `parallel.fail_together`).
+    Raises RankFailed if another rank has failed meanwhile (inside `parallel.fail_together`).
     """
     rank, n_ranks = model.tok_embeddings.rank, model.tok_embeddings.world_size
-    slices = {}
-    for name, full in checkpoint.shapes.items():
-        dim = partition_dim(name)
-        slices[name] = (
-            (0, 0, full[0]) if dim is None else (dim, *slice_of_rank(name, full[dim], model.args, rank, n_ranks))
-        )
-    n_bytes = sum(
-        math.prod(full) // full[dim] * (stop - start) * dtype.itemsize
-        for full, (dim, start, stop) in zip(checkpoint.shapes.values(), slices.values())
-    )
+    n_bytes = {name: math.prod(full) * dtype.itemsize // n_ranks for name, full in checkpoint.shapes.items()}
     quantize = checkpoint.quantization or quantize
     copier = StagedCopy(device) if device.type == "cuda" else None
-    parts: dict[Linear, torch.Tensor | Quantized] = {}
+    parts: dict[Linear, torch.Tensor | Quantized] = {}  # that wait for others of their layout
     loaded, together = Loaded(), {linear: group for group in model.matrices() for linear in group}
-    with tqdm(
-        desc="Loading",
-        total=n_bytes,
-        unit="B",
-        unit_scale=True,
-        delay=1,
-        disable=None if dist.get_rank() == 0 else True,
-    ) as bar:
+    is_silent = None if dist.get_rank() == 0 else True  # None: where stderr is no terminal
+    total = sum(n_bytes.values())
+    with tqdm(desc="Loading", total=total, unit="B", unit_scale=True, delay=1, disable=is_silent) as bar:
         for name in [name for name, _ in model.named_parameters()]:  # each once, though two modules may share it
             raise_if_a_rank_failed()
             module = model.get_submodule(name.removesuffix(".weight"))
+            piece = part_of_rank(name, checkpoint.shapes[name], model.args, rank, n_ranks)
             if checkpoint.quantization and module in together:
-                part = checkpoint.read(name, *slices[name]).to(device)
+                part = checkpoint.read(name, *piece).to(device)
             elif device.type == "cpu" and checkpoint.dtype == dtype:
-                part = checkpoint.read(name, *slices[name]).contiguous()
+                part = checkpoint.read(name, *piece).contiguous()
             else:
-                part = _copy(checkpoint, name, *slices[name], dtype, device, copier)
-            bar.update(math.prod(checkpoint.shapes[name]) * dtype.itemsize // n_ranks)
+                part = _copy(checkpoint, name, piece, dtype, device, copier)
+            bar.update(n_bytes[name])
             if not quantize or module not in together:
                 module.weight = nn.Parameter(part, requires_grad=False)
                 loaded.n_bytes += part.nbytes
@@ -103,9 +88,8 @@ def load_weights(
             if all(linear in parts for linear in together[module]):
                 if copier is not None:
                     copier.wait()
-                loaded.n_bytes += lay_out_together(
-                    {linear: parts.pop(linear) for linear in together[module]}, quantize, dtype
-                )
+                group = {linear: parts.pop(linear) for linear in together[module]}
+                loaded.n_bytes += lay_out_together(group, quantize, dtype)
         if copier is not None:
             copier.finish()
     if model.args.tied_embeddings:
@@ -118,79 +102,67 @@ def load_weights(
 
 def pieces(
     checkpoint: MetaCheckpoint, name: str, dim: int, start: int, stop: int
-) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+) -> Iterator[tuple[int, int, torch.Tensor]]:
     """[start, stop) along `dim` of a full tensor, cut so that each piece has at most CHUNK_BYTES.
 
-    Yields:
-        dim, start and stop of the piece (along the rows if all of the tensor is wanted), and what `read` gives for it.
+    Yields the dimension along which it was cut (the rows if all of the tensor is wanted), where the piece starts in
+    [start, stop), and what `read` gives for it.
     """
     full = checkpoint.shapes[name]
     if stop - start == full[dim]:
         dim, start, stop = 0, 0, full[0]
-    # Whole heads at a time: those of a Hugging Face file are put into another order as they are read.
+    # Whole heads at a time: a Hugging Face file has the rows of a head in another order.
     unit = checkpoint.args.head_dim
     unit_bytes = math.prod(full) // full[dim] * unit * checkpoint.dtype.itemsize
     step = max(1, CHUNK_BYTES // unit_bytes) * unit
     for first in range(start, stop, step):
-        last = min(first + step, stop)
-        yield dim, first, last, checkpoint.read(name, dim, first, last)
+        yield dim, first - start, checkpoint.read(name, dim, first, min(first + step, stop))
 
 
 def _copy(
     checkpoint: MetaCheckpoint,
     name: str,
-    dim: int,
-    start: int,
-    stop: int,
+    part: Part,
     dtype: torch.dtype,
     device: torch.device,
     copier: "StagedCopy | None",
 ) -> torch.Tensor:
-    """[start, stop) along `dim` of a full tensor, as a tensor of its own."""
-    shape = list(checkpoint.shapes[name])
-    shape[dim] = stop - start
-    target = torch.empty(shape, dtype=dtype, device=device)
-    for along, first, last, piece in pieces(checkpoint, name, dim, start, stop):
-        part = target.narrow(along, first - (start if along == dim else 0), last - first)
+    """A part of a full tensor, as a tensor of its own."""
+    target = torch.empty(shape_of_part(checkpoint.shapes[name], part), dtype=dtype, device=device)
+    for along, at, piece in pieces(checkpoint, name, *part):
+        place = target.narrow(along, at, piece.shape[along])
         if copier is None:
-            part.copy_(piece)
+            place.copy_(piece)
         else:
-            copier.copy(piece, part)
+            copier.copy(piece, place)
     return target
 
 
 class StagedCopy:
-    """Copies from mapped files to a device through two buffers: while one is on its way, the other is filled.
+    """Copies from mapped files to a device through two buffers: while one is being sent, the other is filled.
 
-    The files are read as the buffers are filled, by several threads; the copies run on a stream of their own, and a
-    change of dtype happens on the device. Buffers are pinned memory, from which a card copies by itself.
-
-    Args:
-        device: where to. On the CPU (for tests) it does the same, one step after the other.
-        buffer_bytes: of each of the two; at least a row of any source.
+    Several threads read the files into the buffers, each of `buffer_bytes` (at least one row of any source) of pinned
+    memory, from which a card copies without the CPU. The copies run on a stream of their own, and a change of dtype
+    happens on the device. Where that is the CPU (for tests), one step comes after the other.
     """
 
     N_THREADS = 4  # one thread reads mapped pages slower than a card takes them
 
     def __init__(self, device: torch.device, buffer_bytes: int = CHUNK_BYTES):
-        self.device = device
-        on_cuda = device.type == "cuda"
-        self.buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(2)]
-        self.stream = torch.cuda.Stream(device) if on_cuda else None
-        self.sent = [torch.cuda.Event() for _ in range(2)] if on_cuda else []  # a buffer's last copy has ended
+        self.device, self.module = device, torch.get_device_module(device)  # torch.cpu has streams that do nothing
+        is_pinned = device.type == "cuda"
+        self.buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(2)]
+        self.stream = self.module.Stream(device)
+        self.sent = [self.module.Event() for _ in range(2)]  # a buffer's last copy has ended
         self.turn = 0
         self.threads = ThreadPoolExecutor(self.N_THREADS)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies `source`, on the CPU, to `target`, on the device; returns when `source` has been read.
-
-        A source larger than a buffer goes in pieces.
-        """
+        """Copies `source`, on the CPU, to `target`, on the device, in pieces; returns when `source` has been read."""
         rows = max(1, self.buffers[0].nbytes // max(1, source[:1].nbytes))
         for source_part, target_part in zip(source.split(rows), target.split(rows)):
             self.turn = 1 - self.turn
-            if self.stream is not None:
-                self.sent[self.turn].synchronize()
+            self.sent[self.turn].synchronize()
             staged = self.buffers[self.turn][: source_part.nbytes].view(source.dtype).view(source_part.shape)
             thread_rows = -(-len(staged) // self.N_THREADS)
             shares = zip(staged.split(thread_rows), source_part.split(thread_rows))
@@ -199,25 +171,20 @@ class StagedCopy:
             self._send(staged, target_part)
 
     def _send(self, staged: torch.Tensor, target: torch.Tensor) -> None:
-        if self.stream is None:
-            target.copy_(staged)
-            return
-        # The target's memory may have been something else's on the current stream.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        # Work on the current stream may still use the target's memory for something else.
+        self.stream.wait_stream(self.module.current_stream(self.device))
+        with self.module.stream(self.stream):
             if target.is_contiguous() and target.dtype == staged.dtype:
                 target.copy_(staged, non_blocking=True)
-            else:  # as it lies to the device, and from there: copy_ in one step would convert on the CPU
+            else:  # in two steps: a single copy_ would convert on the CPU
                 target.copy_(staged.to(self.device, non_blocking=True))
             self.sent[self.turn].record()
 
     def wait(self) -> None:
         """Lets what runs on the device from now on see what has been sent."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.module.current_stream(self.device).wait_stream(self.stream)
 
     def finish(self) -> None:
         """Waits until everything has arrived."""
         self.threads.shutdown()
-        if self.stream is not None:
-            self.stream.synchronize()
+        self.module.synchronize(self.device)

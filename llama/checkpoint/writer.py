@@ -1,6 +1,6 @@
-"""Writing checkpoints: the two file formats tensor by tensor, and a directory that appears whole or not at all.
+"""Writes checkpoints: the two file formats tensor by tensor, and a directory that appears whole or not at all.
 
-Knows how bytes lie in the files; nothing of what a Llama's tensors are called or mean.
+Knows how bytes lie in the files; nothing of the names of a Llama's tensors or of what they mean.
 
 Formats: github.com/huggingface/safetensors; a .pth file is a zip archive with a pickle of the tensors' shapes and a
 record for the bytes of each (pytorch.org/docs/stable/notes/serialization.html).
@@ -24,59 +24,56 @@ from typing import Any
 
 import torch
 
+CHECKLIST = "checklist.chk"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage}
+STORAGES |= {torch.bfloat16: torch.BFloat16Storage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage}
 
 
 @contextlib.contextmanager
 def appear_whole(dst: Path, n_bytes: int) -> Iterator[Path]:
-    """A directory to write into, which becomes `dst` at the end; after any error it is gone."""
+    """Makes a directory to write into. At the end it becomes `dst`; after an error it is removed.
+
+    Raises FileExistsError if `dst` holds something or another process is writing it, FileNotFoundError if it has no
+    parent directory, and OSError if it cannot be written, as when n_bytes do not fit on the disk.
+    """
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not an empty directory: name another, or remove it first")
     if not dst.parent.is_dir():
-        raise FileNotFoundError(f"{dst.parent}, where {dst.name} is to be made, is not a directory")
+        raise FileNotFoundError(f"{dst.parent} is not a directory: expected one to make {dst.name} in")
     folder = dst.parent / f".{dst.name}.partial"
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
+    with contextlib.ExitStack() as stack:
         try:
+            folder.mkdir(exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            os.close(lock)
-            raise FileExistsError(f"another conversion is writing {dst}: wait for it, or name another place") from None
-        try:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
             for leftover in folder.iterdir():
                 leftover.unlink()
-            free = shutil.disk_usage(folder).free
-            if free < n_bytes:
+            if (free := shutil.disk_usage(folder).free) < n_bytes:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
             yield folder
-            os.replace(folder, dst)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            os.close(lock)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"{dst} could not be written, and nothing of it is left: {reason} (it needs {n_bytes:,} bytes)"
-        ) from error
+            os.replace(folder, dst)  # so that there is nothing left to remove
+        except BlockingIOError:
+            raise FileExistsError(f"another conversion is writing {dst}: wait for it, or name another place") from None
+        except OSError as error:
+            found = f"{dst} could not be written, and nothing of it is left: {error.strerror or error}"
+            raise OSError(error.errno, f"{found} (it needs {n_bytes:,} bytes)") from error
 
 
 @contextlib.contextmanager
 def progress(n_bytes: int, what: str) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, if that is a terminal."""
-    from tqdm import tqdm  # only here, where there is something to wait for
+    """A progress bar on stderr, if that is a terminal."""
+    from tqdm import tqdm  # imported late: most programs never show a bar
 
     with tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True, disable=None) as bar:
         yield bar.update
 
 
 def safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """What stands before the tensors in a safetensors file; their bytes follow in this order, without gaps."""
-    dtype_name = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)
+    """The header of a safetensors file. The tensors' bytes follow it in this order, without gaps."""
+    dtype_name = next(name for name, each in SAFETENSORS_DTYPES.items() if each == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -87,21 +84,20 @@ def safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -
     return struct.pack("<Q", len(text)) + text
 
 
-class PthFile:
-    """A file as `torch.save` writes it of a dictionary of tensors, tensor by tensor; a context manager.
+class PthFile(contextlib.AbstractContextManager):
+    """Writes a dictionary of tensors as `torch.save` does, but tensor by tensor.
 
     Args:
         path: the file to make.
-        shapes: of the tensors by name, all of which are then to be written, in any order.
-        dtype: of all of them, or of each by its name.
+        shapes: the shape of each tensor, by name. All of them must be written, in any order.
+        dtype: of all tensors, or of each by its name.
     """
 
-    ALIGNMENT = 64  # of each record, so that it can be used as it lies in the file
+    ALIGNMENT = 64  # of each record, bytes
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype | dict[str, torch.dtype]):
         dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
-        self._file = path.open("wb")
-        self._archive = zipfile.ZipFile(self._file, "w")
+        self._archive = zipfile.ZipFile(path, "w")
         self._prefix = path.stem
         self._keys = {name: str(key) for key, name in enumerate(shapes)}
         tensors = OrderedDict((name, _Tensor(self._keys[name], shape, dtypes[name])) for name, shape in shapes.items())
@@ -112,65 +108,60 @@ class PthFile:
                 record.write(content)
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
-        """The bytes of one tensor, row after row."""
+        """Writes the bytes of one tensor, row after row."""
         with self._open_record(f"data/{self._keys[name]}") as record:
             for piece in pieces:
                 record.write(piece)
 
-    def __enter__(self) -> "PthFile":
-        return self
-
     def __exit__(self, *exception: object) -> None:
-        with self._file, self._archive:
-            pass
+        self._archive.close()
 
     def _open_record(self, name: str) -> Any:
         info = zipfile.ZipInfo(f"{self._prefix}/{name}")
-        # A record is a header of 30 bytes, the name, the sizes in 20 bytes, and an extra field of any length, which
-        # moves what follows to a multiple of 64. Its own head takes 4; "FB" is PyTorch's mark for it.
-        start = self._file.tell() + 30 + len(info.filename) + 20 + 4
-        padding = -start % self.ALIGNMENT
+        # A record is a header of 30 bytes, the name, the sizes in 20 bytes, and an extra field with a head of 4 bytes
+        # ("FB" is PyTorch's mark), whose length aligns the numbers: a mapped tensor can be used as it lies in the file.
+        padding = -(self._archive.fp.tell() + 30 + len(info.filename) + 20 + 4) % self.ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
         return self._archive.open(info, "w", force_zip64=True)
 
 
-class _Storage:
-    """Stands in the pickle for the record with a tensor's numbers."""
-
-    def __init__(self, key: str, dtype: torch.dtype, size: int):
-        kinds = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage}
-        kinds |= {torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
-        kinds |= {torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage}
-        self.persistent_id = ("storage", kinds[dtype], key, "cpu", size)
-
-
 class _Tensor:
-    """Stands in the pickle for a tensor, and is read back as one."""
+    """Pickled as a tensor is: what reads it gets a tensor."""
 
     def __init__(self, key: str, shape: tuple[int, ...], dtype: torch.dtype):
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        self.parts = _Storage(key, dtype, math.prod(shape)), 0, shape, tuple(strides), False, OrderedDict()
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        storage = _Storage(("storage", STORAGES[dtype], key, "cpu", math.prod(shape)))
+        self.parts = storage, 0, shape, strides, False, OrderedDict()
 
     def __reduce__(self) -> tuple:
         return torch._utils._rebuild_tensor_v2, self.parts
 
 
+class _Storage(tuple):
+    """How the pickle refers to the record with a tensor's numbers."""
+
+
 class _TensorPickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> tuple | None:
-        return obj.persistent_id if isinstance(obj, _Storage) else None
+        return tuple(obj) if isinstance(obj, _Storage) else None
+
+
+def md5_of(path: Path, advance: Callable[[int], object]) -> str:
+    """The md5 sum of a file, hexadecimal; calls `advance` with the number of bytes after each read."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
 
 
 def write_checklist(folder: Path) -> None:
-    """checklist.chk, as md5sum writes and checks it, of all files; when it returns they are on the disk."""
-    paths = sorted(folder.iterdir())
-    lines = []
-    with progress(sum(path.stat().st_size for path in paths), "checklist.chk") as advance:
+    """Writes checklist.chk, the md5 sums of all files, as md5sum does. When it returns, the files are on the disk."""
+    paths, lines = sorted(folder.iterdir()), []
+    with progress(sum(path.stat().st_size for path in paths), CHECKLIST) as advance:
         for path in paths:
-            digest = hashlib.md5(usedforsecurity=False)
+            lines.append(f"{md5_of(path, advance)}  {path.name}\n")
             with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-                    advance(len(chunk))
                 os.fsync(file.fileno())
-            lines.append(f"{digest.hexdigest()}  {path.name}\n")
-    (folder / "checklist.chk").write_text("".join(lines))
+    (folder / CHECKLIST).write_text("".join(lines))

@@ -1,7 +1,4 @@
-"""The terminal: `python -m llama COMMAND`, the chat, and lm-evaluation-harness.
-
-Nothing else of the package knows of it.
-"""
+"""The terminal: `python -m llama COMMAND`, the chat, and lm-evaluation-harness. No other house imports this one."""
 
 from llama.cli.commands import main
 

@@ -1,121 +1,128 @@
-"""A command line to a call: fire reads it, nothing runs before all of it is understood, and a mistake is one line.
+"""What several commands share: how a model is loaded, how an answer is decoded, what counts as a user's mistake.
 
-Knows nothing of what the commands do.
+tyro reads these classes: a field is a flag, and its comment or docstring is the flag's help. Knows nothing of commands.
 """
 
 import contextlib
-import functools
-import inspect
 import io
 import json
-import re
+import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
 
-import fire
-from fire.decorators import SetParseFns
+from tyro.conf import Suppress, UsePythonSyntaxForLiteralCollections
+from tyro.constructors import PrimitiveConstructorSpec
 
-from llama import GenerationError, parallel
+from llama import DecodingOptions, GenerationError, Llama, parallel
 
+# A user's mistakes: the message is enough. Any other exception is the package's mistake and shows a traceback.
 MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)
-# The parameters that are text.
-TEXTS = (
-    "text",
-    "source",
-    "target",
-    "prompts",
-    "template",
-    "system",
-    "scorer",
-    "judge_template",
-    "judge_answer",
-    "plot",
-)
-TEXTS += ("ckpt_dir", "tokenizer_path", "device", "dtype", "draft", "quantize")
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
+DEMO_SEQ_LEN = 256  # the embedded model was trained on no more positions
 
 
-def takes(source: Callable, *names: str) -> Callable[[Callable], Callable]:
-    """Gives a command that has **options the parameters of `source` (these, or all), in its signature and its help."""
-
-    def extend(command: Callable) -> Callable:
-        parameters = list(inspect.signature(command).parameters.values())
-        theirs = inspect.signature(source).parameters
-        bare = {"kind": inspect.Parameter.KEYWORD_ONLY, "annotation": inspect.Parameter.empty}  # fire cuts types short
-        new = [theirs[name].replace(**bare) for name in names or theirs]
-        command.__signature__ = inspect.Signature([*parameters[:-1], *new, parameters[-1]])
-        command.__doc__ = inspect.getdoc(command)
-        for name in names or theirs:  # its line among the Args or Attributes, and those further in
-            command.__doc__ += "\n" + re.search(rf"^    {name}: .*(\n {{8}}.*)*", inspect.getdoc(source), re.M)[0]
-        return command
-
-    return extend
+def is_first_rank() -> bool:
+    """Whether this process is the one that reads and writes files; needs no process group yet."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def text_command(command: Callable) -> Callable:
-    """The last touch: no more **options, and what is text is not read as Python, as fire would read 12 or (a, b)."""
-    parameters = list(inspect.signature(command).parameters.values())
-    command.__signature__ = inspect.Signature(parameters[:-1])
-    return SetParseFns(str, stop=_stops, **dict.fromkeys(TEXTS, str))(command)
-
-
-def _stops(value: str) -> Any:
+def _read_stop(words: list[str]) -> Any:
     """A list in JSON, the id of a token, or else a string."""
-    with contextlib.suppress(ValueError):
-        if value.isdigit() or value.startswith("["):
-            return json.loads(value)
-    return value
+    (text,) = words
+    if text.isdigit() or text.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+    return text
 
 
-def run(component: Callable | dict[str, Callable], argv: list[str] | None = None, name: str = "llama") -> None:
-    """Calls a function, or one of several by its name, with the arguments of a command line, sys.argv's when None.
-
-    As fire.Fire, but the arguments are checked before anything runs, and a user's mistake is one line on stderr and
-    exit code 2.
-    """
-    try:
-        for call in _read(component, sys.argv[1:] if argv is None else argv, name):
-            call()
-    except BrokenPipeError:  # whoever was reading has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    except MISTAKES as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+STOP = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="STRING|ID|JSON-LIST",
+    instance_from_str=_read_stop,
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [str(value)],
+)
 
 
-def _read(component: Callable | dict[str, Callable], argv: list[str], name: str) -> list[Callable[[], None]]:
-    """The call that the arguments ask for; none where they ask for help, which is shown.
+@dataclass(frozen=True)
+class Decoding(DecodingOptions):
+    """How an answer is decoded."""
 
-    By itself fire runs a command first and says afterwards which of its arguments there are not.
-    """
-    calls: list[Callable[[], None]] = []
+    stop: Annotated[Any, STOP] = None
+    logit_bias: UsePythonSyntaxForLiteralCollections[dict[int, float] | None] = None
+    logits_processor: Suppress[Any] = None
 
-    def later(command: Callable) -> Callable:
-        @functools.wraps(command)
-        def note(*args: Any, **kwargs: Any) -> None:
-            calls.append(functools.partial(command, *args, **kwargs))
+    def __post_init__(self):
+        """Leaves the checks to `given`, whose errors are one line and not a frame of tyro's."""
 
-        return note
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults. Raises ValueError if one is out of range."""
+        options = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        try:
+            DecodingOptions(**options)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return options
 
-    # Fire's separator of chained calls is "-", which here is standard input.
-    flags = [] if "--" in argv else ["--"]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            if isinstance(component, dict):
-                noted = {word: later(command) for word, command in component.items()}
-            else:
-                noted = later(component)
-            fire.Fire(noted, [*argv, *flags, "--separator", "\0"], name=name)
-    except fire.core.FireExit as exit:
-        if exit.code:
-            problem = exit.trace.elements[-1].ErrorAsStr()
-            command = f"{name} {argv[0]}" if isinstance(component, dict) and argv and argv[0] in component else name
-            raise ValueError(f"{problem} ({command} --help lists what there is)") from None
-        # Without its note on how it was called, and without its own marks, which it takes for subcommands.
-        print(re.sub(r"^INFO: .*\n+| GROUP \|| +Type: Optional\[\]\n|\n\nGROUPS\n(.*\n)*", "", said.getvalue()))
-        return []
-    return calls
+
+@dataclass(frozen=True)
+class OneAnswer(Decoding):
+    """How an answer is decoded."""
+
+    num_return_sequences: Suppress[int] = 1
+    num_beams: Suppress[int] = 1
+    length_penalty: Suppress[float] = 1.0
+    early_stopping: Suppress[bool] = False
+    top_logprobs: Suppress[int] = 0
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the model is loaded."""
+
+    ckpt_dir: str | None = None  # Meta's directory or Hugging Face's; the embedded checkpoint when left out
+    tokenizer_path: str | None = None  # the tokenizer's file; the directory's own when left out
+    max_seq_len: int | None = None  # tokens of a prompt and its answer; 2048, or 256 with the embedded checkpoint
+    max_batch_size: int = 1  # how many sequences run at a time, on each replica
+    device: str | None = None  # "cuda", "mps" or "cpu"; the first of these that is there when left out
+    dtype: str | None = None  # of weights and computation, such as "bfloat16"; the checkpoint's when left out
+    model_parallel_size: int | None = None  # over how many processes the model is split; all when left out
+    compile: bool = False  # compiles the decoding step: a minute the first time, a little faster then
+    quantize: str | None = None  # "int8" or "int4" rounds the matrices while they are loaded
+    draft: str | None = None  # a smaller model's directory, or "ngram", proposes tokens: the same answers, sooner
+
+    def build(self, decoding: Decoding | None = None) -> Llama:
+        """Builds the model; messages about it go to stderr.
+
+        Args:
+            decoding: options to check: before the weights are read, and against the model afterwards.
+
+        Raises:
+            FileNotFoundError, ValueError, MemoryError: as in `Llama.build`; an option is out of range.
+        """
+        options = DecodingOptions(**decoding.given() if decoding is not None else {})
+        if self.ckpt_dir is None and not DEMO.is_dir():
+            raise FileNotFoundError(
+                f"there is no embedded checkpoint at {DEMO} (only a clone of the repository has it): "
+                "pass --ckpt_dir DIR, a directory with a checkpoint"
+            )
+        defaults = {"ckpt_dir": DEMO, "max_seq_len": 2048 if self.ckpt_dir else DEMO_SEQ_LEN}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        with contextlib.redirect_stdout(sys.stderr):
+            llama = Llama.build(**defaults | given)
+        parallel.silence_other_ranks()  # again: the end of the redirection undid it
+        for stream in (sys.stdin, sys.stdout):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        llama.answerer.check_option(options)
+        return llama
+
+
+@dataclass(frozen=True)
+class BatchLoading(Loading):
+    """How the model is loaded."""
+
+    max_batch_size: int = 16  # how many sequences run at a time, on each replica

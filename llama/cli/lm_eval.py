@@ -3,18 +3,18 @@
     python -m llama.evaluation --model llama --model_args ckpt_dir=DIR --tasks hellaswag --batch_size 16
     torchrun --nproc_per_node 8 -m llama.evaluation --model llama --model_args ckpt_dir=DIR --tasks gsm8k
 
-`lm_eval` (0.4.13) has a fixed table of models and no way to be told of another; this is the same command, with one more
-in its table. In Python, importing this file is enough: `lm_eval.simple_evaluate(model="llama", model_args=…)`.
+`lm_eval` (0.4.13) has a fixed table of models and no option to add one; this is the same command with one more model.
+In Python, importing this file is enough: `lm_eval.simple_evaluate(model="llama", model_args=…)`.
 
-Texts become ids as in the harness's `hf` model: a begin-of-text token first, names of special tokens read as these
-tokens. Needs the extra `eval`.
+Texts become ids as in the harness's `hf` model: a begin-of-text token comes first, and the name of a special token is
+that token. Needs the extra `eval`.
 """
 
+import math
 from typing import Any
 
-from llama import Llama
+from llama import GenerationError, Llama
 from llama.cli.arguments import MISTAKES
-from llama.decoding.continuations import continuation_logprobs
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -25,26 +25,26 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(
-        f"lm-evaluation-harness is not installed, or not whole ({error}): pip install 'llama[eval]'"
+        f"lm-evaluation-harness is not installed, or a part of it is missing ({error}): pip install 'llama[eval]'"
     ) from error
 
-# What a task may ask of the decoding, besides `until` and the budget, under the names of Transformers.
+# The decoding options of a task, besides `until` and the budget: the names of Transformers.
 DECODING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
 @register_model("llama")
 class LlamaLM(TemplateLM):
-    """A checkpoint as lm-evaluation-harness sees it. The arguments are what `--model_args` and the command line give.
+    """A checkpoint as a model of lm-evaluation-harness. The arguments come from `--model_args` and its command line.
 
     Args:
         ckpt_dir: Meta's directory or Hugging Face's.
         tokenizer_path: the tokenizer's file; the directory's own when None.
         max_length: the most tokens that are read at once; longer contexts lose their beginning.
-        batch_size: sequences at a time; "auto": max_batch_size, or 8.
+        batch_size: how many sequences run at a time; "auto": max_batch_size, or 8.
         max_batch_size: for "auto".
-        model_parallel_size: over how many processes the model is split; all of them when None. Replicas share the work.
-        device: as in `Llama.build`, but "cuda:0", which is what the command gives when nothing is asked for, is this
-            process's card, or the CPU where there is none.
+        model_parallel_size: over how many processes the model is split; all of them when None. Replicas share requests.
+        device: as in `Llama.build`, but "cuda:0", the command's default, is this process's card, or the CPU if there
+            is none.
         dtype, seed, draft: as in `Llama.build`.
         add_bos_token: whether texts get a begin-of-text token.
         max_gen_toks: the budget of an answer for which the task gives none.
@@ -68,7 +68,7 @@ class LlamaLM(TemplateLM):
         super().__init__()
         device = None if device == "cuda:0" else device
         rows = (max_batch_size or 8) if str(batch_size).startswith("auto") else int(batch_size)
-        # One position more: the last token of a text has to be known, and is not read.
+        # One position more: the last token of a text is only predicted, and not read.
         size = {"max_seq_len": max_length + 1, "max_batch_size": rows, "model_parallel_size": model_parallel_size}
         self.llama = Llama.build(ckpt_dir, tokenizer_path, **size, seed=seed, device=device, dtype=dtype, draft=draft)
         self.ckpt_dir, self.max_length, self.max_gen_toks = str(ckpt_dir), max_length, max_gen_toks
@@ -84,7 +84,7 @@ class LlamaLM(TemplateLM):
         return self.llama.tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of a text, with a begin-of-text token unless it has its own or is to have none."""
+        """The ids of a text, after a begin-of-text token, unless it begins with one or `add_bos_token` is False."""
         tokenizer = self.llama.tokenizer
         names = {name for name, token in tokenizer.special_tokens.items() if token == tokenizer.bos_id}
         if add_special_tokens is None:
@@ -103,14 +103,17 @@ class LlamaLM(TemplateLM):
                     f"a continuation has {len(continuation)} tokens: expected at most max_length = {self.max_length}"
                 )
             pairs.append((context[-room:], continuation))
-        results = continuation_logprobs(self.llama, pairs)
+        scored = self.llama.score_tokens([(ids + continuation, len(ids)) for ids, continuation in pairs], shared=True)
+        if errors := [scores.error for scores in scored if scores.error is not None]:
+            raise GenerationError(errors[0], [])
+        results = [(math.fsum(scores.logprobs), scores.is_greedy) for scores in scored]
         for (texts, *_), result in zip(requests, results):
-            if texts is not None:  # of a rolling window, which is cached as a whole
+            if texts is not None:  # None: a window of a longer text, which is cached as a whole
                 self.cache_hook.add_partial("loglikelihood", texts, result)
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each text: windows of max_length tokens, each of whose tokens is predicted once."""
+        """The log-probability of each text, in windows of max_length tokens; each token is predicted once."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -125,7 +128,7 @@ class LlamaLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context, up to the first of its stop strings."""
+        """The answer to each context, as far as the first of its stop strings."""
         eos = self.llama.tokenizer.decode([self.eot_token_id])
         prompts: list[list[int]] = []
         options: dict[str, list] = {name: [] for name in ("max_gen_len", "stop", *DECODING)}
@@ -139,23 +142,23 @@ class LlamaLM(TemplateLM):
             decoding = {"temperature": 0.0, "top_p": 1.0, "top_k": None, "min_p": None}
             decoding |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0} | kwargs
             if unknown := decoding.keys() - {*DECODING}:
-                raise ValueError(f"the task asks for {sorted(unknown)}: expected of the decoding {', '.join(DECODING)}")
+                raise ValueError(f"the task sets {sorted(unknown)}: expected only options among {', '.join(DECODING)}")
             if not sampled:
                 decoding |= {"temperature": 0.0, "top_p": 1.0, "top_k": None, "min_p": None}
             prompts.append(self.tok_encode(context)[-(self.max_length - budget) :])
             for name, value in {"max_gen_len": budget, "stop": until, **decoding}.items():
                 options[name].append(value)
-        answers = self.llama.answer(prompts, progress=not disable_tqdm, **options) if prompts else []
+        answers = self.llama.answer(prompts, False, False, not disable_tqdm, **options) if prompts else []
         texts = [answer.text for (answer,) in answers]
         for request, text in zip(requests, texts):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A dialog as text in Llama 3's format, which `tok_encode` reads back as the ids of `ChatFormat`."""
+        """A dialog as text in Llama 3's format; `tok_encode` makes the ids of `ChatFormat` from it."""
         tokenizer, formatter = self.llama.tokenizer, self.llama.formatter
         if tokenizer.kind != "llama3":
-            raise ValueError("a dialog of Llama 2 is not a text: its turns are divided by tokens without one")
+            raise ValueError("a dialog of Llama 2 cannot be written as text: the tokens between its turns have none")
         ids = [tokenizer.bos_id]
         for message in chat_history:
             ids += formatter.encode_message(message)
@@ -171,7 +174,7 @@ class LlamaLM(TemplateLM):
 
 
 def main() -> None:
-    """`lm_eval` with the arguments of the command line, its table one model longer."""
+    """`lm_eval` with the arguments of the command line and one more model."""
     try:
         cli_evaluate()
     except MISTAKES as error:

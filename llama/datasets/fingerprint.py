@@ -1,6 +1,6 @@
-"""What a model is known by: its shape, its tokenizer, and some of every weight; the same on any number of processes.
+"""A model's fingerprint: its shape, its tokenizer and a sample of every weight; the same on any number of processes.
 
-An output that a run goes on with says which model began it, so that no file has the answers of two.
+A journal keeps the fingerprint of the model that began it: no file mixes the answers of two.
 """
 
 import hashlib
@@ -19,28 +19,25 @@ from llama.parallel import partition
 N_COLUMNS = 64  # of each matrix
 
 
-def identity(llama: Llama) -> dict[str, Any]:
-    """What a model is known by, in terms of JSON. All processes that it is split over call this."""
+def fingerprint(llama: Llama) -> dict[str, Any]:
+    """What identifies a model, as JSON. Collective: every process that holds a part of the model calls it."""
     args = {name: value for name, value in vars(llama.model.args).items() if name != "max_batch_size"}
     dtype = str(llama.model.norm.weight.dtype).removeprefix("torch.")
-    known = {"weights": weights_digest(llama.model), "tokenizer": f"{llama.tokenizer.kind} {llama.tokenizer.digest}"}
-    return {**args, "dtype": dtype, **known}
+    tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
+    return {**args, "dtype": dtype, "weights": weights_digest(llama.model), "tokenizer": tokenizer}
 
 
 @torch.inference_mode()
 def weights_digest(model: Transformer) -> str:
-    """A digest of evenly spaced columns of every matrix, as many of each norm's weights, and their places.
+    """A digest of 64 evenly spaced columns of every matrix, and of as many weights of every norm.
 
-    Of a column it is the sum over its numbers' bits: exact, and the same however the rows are shared out. The columns
-    are those of the whole matrix, however the matrix is laid out for products.
+    Of each column the bits of its numbers are summed as integers: exact, and the same however the rows are split
+    over ranks. The columns are counted in the whole matrix, in whatever layout it is in memory.
     """
-    columns_of: dict[Layout, torch.Tensor] = {}  # of several matrices each
-    sums = []
-    for name, module in model.named_modules():
-        if isinstance(module, (Linear, VocabParallelEmbedding, RMSNorm)):
-            sums.append(_column_sums(model, name, module, columns_of))
-    total = torch.stack(sums)
-    total = total if total.is_cuda else total.cpu()  # NCCL's groups take CUDA tensors, gloo's not those of every device
+    columns_of: dict[Layout, torch.Tensor] = {}  # several matrices share a layout
+    hashed = [(n, m) for n, m in model.named_modules() if isinstance(m, (Linear, VocabParallelEmbedding, RMSNorm))]
+    total = torch.stack([_column_sums(model, name, module, columns_of) for name, module in hashed])
+    total = total if total.is_cuda else total.cpu()  # NCCL takes CUDA tensors only, gloo not those of every device
     dist.all_reduce(total, group=model.output.group)
     return hashlib.sha256(str(total.tolist()).encode()).hexdigest()[:16]
 
@@ -48,24 +45,23 @@ def weights_digest(model: Transformer) -> str:
 def _column_sums(
     model: Transformer, name: str, module: nn.Module, columns_of: dict[Layout, torch.Tensor]
 ) -> torch.Tensor:
-    """int64 [N_COLUMNS]: what this rank has of the sums over a matrix's columns."""
+    """int64 [N_COLUMNS]: this rank's part of the sums over a matrix's columns."""
     rank, n_ranks = model.tok_embeddings.rank, model.tok_embeddings.world_size
     sums = torch.zeros(N_COLUMNS, dtype=torch.int64, device=model.rotary.device)
-    # What several ranks have counts once: the norms, and with more ranks than key and value heads, these.
+    # What several ranks hold counts once: norms, and key and value heads where there are more ranks than heads.
     n_copies = n_ranks if isinstance(module, RMSNorm) else 1
     if name.endswith((".wk", ".wv")):
         n_copies = max(1, n_ranks // model.args.n_kv_heads)
     if rank % n_copies:
         return sums
     layout = getattr(module, "layout", None)
-    weight = None if layout is not None else module.weight.detach()
-    width = module.in_features if isinstance(module, Linear) else weight.shape[-1]
+    width = module.in_features if isinstance(module, Linear) else module.weight.shape[-1]
     start, stop = partition(width, rank, n_ranks) if isinstance(module, RowParallelLinear) else (0, width)
     indices = torch.arange(N_COLUMNS, device=sums.device) * width // N_COLUMNS
     here = (start <= indices) & (indices < stop)
     indices = indices[here] - start
     if layout is None:
-        columns = torch.atleast_2d(weight)[:, indices]
+        columns = torch.atleast_2d(module.weight)[:, indices]
     else:
         if layout not in columns_of:
             columns_of[layout] = layout.columns(indices)

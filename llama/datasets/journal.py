@@ -1,13 +1,11 @@
-"""The answers to the rows of a file, written as they come, a line each, so that a killed run can go on.
+"""A journal: the records of a run, one JSON line each, written as they come, so that a killed run can go on.
 
-What is written is a journal of JSON lines: it only ever grows by whole lines, from one writer. Beside it, OUT.run.json
-says to which rows and parameters it belongs. CSV and Parquet files, which do not grow by lines, are made of a journal
-(OUT.jsonl, beside them) in the end. Knows nothing of models; what a record holds is its writer's business.
+Only whole lines are ever appended, by one writer. Beside the journal, OUT.run.json, its sidecar, says which rows and
+parameters it belongs to. A CSV or Parquet file, which cannot grow line by line, is made in the end of the journal
+beside it (OUT.csv.jsonl). Knows nothing of models, or of what a record means beyond its `line`, `error` and `scores`.
 """
 
 import contextlib
-import csv
-import io
 import json
 import math
 import os
@@ -15,228 +13,194 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from llama.datasets.rows import Row, Scan, format_of, import_pyarrow, scan
+from llama.datasets.rows import Row, Rows, Scan, format_of, scan
+from llama.datasets.tables import import_pyarrow, write_table
 
 try:
     import fcntl
-except ImportError:  # Windows, which has no flock: nothing keeps a second writer away there
+except ImportError:  # Windows has no flock: there, nothing keeps a second writer away
     fcntl = None
 
-# After this many seconds of writing, what was written is forced to the disk: so much a power failure may cost.
+# What was written is forced to the disk after this many seconds: at most so much is lost in a power failure.
 SYNC_SECONDS = 5.0
+# What the sidecar must say about the run.
+SIDECAR_TYPES = {"rows": int, "digest": str, "parameters": dict}
 
 
 def check_target(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
-    """What can be said of an output before there is anything to write.
-
-    Args:
-        path: of the answers.
-        inputs: files that are read, none of which may be written over.
+    """Checks an output before there is anything to write. Folders that are missing are made when the run begins.
 
     Raises:
-        ValueError: its name ends in none of the formats; it, its journal or what is beside it is an input.
-        OSError: it is a directory, or its directory is not there or cannot be written on.
-        ImportError: it needs pyarrow.
+        ValueError: its name ends in none of the formats, or it, its journal or its sidecar is one of the inputs.
+        OSError: it is a directory, or nothing can be written where it should be.
+        ImportError: its format needs pyarrow.
     """
     path = Path(path)
-    if format_of(path) == ".parquet":
+    if format_of(path) in (".csv", ".parquet"):
         import_pyarrow()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: expected the name of a file for the answers")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {path.parent} for {path.name}: make it, or choose another")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"nothing can be written in {path.parent}: choose another directory for {path.name}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: expected a directory for {path.name}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"nothing can be written in {folder}: choose another directory for {path.name}")
     for file in (path, *_beside(path)):
-        for source in inputs:
-            if file.exists() and os.path.samefile(source, file):
-                use = "" if file == path else f", which writing {path} would overwrite"
-                raise ValueError(f"{file} is the input{use}: expected another file for the answers")
+        if file.exists() and any(os.path.samefile(source, file) for source in inputs):
+            use = "" if file == path else f", which writing {path} would overwrite"
+            raise ValueError(f"{file} is the input{use}: expected another file for the answers")
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """The journal of an output, which may be the output itself, and what says to which run it belongs."""
+    """The journal of an output and its sidecar."""
     is_journal = format_of(path) in (".jsonl", ".ndjson")
     return path if is_journal else path.with_name(path.name + ".jsonl"), path.with_name(path.name + ".run.json")
 
 
-class Output:
-    """The answers to the rows of a file, written as they come; at most one writer at a time.
+class Journal(contextlib.AbstractContextManager):
+    """The records of a run. Opening one that a killed run left behind goes on with it.
 
     Args:
-        path: of the answers, in one of the formats.
-        rows: what is answered, which is gone through once here.
-        parameters: all else that the answers depend on, in terms of JSON.
+        rows: what the run answers; read once here.
+        parameters: everything else that the records depend on, as JSON.
         force: whether to start over, whatever is there.
-        retry: whether to forget the answers with an `error`, or with a null among their `scores`, so that they are
-            tried again.
-
-    Attributes:
-        n_rows: how many rows there are.
-        done: the numbers of those that were answered by an earlier run,
-        n_failed: and how many of them with an `error`.
+        retry: whether rows whose records have an `error`, or a null among their `scores`, are done again.
 
     Raises:
         BlockingIOError: another run is writing it.
-        ValueError: it belongs to other rows or parameters, is no output of ours, or is the input; or as `scan`.
-        OSError, ImportError: it cannot be written; or as `check_target`.
+        ValueError, OSError, ImportError: it is another run's; or as `scan` and `check_target`.
     """
 
+    n_rows: int  # how many rows there are
+
     def __init__(
-        self,
-        path: str | os.PathLike,
-        rows: Iterable[Row],
-        parameters: dict[str, Any],
-        force: bool = False,
-        retry: bool = False,
+        self, target: str | os.PathLike, rows: Iterable[Row], parameters: dict, force: bool = False, retry: bool = False
     ):
-        self.path = Path(path)
-        source = getattr(rows, "path", None)
-        check_target(self.path, *([] if source is None else [source]))
-        self.journal, self._sidecar = _beside(self.path)
-        is_ours = self.journal == self.path or (self.journal.exists() and self._sidecar.exists())
-        if self.path.exists() and not (is_ours or force):
-            raise ValueError(
-                f"{path} is there already, and no {self.journal.name} with {self._sidecar.name} says that a run wrote "
-                "it: expected a new file, or --force to write it anew"
-            )
+        self.target = Path(target)
+        check_target(self.target, *([rows.path] if isinstance(rows, Rows) else []))
+        self.path, self._sidecar = _beside(self.target)  # the journal is the target itself if that is JSON lines
+        missing = [file.name for file in (self.path, self._sidecar) if not file.exists()]
+        for file in (self.target, self.path):
+            if missing and not force and file.exists() and file.stat().st_size > 0:
+                found = f"{file} is there already, and no {' with '.join(missing)} says which run it belongs to"
+                raise ValueError(f"{found}: expected a new file, or --force to overwrite it")
+        self.target.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._lock()
-        self.done: set[int] = set()
-        self.n_failed = 0
+        self.done: set[int] = set()  # the numbers of the rows that have a record from an earlier run
+        self.n_failed = 0  # how many of these records have an `error`
         self._synced = time.monotonic()
-        is_empty = force or os.fstat(self._file).st_size == 0
         try:
-            before = None if is_empty else self._read_sidecar()
-            if before is None and not is_empty:
-                raise ValueError(
-                    f"{self.journal} is there already, and no {self._sidecar.name} says what it belongs to: "
-                    "expected a new file, or --force to write it anew"
-                )
-            found = scan(rows, before["rows"] if before else -1)
-            self.n_rows = found.n_rows
-            # Through JSON, as they will be read again: tuples are lists in it.
-            parameters = json.loads(json.dumps(parameters))
-            if before is not None:
-                self._check(before, found, parameters)
-                self._resume(retry, found.last)
-            else:
-                os.ftruncate(self._file, 0)
-            writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-            content = {"rows": found.n_rows, "digest": found.digest, "parameters": parameters, "writer": writer}
-            with replacing(self._sidecar) as file:
-                file.write(json.dumps(content, ensure_ascii=False, indent=1).encode(errors="replace") + b"\n")
+            self._begin(rows, parameters, force, retry)
         except BaseException:
             if os.fstat(self._file).st_size == 0 and not self._sidecar.exists():
-                self.journal.unlink()  # made here, for nothing
+                self.path.unlink()  # made here, for nothing
             os.close(self._file)
             raise
         self._size = os.fstat(self._file).st_size
-
-    def __enter__(self) -> "Output":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds an answer, as one line in one write; its `line` is the number of the row.
-
-        Raises:
-            OSError: the disk is full, say. What is there ends with a whole line, then as ever.
-        """
-        line = to_json(record) + b"\n"
+        """Adds a record, as one line in one write. Raises OSError if the disk is full; the file's lines stay whole."""
+        line = _to_json(record)
         try:
             if (n := os.write(self._file, line)) < len(line):
-                os.write(self._file, line[n:])  # says what the matter is
+                os.write(self._file, line[n:])  # raises the reason
         except OSError as error:
             os.ftruncate(self._file, self._size)
             problem = f"{error.strerror}: the answers so far are whole; the same command goes on from there"
-            raise OSError(error.errno, problem, str(self.journal)) from error
+            raise OSError(error.errno, problem, str(self.path)) from error
         self._size += len(line)
         if time.monotonic() - self._synced > SYNC_SECONDS:
-            self.sync()
-
-    def sync(self) -> None:
-        """Forces what was written to the disk."""
-        os.fsync(self._file)
-        self._synced = time.monotonic()
+            os.fsync(self._file)
+            self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Ends the writing; another run may go on with it."""
+        """Ends the writing; another run may go on with the journal."""
         try:
-            self.sync()
+            os.fsync(self._file)
         finally:
             os.close(self._file)
 
     def finish(self) -> None:
-        """Makes the CSV or Parquet file of the journal, in the order of the rows; all of it or nothing of it."""
-        if self.journal != self.path:
-            with self.journal.open("rb") as file:
+        """Makes the CSV or Parquet file of the journal, in the order of the rows: all of it or nothing."""
+        if self.path != self.target:
+            with self.path.open("rb") as file:
                 records = sorted(map(json.loads, file), key=lambda record: record["line"])
-            write = _write_csv if format_of(self.path) == ".csv" else _write_parquet
-            with replacing(self.path) as file:
-                write(file, records)
+            with _replacing(self.target) as file:
+                write_table(file, records, is_parquet=format_of(self.target) == ".parquet")
 
     def _lock(self) -> int:
         """The journal, opened to append to, and locked for as long as it is open."""
         while True:
-            file = os.open(self.journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(file), os.stat(self.journal)):
+                if os.path.samestat(os.fstat(file), os.stat(self.path)):
                     return file
             except BlockingIOError:
                 os.close(file)
-                holder = "another run"
+                writer = "another run"
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                    holder = "process {pid} on {host}, since {since}".format(
-                        **json.loads(self._sidecar.read_bytes())["writer"]
-                    )
-                raise BlockingIOError(
-                    f"{self.path} is being written by {holder}: wait for that run, or choose another output"
-                ) from None
+                    found = json.loads(self._sidecar.read_bytes())["writer"]
+                    writer = "process {pid} on {host}, since {since}".format(**found)
+                hint = "wait for that run, or choose another output"
+                raise BlockingIOError(f"{self.target} is being written by {writer}: {hint}") from None
             except FileNotFoundError:
                 pass
-            os.close(file)  # replaced in between
+            os.close(file)  # another run replaced the journal between open and lock: open the new one
 
-    def _read_sidecar(self) -> dict | None:
-        """What the journal belongs to; None if that is not known."""
+    def _begin(self, rows: Iterable[Row], parameters: dict[str, Any], force: bool, retry: bool) -> None:
+        """Checks that the journal belongs to this run, reads what is done, and writes the sidecar."""
+        is_empty = force or os.fstat(self._file).st_size == 0
+        before = None if is_empty else self._read_sidecar()
+        found = scan(rows, before["rows"] if before else -1)
+        self.n_rows = found.n_rows
+        parameters = json.loads(json.dumps(parameters))  # as they will be read again: tuples become lists
+        if before is None:
+            os.ftruncate(self._file, 0)
+        else:
+            self._check(before, found, parameters)
+            self._resume(retry, found.last)
+        writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        content = {"rows": found.n_rows, "digest": found.digest, "parameters": parameters, "writer": writer}
+        with _replacing(self._sidecar) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode(errors="backslashreplace") + b"\n")
+
+    def _read_sidecar(self) -> dict[str, Any]:
+        """Which run the journal belongs to. Raises ValueError if the sidecar is damaged."""
         try:
             content = json.loads(self._sidecar.read_bytes())
-            for name, kind in (("rows", int), ("digest", str), ("parameters", dict)):
+            for name, kind in SIDECAR_TYPES.items():
                 if not isinstance(content, dict) or not isinstance(content.get(name), kind):
                     raise ValueError(f"it has no {name}")
             return content
-        except FileNotFoundError:
-            return None
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{self._sidecar} is damaged ({error}): expected what a run wrote; --force starts over"
-            ) from None
+            problem = f"damaged ({error}): expected what a run wrote; --force starts over"
+            raise ValueError(f"{self._sidecar} is {problem}") from None
 
-    def _check(self, before: dict, found: Scan, parameters: dict) -> None:
-        """Refuses rows and parameters that are not those of the run before, but for rows that are new at the end."""
+    def _check(self, before: dict[str, Any], found: Scan, parameters: dict[str, Any]) -> None:
+        """Refuses rows and parameters other than those of the run before; new rows at the end are fine."""
         changes = []
         if found.n_rows < before["rows"]:
             changes.append(f"the input had {before['rows']} lines, and has {found.n_rows}")
         elif found.digest_of_first != before["digest"]:
-            changes.append(f"the input's first {before['rows']} lines were others")
+            changes.append(f"the first {before['rows']} lines of the input have changed")
         changes += differences(before["parameters"], parameters)
         if changes:
-            raise ValueError(
-                f"{self.path} belongs to another run: {'; '.join(changes)}. Choose another output, or --force to "
-                "write it anew"
-            )
+            hint = "Choose another output, or --force to overwrite it"
+            raise ValueError(f"{self.target} belongs to another run: {'; '.join(changes)}. {hint}")
 
     def _resume(self, retry: bool, last: int) -> None:
-        """Reads which rows are done, of numbers up to `last`, and cuts off a last line that was not completed."""
+        """Reads which rows, numbered up to `last`, are done, and cuts off a last line that is not whole."""
         kept: list[bytes] = []
         end = 0
         broken: tuple[int, str] | None = None
-        with self.journal.open("rb") as file:
+        with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
@@ -248,53 +212,43 @@ class Output:
                 row = record.get("line") if isinstance(record, dict) else None
                 if broken is None and not (type(row) is int and 1 <= row <= last):
                     broken = number, f"line = {row!r}: expected the number of a line of the input, from 1 to {last}"
-                if broken is not None:  # and not only the end, as after a kill or a power failure
-                    raise ValueError(
-                        f"line {broken[0]} of {self.journal} is not an answer ({broken[1]}): "
-                        "delete that line, and start the same command again"
-                    )
-                failed, end = "error" in record, end + len(line)
-                again = retry and (failed or None in (record.get("scores") or ()))
-                if not again:
-                    self.done.add(row)
-                    self.n_failed += failed
-                if retry and not again:
+                if broken is not None:  # not only the last line, as after a kill or a power failure
+                    hint = "delete that line, and start the same command again"
+                    raise ValueError(f"line {broken[0]} of {self.path} is not an answer ({broken[1]}): {hint}")
+                end += len(line)
+                if retry and ("error" in record or None in (record.get("scores") or ())):
+                    continue
+                self.done.add(row)
+                self.n_failed += "error" in record
+                if retry:
                     kept.append(line)
         if not retry:
             os.ftruncate(self._file, end)
             return
-        with replacing(self.journal) as file:
+        with _replacing(self.path) as file:
             file.writelines(kept)
         old, self._file = self._file, self._lock()
         os.close(old)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two things of JSON, each with its name, its value before and its value now."""
+    """The differences between two JSON values, each with its name and both values, cut short."""
     if isinstance(before, dict) and isinstance(now, dict):
-        names = [*before, *(n for n in now if n not in before)]
+        names = before | now
         return [d for n in names for d in differences(before.get(n), now.get(n), f"{name}.{n}" if name else n)]
-    return [] if before == now else [f"{name} was {_short(before)}, and is {_short(now)}"]
+    texts = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
+    was, is_now = (text if len(text) <= 60 else text[:57] + "…" for text in texts)
+    return [] if before == now else [f"{name} was {was}, and is {is_now}"]
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def to_json(value: Any) -> bytes:
-    """One line of strict JSON in UTF-8; what JSON has no number for (NaN, inf) is null."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
-    except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False, default=str)
-    try:
-        return text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
-        return json.dumps(json.loads(text)).encode()
+def _to_json(value: Any) -> bytes:
+    """A line of strict JSON in UTF-8; half of a surrogate pair, which UTF-8 does not have, is an escape."""
+    text = json.dumps(_finite(value), ensure_ascii=False, default=str)
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -303,8 +257,8 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file to write to that takes the place of `path` once it is whole, and is gone if anything is raised."""
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` once it is whole, and is removed if anything is raised."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -315,36 +269,3 @@ def replacing(path: Path) -> Iterator[Any]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-
-
-def _columns(records: list[dict]) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in record))
-
-
-def _write_csv(file: Any, records: list[dict]) -> None:
-    """Text as it is, all else as JSON; nothing for what a record does not have, as for a text that is empty."""
-    text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
-    writer = csv.writer(text)
-    columns = _columns(records)
-    writer.writerow(columns)
-    for record in records:
-        cells = (record.get(name) for name in columns)
-        writer.writerow(
-            "" if c is None else c if isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in cells
-        )
-    text.flush()
-    text.detach()
-
-
-def _write_parquet(file: Any, records: list[dict]) -> None:
-    """A column whose values are of several types, such as ids of text and numbers, is text: strings, else JSON."""
-    pyarrow = import_pyarrow()
-    arrays = {}
-    for name in _columns(records):
-        values = [record.get(name) for record in records]
-        try:
-            arrays[name] = pyarrow.array(values)
-        except (pyarrow.ArrowException, OverflowError):
-            texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
-            arrays[name] = pyarrow.array(texts, pyarrow.string())
-    pyarrow.parquet.write_table(pyarrow.table(arrays), file)

@@ -1,14 +1,15 @@
-"""What a row asks of a model: a text, a dialog or token ids; and the ids of its prompt.
+"""What a row asks of a model, a text, a dialog or token ids, and the ids of its prompt. Knows nothing of files."""
 
-Knows nothing of what else a row holds, or of where it is from.
-"""
-
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama.generation import Llama
+from llama.options import NAMES
 
 KINDS = ("prompt", "messages", "tokens")  # a text to be continued, a dialog to be answered, ids
+OPTIONS = tuple(name for name in NAMES if name != "logits_processor")  # a file holds no code
+KEYS = (*KINDS, "logprobs", "metadata", *OPTIONS)  # the fields of a row, besides its id
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -19,12 +20,34 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return given[0]
 
 
-def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
-    """The ids of a row's prompt.
+def check_names(row: Mapping[str, Any], others: Iterable[str], options: Iterable[str]) -> None:
+    """Raises ValueError if a row has a field that is neither a prompt, nor one of `others`, nor a decoding option."""
+    for name in row:
+        if name not in (*KINDS, *others, *options):
+            expected = f"one of {', '.join(KINDS)}; id, {', '.join(others)}; or a decoding option: {', '.join(options)}"
+            raise ValueError(f"{name!r} is not known: expected {expected}")
 
-    Raises:
-        ValueError, TypeError: as `kind_of`; the prompt is empty, too long, or not what its kind says.
+
+def from_json(options: dict[str, Any]) -> dict[str, Any]:
+    """Decoding options as a file has them. Raises TypeError if one is none.
+
+    The ids of a logit_bias are strings in JSON, and pandas writes the integers of a column as 5.0 if one is missing.
     """
+    for name in options:
+        if name not in NAMES:
+            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+    is_whole = {name: isinstance(value, float) and value.is_integer() for name, value in options.items()}
+    options = {name: int(value) if is_whole[name] else value for name, value in options.items()}
+    bias = options.get("logit_bias")
+    if isinstance(bias, dict):
+        is_id = re.compile(r"\d{1,18}", re.ASCII).fullmatch
+        ids = {int(key) if isinstance(key, str) and is_id(key) else key: value for key, value in bias.items()}
+        options = options | {"logit_bias": ids}
+    return options
+
+
+def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
+    """The ids of a row's prompt. Raises ValueError or TypeError if it has not one, or it is empty or too long."""
     kind = kind_of(row)
     ids = row[kind]
     if kind == "messages":
@@ -33,4 +56,4 @@ def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
         if not isinstance(ids, str) or not ids:
             raise ValueError(f"prompt = {ids!r}: expected a text that is not empty")
         ids = llama.tokenizer.encode(ids, bos=True)
-    return llama.check_prompt("the prompt", ids)
+    return llama.answerer.check_prompt("the prompt", ids)

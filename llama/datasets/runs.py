@@ -1,135 +1,201 @@
-"""The rows of a data set: tasks made of them, answered on any number of replicas, and the records of what came of it.
+"""A run over the rows of a data set: tasks made of rows, answered beside each other, and a record of each.
 
 Rank 0 reads and writes; each replica takes a task whenever it has room. Knows nothing of what a task asks.
 """
 
+import contextlib
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from llama import parallel
-from llama.datasets.fingerprint import identity
-from llama.datasets.journal import Output
+from llama.datasets.fingerprint import fingerprint
+from llama.datasets.journal import Journal
+from llama.datasets.prompts import KEYS, from_json
 from llama.datasets.rows import Row, Rows
-from llama.datasets.task_queue import Work
+from llama.datasets.task_queue import TaskQueue
+from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
 from llama.options import DecodingOptions
 
+N_ERRORS_SHOWN = 10
+Task = dict[str, Any]  # JSON, with the `line` of its row; or with an `error`, if none could be made of the row
+Result = dict[str, Any]  # JSON, with the `line` of its task, and an `error` if it failed
 
-@dataclass(frozen=True)
-class Run:
-    """What is done with each row.
 
-    Attributes:
-        task_of: on rank 0, what a replica has to know of a row, in terms of JSON. Raises ValueError or TypeError.
-        answer: on every process, answers tasks as long as there are any, and gives word of each: a dictionary with the
-            task's `line`, and an `error` where it failed, as that of a row of which no task could be made. Yields
-            whenever one is done.
-        record_of: on rank 0, the record of a row, of its task and of what was said of this.
-        as_json: the columns of a CSV file that hold JSON.
+class Run(ABC):
+    """A run over rows. The four methods at the end say what is done with a row; each kind of run has its own.
+
+    Args:
+        llama: the model; None if no task needs it.
+        options: the decoding options of rows that have none of their own, checked here. `seed` is the run's.
     """
 
-    task_of: Callable[[Row], dict[str, Any]]
-    answer: Callable[[Work], Iterator[None]]
-    record_of: Callable[[Row, dict[str, Any], dict[str, Any]], dict[str, Any]]
-    as_json: Collection[str] = ()
+    as_json: Collection[str] = KEYS[1:]  # the columns of a CSV file that hold JSON
+
+    def __init__(self, llama: Llama | None = None, options: dict[str, Any] | None = None):
+        self.llama, self.options = llama, from_json(options or {})
+        seed = self.options.pop("seed", None)
+        if llama is not None:
+            self.seed = llama.answerer.seed if seed is None else seed
+            self.option_of({"seed": self.seed})
+
+    def _tasks(self, rows: Iterable[Row], waiting: dict[int, tuple[Row, Task]]) -> Iterator[Task]:
+        """The task of each row; both wait for the result under the row's number."""
+        for row in rows:
+            try:
+                if row.error is not None:
+                    raise ValueError(row.error)
+                task = {"line": row.number, **self.task_of(row)}
+            except (ValueError, TypeError) as error:
+                task = {"line": row.number, "error": str(error)}
+            waiting[row.number] = row, task
+            yield task
 
     def records(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-        """On rank 0, the record of each row as it is done; on the others, nothing, while they answer."""
-        open_rows: dict[int, tuple[Row, dict[str, Any]]] = {}
-
-        def tasks() -> Iterator[dict[str, Any]]:
-            for row in rows:
-                try:
-                    if row.error is not None:
-                        raise ValueError(row.error)
-                    task = {"line": row.number, **self.task_of(row)}
-                except (ValueError, TypeError) as error:
-                    task = {"line": row.number, "error": str(error)}
-                open_rows[row.number] = row, task
-                yield task
-
-        def record(said: dict[str, Any]) -> dict[str, Any]:
-            return self.record_of(*open_rows.pop(said["line"]), said)
-
-        with Work(tasks()) as work:
-            for _ in self.answer(work):
-                yield from map(record, work.results())
-            yield from map(record, work.results(wait=True))
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where the rows are and the records go, on rank 0; what is there already is not done again.
-
-    Attributes:
-        source, target: .jsonl, .csv or .parquet files; the latter two are made once all rows are done.
-        force: whether to start over, whatever the target holds.
-        retry: whether rows that failed are tried again; if not, they count as done.
-    """
-
-    source: str | os.PathLike
-    target: str | os.PathLike
-    force: bool = False
-    retry: bool = False
+        """Answers tasks beside each other, on every process; on rank 0, yields the record of each row as it is done."""
+        waiting: dict[int, tuple[Row, Task]] = {}
+        no_jobs = contextlib.nullcontext(SimpleNamespace(n_open=0, has_room=True))
+        open_jobs = no_jobs if self.llama is None else self.llama.open_jobs()
+        with TaskQueue(self._tasks(rows, waiting)) as queue, open_jobs as jobs:
+            more = True
+            while more or jobs.n_open:
+                if more and jobs.has_room:
+                    more = (task := queue.take()) is not None
+                    outcomes = [self._begin(task)] if more else []
+                else:
+                    outcomes = [self.go_on(job, answers) for job, answers in jobs.step()]
+                for outcome in outcomes:
+                    if isinstance(outcome, Job):
+                        jobs.add(outcome)
+                    else:
+                        queue.give(outcome)
+                for result in queue.results(wait=not more and not jobs.n_open):
+                    yield self.record_of(*waiting.pop(result["line"]), result)
 
     def write(
         self,
-        run: Run,
+        source: str | os.PathLike,
+        target: str | os.PathLike,
         parameters: dict[str, Any],
-        shown: Callable[[Iterator[dict[str, Any]], Output], Iterable[dict[str, Any]]],
-    ) -> Output | None:
-        """Writes the records of the rows that are not done; every process calls this.
+        force: bool = False,
+        retry: bool = False,
+        progress: bool = False,
+    ) -> "Summary | None":
+        """Writes the records of the rows that have none yet; returns, on rank 0, what was done.
+
+        Every process calls this; only rank 0 needs the files. Raises, before anything runs, as `Rows` and `Journal`.
 
         Args:
-            run: what is done with a row.
-            parameters: all that the records depend on besides the rows, in terms of JSON.
-            shown: yields the records that it is given, and does what it likes with them on the way.
-
-        Returns:
-            on rank 0, the output, closed.
-
-        Raises:
-            FileNotFoundError, ValueError, TypeError: as `Rows` and `Output`. Nothing has run then.
-            BlockingIOError: another run is writing the target.
-            OSError: the target cannot be written on.
+            source, target: .jsonl, .csv or .parquet files; a target of the last two is made once all rows are done.
+            parameters, force, retry: as in `Journal`.
+            progress: whether to show a bar, and why the first rows failed, on stderr.
         """
-        output, rows = None, ()
+        journal, rows, summary = None, (), Summary(Path(target))
         with parallel.fail_together():
             if dist.get_rank() == 0:
-                rows = Rows(self.source, run.as_json)
-                output = Output(self.target, rows, parameters, self.force, self.retry)
+                every_row = Rows(source, self.as_json)
+                journal = Journal(target, every_row, parameters, force, retry)
+                rows = (row for row in every_row if row.number not in journal.done)
+                n_done = len(journal.done)
+                summary = Summary(journal.path, journal.n_rows, n_done, journal.n_failed, n_done)
+        bar = tqdm(total=summary.n_lines, initial=summary.n_done, unit="line", disable=journal is None or not progress)
+        with journal or contextlib.nullcontext(), parallel.fail_at_once(), bar:
+            for record in self.records(rows):
+                journal.append(record)
+                summary.add(record, bar)
+            if journal is not None:
+                journal.finish()
+            parallel.gather_from_replicas([])  # none goes on before all are done
+        return None if journal is None else summary
+
+    def option_of(self, options: dict[str, Any]) -> DecodingOptions:
+        """The options of a row, and for those it lacks the run's. Raises ValueError or TypeError."""
+        option = DecodingOptions(**self.options | from_json(options))
+        self.llama.answerer.check_option(option)
+        return option
+
+    def with_seed(self, options: dict[str, Any], row: Row) -> dict[str, Any]:
+        """The options of a row, which gets a seed if it has none."""
+        return options if options.get("seed") is not None else options | {"seed": line_seed(self.seed, row.id)}
+
+    def _begin(self, task: Task) -> Job | Result:
         try:
-            with parallel.fail_at_once():
-                if output is None:
-                    deque(run.records(()), maxlen=0)
-                else:
-                    for record in shown(run.records(row for row in rows if row.number not in output.done), output):
-                        output.append(record)
-                    output.finish()
-                parallel.gather_from_replicas([])  # none goes on before all are done
-        finally:
-            if output is not None:
-                output.close()
-        return output
+            return task if "error" in task else self.begin(task)
+        except (ValueError, TypeError) as error:
+            return {"line": task["line"], "error": str(error)}
+
+    @abstractmethod
+    def task_of(self, row: Row) -> Task:
+        """On rank 0, what a replica must know of a row. Raises ValueError or TypeError."""
+
+    @abstractmethod
+    def begin(self, task: Task) -> Job | Result:
+        """On a replica, a task's first job, or its result. Raises ValueError or TypeError."""
+
+    def go_on(self, job: Job, answers: list[Answer]) -> Job | Result:
+        """On a replica, what comes after the answers to a job: the task's next job, or its result."""
+        raise NotImplementedError  # a run whose tasks have no jobs needs none
+
+    def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
+        """On rank 0, what is written of a row: its id and number, what its task holds as `row`, and the result."""
+        return {"id": row.id, "line": row.number, **task.get("row", {}), **result}
+
+
+@dataclass
+class Summary:
+    """What a run over files has done."""
+
+    path: Path  # its journal
+    n_lines: int = 0  # rows of the source
+    n_done: int = 0  # those that have a record
+    n_failed: int = 0  # those whose record has an `error`
+    n_before: int = 0  # those that had a record before this run
+    n_tokens: int = 0  # in the answers of this run
+    seconds: float = 0.0  # from its beginning to its last record
+    started: float = field(default_factory=time.perf_counter, repr=False)
+
+    def add(self, record: dict[str, Any], bar: tqdm) -> None:
+        """Counts a record, and shows on the bar how far the run is and why the first rows failed."""
+        self.n_done += 1
+        self.n_tokens += record.get("answer_tokens", 0)
+        self.seconds = time.perf_counter() - self.started
+        if "error" in record:
+            self.n_failed += 1
+            if not bar.disable and self.n_failed <= N_ERRORS_SHOWN:
+                more = " (failures after this one are not shown)" if self.n_failed == N_ERRORS_SHOWN else ""
+                tqdm.write(f"line {record['line']}: {record['error']}{more}", file=sys.stderr)
+        rate = f", {self.n_tokens / self.seconds:.0f} tokens/s" if self.n_tokens else ""
+        bar.set_postfix_str(f"{self.n_failed} failed{rate}", refresh=False)
+        bar.update()
+
+    def __str__(self) -> str:
+        before = f" ({self.n_before:,} of them before)" if self.n_before else ""
+        rate = self.n_tokens / max(self.seconds, 1e-9)
+        return (
+            f"{self.n_done:,} of {self.n_lines:,} lines done{before}, {self.n_failed:,} of them failed; "
+            f"{self.n_tokens:,} tokens in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
+        )
 
 
 def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What answers depend on besides their prompts, in terms of JSON; every process calls this.
-
-    Options that are not given have their defaults, so that saying one changes nothing.
-    """
+    """What answers depend on besides their prompts, as JSON; giving a default changes nothing. Collective."""
     options = {name: value for name, value in vars(DecodingOptions(**options)).items() if name != "seed"}
     if (processor := options.pop("logits_processor")) is not None:
         options["logits_processor"] = getattr(processor, "__qualname__", type(processor).__qualname__)
-    return {"model": identity(llama), "options": options, "seed": seed}
+    return {"model": fingerprint(llama), "options": options, "seed": seed}
 
 
 def line_seed(seed: int, id: str | int | None) -> int:
-    """The seed of a line, of 48 bits: a function of the run's and of the line's id."""
+    """The seed of a row, of 48 bits: a function of the run's seed and the row's id."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {id}".encode(errors="replace"), digest_size=6).digest(), "little")

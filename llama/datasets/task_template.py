@@ -1,14 +1,13 @@
-"""Task prompts: what is said to the model for a line of data, and what is read out of its answer, without code.
+"""Task templates: what is asked of the model for a row of data, and what is read out of its answer, without code.
 
-A template file is JSON: {"tasks": {NAME: TASK, …}}. A line names its `task`, unless there is only one. A TASK has
+A template file is JSON: {"tasks": {NAME: TASK, …}}. A row names its `task`, unless there is only one. A TASK has
 
-- `user`, a text in which {field} stands for a field of the line, {id} for its id ({{ and }} for braces), and perhaps
-  `system`, another;
-  or instead `prompt`, a text to be continued;
-- `options`: decoding options, which a line may override;
-- `parse`: how the answer is read: "integer", the first one in it; {"regex": R}, the first group of its first match (all
-  of the match if R has no group); {"integers": k}, k distinct ones; {"choice": [A, B, …]}, the only one of these that
-  stands by itself in it.
+- `user`, a text in which {field} stands for a field of the row and {id} for its id ({{ and }} are braces), and perhaps
+  another, `system`; or instead of these `prompt`, a text to be continued;
+- `options`: decoding options, which a row may override;
+- `parse`: what is read out of the answer: "integer", the first one in it; {"regex": R}, the first group of the first
+  match (the whole match if R has no group); {"integers": k}, k distinct ones; {"choice": [A, B, …]}, the only one of
+  these that stands by itself in it.
 
 Knows nothing of models.
 """
@@ -17,26 +16,27 @@ import json
 import os
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llama.options import from_json
+from llama.datasets.prompts import from_json
 
 TASK_KEYS = ("system", "user", "prompt", "options", "parse")
-# With commas between thousands, or without; the 3 of 3.14 is none, and 5-3 are two without a sign.
+# With or without commas between thousands. The 3 of 3.14 is not one; 5-3 are two, both without a sign.
 INTEGER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?!\.?\d)", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: pieces of text and fields by turns, decoding options, and the rule that reads an answer."""
+    """One task."""
 
     name: str
-    texts: dict[str, list[tuple[str, str | None]]]
-    options: dict[str, Any]
-    parse: Callable[[str], Any] | None
+    texts: dict[str, list[tuple[str, str | None]]]  # `system`, `user`, `prompt`: pairs of a text and the field after it
+    options: dict[str, Any]  # decoding options
+    parse: Callable[[str], Any] | None  # reads an answer, or raises ValueError if there is nothing to read
 
     @property
     def fields(self) -> set[str]:
@@ -44,18 +44,19 @@ class Task:
         return {field for pieces in self.texts.values() for _, field in pieces if field is not None}
 
     def render(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The `prompt` or `messages` of a line. What its fields hold is text, and is not looked into.
-
-        Raises:
-            ValueError: the line lacks a field.
-        """
-        texts = {name: self._fill(pieces, fields) for name, pieces in self.texts.items()}
+        """The `prompt` or `messages` of a row; braces in its fields are text. Raises ValueError if it lacks a field."""
+        texts = dict.fromkeys(self.texts, "")
+        for name, pieces in self.texts.items():
+            for text, field in pieces:
+                if field is not None and fields.get(field) is None:
+                    raise ValueError(f"the line has no field {field!r}, which the template of task {self.name!r} names")
+                texts[name] += text if field is None else text + _as_text(fields[field])
         if "prompt" in texts:
             return texts
         return {"messages": [{"role": role, "content": texts[role]} for role in ("system", "user") if role in texts]}
 
     def read(self, answer: str) -> dict[str, Any]:
-        """What is read out of an answer, as `parsed`; with `parse_error` where that is nothing."""
+        """What is read out of an answer, as `parsed`; where that is nothing, `parse_error` says why."""
         if self.parse is None:
             return {}
         try:
@@ -63,26 +64,9 @@ class Task:
         except ValueError as error:
             return {"parsed": None, "parse_error": str(error)}
 
-    def _fill(self, pieces: list[tuple[str, str | None]], fields: dict[str, Any]) -> str:
-        result = ""
-        for text, field in pieces:
-            result += text
-            if field is not None:
-                if fields.get(field) is None:
-                    raise ValueError(f"the line has no field {field!r}, which the template of task {self.name!r} names")
-                result += _as_text(fields[field])
-        return result
-
 
 class Template:
-    """The tasks of a template.
-
-    Attributes:
-        content: as it was read.
-
-    Raises:
-        ValueError: it is not as described above; names the task and the key.
-    """
+    """The tasks of a template. Raises ValueError, which names task and key, if it is not as described above."""
 
     def __init__(self, content: Any):
         self.content = content
@@ -98,11 +82,7 @@ class Template:
             raise ValueError("there is no task: expected one or more in 'tasks'")
 
     def task_of(self, fields: dict[str, Any]) -> Task:
-        """The task of a line.
-
-        Raises:
-            ValueError: it names none that is known, or none though there are several.
-        """
+        """The task of a row. Raises ValueError if it names one that is not there, or none of several."""
         name = fields.get("task", next(iter(self.tasks)) if len(self.tasks) == 1 else None)
         if not isinstance(name, str) or name not in self.tasks:
             raise ValueError(f"task = {name!r}: expected one of {', '.join(map(repr, self.tasks))}")
@@ -110,7 +90,7 @@ class Template:
 
 
 def read_template(path: str | os.PathLike) -> Template:
-    """Reads a template file. Raises ValueError, which names the file, as `Template` does, or FileNotFoundError."""
+    """Reads a template file. Raises FileNotFoundError or, as `Template`, ValueError."""
     try:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no template file {path}")
@@ -134,7 +114,7 @@ def _read_task(name: str, task: Any) -> Task:
 
 
 def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
-    """A text and the field after it, and so on."""
+    """A text, cut into pairs of a piece and the field after it."""
     if not isinstance(text, str):
         raise ValueError(f"{key} = {text!r}: expected a text")
     try:
@@ -148,7 +128,7 @@ def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
 
 
 def _as_text(value: Any) -> str:
-    """A field in a text: a list is a line for each of its items, numbered from 1."""
+    """A field's value as text; a list becomes a numbered line for each item."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -157,55 +137,51 @@ def _as_text(value: Any) -> str:
 
 
 def _rule(parse: Any) -> Callable[[str], Any]:
-    """The function that reads an answer; it raises ValueError where there is nothing to read."""
+    """The function that reads an answer, of what a template says of it."""
     if parse == "integer":
         return _first_integer
     if isinstance(parse, dict) and len(parse) == 1:
         ((kind, value),) = parse.items()
         if kind == "regex" and isinstance(value, str):
             try:
-                return _regex(re.compile(value))
+                return partial(_first_match, re.compile(value))
             except re.error as error:
                 raise ValueError(f"parse: {value!r} is no regular expression: {error}") from None
         if kind == "integers" and isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return lambda answer: _distinct_integers(answer, value)
+            return partial(_distinct_integers, value)
         if kind == "choice" and isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
-            return lambda answer: _choice(answer, value)
+            return partial(_choice, value)
     expected = '"integer", {"regex": R}, {"integers": k} or {"choice": [A, B, …]}'
     raise ValueError(f"parse = {json.dumps(parse, ensure_ascii=False)}: expected {expected}")
 
 
-def _integers(answer: str) -> list[int]:
-    return [int(found.replace(",", "")) for found in INTEGER.findall(answer)]
+def _integers(answer: str) -> Iterator[int]:
+    return (int(found[0].replace(",", "")) for found in INTEGER.finditer(answer))
 
 
 def _first_integer(answer: str) -> int:
-    found = INTEGER.search(answer)
-    if found is None:
-        raise ValueError("no integer in the answer")
-    return int(found[0].replace(",", ""))
+    for number in _integers(answer):
+        return number
+    raise ValueError("no integer in the answer")
 
 
-def _distinct_integers(answer: str, k: int) -> list[int]:
-    found = _integers(answer)
+def _distinct_integers(k: int, answer: str) -> list[int]:
+    found = list(_integers(answer))
     if len(found) != k or len(set(found)) != k:
         raise ValueError(f"found the integers {found}: expected {k} distinct ones")
     return found
 
 
-def _regex(pattern: re.Pattern) -> Callable[[str], str]:
-    def read(answer: str) -> str:
-        found = pattern.search(answer)
-        text = found and found[min(1, pattern.groups)]
-        if text is None:
-            raise ValueError(f"no match of {pattern.pattern}")
-        return text
-
-    return read
+def _first_match(pattern: re.Pattern, answer: str) -> str:
+    found = pattern.search(answer)
+    text = found and found[min(1, pattern.groups)]
+    if text is None:
+        raise ValueError(f"no match of {pattern.pattern}")
+    return text
 
 
-def _choice(answer: str, choices: list[str]) -> str:
-    # The longest first, so that "A+" is not taken for "A".
+def _choice(choices: list[str], answer: str) -> str:
+    # The longest first, so that "A+" is not read as "A".
     either = "|".join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))
     found = list(dict.fromkeys(re.findall(rf"(?<!\w)(?:{either})(?!\w)", answer)))
     if len(found) != 1:

@@ -1,29 +1,51 @@
-"""Prompts of ids to answers: the sampled ones through the engine, the others by beam search, shared out over replicas.
+"""Prompts of ids to answers with their text: sampled ones, beam searches and scores, all through one engine.
 
 Where tokens become text, for the engine knows none: stop strings are looked for here. Knows nothing of dialogs or
 files, and checks nothing: what comes here has been checked.
 """
 
+import hashlib
+import itertools
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypedDict
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
-from llama.decoding.beam_search import BeamSearch, run_beams
-from llama.engine import Engine, Sequence, Speculation
-from llama.options import DecodingOptions
-from llama.sampling import RandomStream, process_logits
-from llama.tokenizer import Tokenizer
+from llama.decoding.beam_search import BeamSearch
+from llama.decoding.shared_engine import Call, SharedEngine
+from llama.decoding.speculative import SpeculativeEngine
+from llama.engine import Engine
+from llama.options import DecodingOptions, check_ids, per_prompt
+from llama.sampling import RandomStream
+from llama.sequence import Sequence, Speculation
+from llama.tokenizer import Dialog, Message, Tokenizer
 from llama.tokenizer.answer_text import AnswerText
 
 TopLogprobs = list[list[tuple[int, float]]]  # for each token, the most likely (id, log-probability), best first
+
+
+class Details(TypedDict, total=False):
+    """What a prediction has besides its text, when asked for."""
+
+    tokens: list[str]  # with logprobs=True: the text of each token,
+    logprobs: list[float]  # and its natural-log probability
+    top_logprobs: TopLogprobs  # with top_logprobs=k
+    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
+
+
+class CompletionPrediction(Details, total=False):
+    generation: str
+
+
+class ChatPrediction(Details, total=False):
+    generation: Message
+    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
 
 
 @dataclass
@@ -38,7 +60,7 @@ class Answer:
         token_logprobs, top_logprobs: of each token, as asked for.
         prompt_token_logprobs, prompt_top_logprobs: of each token of the prompt, as asked for.
         score: of a beam search.
-        speculation: what came of the tokens proposed for it, where there was a draft.
+        speculation: how often the tokens proposed for it were right, where there was a draft.
     """
 
     tokens: list[int]
@@ -58,13 +80,13 @@ class Job:
     """A prompt to answer.
 
     Attributes:
-        key: whatever its owner knows it by.
+        key: the owner's, to tell its jobs apart.
         prompt: its ids.
         option: how it is decoded, with a seed.
         occurrence: how many equal prompts came before it in the call.
         logprobs: whether the log-probability of each token of the answers is wanted.
         echo: whether the text begins with the prompt; with `logprobs`, they are wanted of the prompt's tokens too.
-        first_sample: from which answer to the prompt on; each is the same without those before it.
+        first_sample: the number of the first answer to draw; an answer does not depend on those before it.
     """
 
     key: Any
@@ -85,13 +107,15 @@ class GenerationError(RuntimeError):
 
 
 class Answerer:
-    """Answers prompts with a model that has a cache."""
+    """Answers prompts with a model that has a cache. Any number of threads may call it at once."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer):
-        self.engine = engine
-        self.model = engine.model
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, seed: int = 1):
+        self.shared = SharedEngine(engine)
         self.tokenizer = tokenizer
-        self._cause: BaseException | None = None  # the exception of the caller's own code that an answer failed of
+        self.seed = seed
+        args = engine.model.args
+        self.vocab_size, self.max_seq_len, self.max_batch_size = args.vocab_size, args.max_seq_len, args.max_batch_size
+        self._calls = itertools.count(1)  # of those without a seed of their own
 
     def answer(
         self,
@@ -101,10 +125,17 @@ class Answerer:
         echo: bool = False,
         progress: bool = False,
         shared: bool = True,
+        names: list[int] | None = None,
     ) -> list[list[Answer]]:
-        """The answers to each prompt, in their order, on every rank; `settings` are the options of each.
+        """The answers to each prompt, in their order, on every rank.
 
-        Each replica takes its share of them; or, if not `shared`, answers all, whatever the others do.
+        Args:
+            prompts: ids.
+            settings: the options of each.
+            logprobs, echo: as in `Job`.
+            progress: whether to show a bar.
+            shared: whether each replica takes its share of the prompts; if not, it answers all, whatever the others do.
+            names: the index of each prompt in the caller's call, for errors.
 
         Raises:
             GenerationError: some of them failed.
@@ -114,142 +145,153 @@ class Answerer:
         for index, (prompt, option) in enumerate(zip(prompts, settings)):
             jobs.append(Job(index, prompt, option, occurrences[tuple(prompt)], logprobs, echo))
             occurrences[tuple(prompt)] += 1
-        n_free = len(self.engine.slots) - self.engine.n_used
-        for index, option in enumerate(settings):
-            if option.num_beams > max(1, n_free):
-                raise ValueError(
-                    f"prompt {index}: num_beams = {option.num_beams}, but {n_free} of max_batch_size = "
-                    f"{len(self.engine.slots)} slots are free: expected no more beams; close the streams that are open"
-                )
-        mine = jobs[parallel.replica() :: parallel.n_replicas()] if shared else jobs
-        self._cause = None
-        with (
-            parallel.fail_at_once(),
-            tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0) as bar,
-        ):
-            answers = self._answer(mine, bar)
-        everything = [p for part in parallel.gather_from_replicas(answers) for p in part] if shared else answers
-        by_prompt = [group for _, group in sorted(everything, key=lambda pair: pair[0])]
-        failed = [(index, a.error) for index, group in enumerate(by_prompt) for a in group if a.error is not None]
+        is_split = shared and parallel.n_replicas() > 1
+        mine = jobs[parallel.replica() :: parallel.n_replicas()] if is_split else jobs
+        # The largest budgets first: a long answer begun last would run on alone.
+        waiting = deque(sorted(mine, key=lambda job: -self.budget(job.prompt, job.option)))
+        answers: dict[int, list[Answer]] = {}
+        n_tokens, started = 0, time.perf_counter()
+        bar = tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0)
+        with parallel.fail_at_once(), bar, Jobs(self) as open_jobs:
+            while waiting or open_jobs.n_open:
+                while waiting and open_jobs.has_room:
+                    open_jobs.add(waiting.popleft())
+                for job, group in open_jobs.step():
+                    answers[job.key] = group
+                    for answer in group:
+                        n_tokens += len(answer.tokens)
+                    bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
+                    bar.update()
+        if is_split:
+            answers = {key: group for part in parallel.gather_from_replicas(answers) for key, group in part.items()}
+        by_prompt, failed = [], []
+        for index in range(len(jobs)):
+            by_prompt.append(answers[index])
+            for answer in answers[index]:
+                if answer.error is not None:
+                    failed.append((index, answer.error))
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            raise GenerationError(f"prompt {failed[0][0]}{others}: {failed[0][1]}", by_prompt) from self._cause
+            first = failed[0][0] if names is None else names[failed[0][0]]
+            raise GenerationError(f"prompt {first}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
         return by_prompt
 
-    def stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
-        """Yields the text of one answer while it is decided."""
-        sequence, text = self._sequence(Job(None, prompt, option), 0)
-        sequence.should_stop = text.follow
+    def answer_all(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        logprobs: bool = False,
+        echo: bool = False,
+        progress: bool = False,
+        shared: bool = True,
+        **options: Any,
+    ) -> list[list[Answer]]:
+        """As `answer`, of prompts and options that have not been checked."""
+        prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
+        return self.answer(prompts, self.check_options(prompts, options), logprobs, echo, progress, shared)
+
+    def open_stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
+        """The text of one answer while it is decided; what is wrong is raised at once, not with the first piece."""
+        (option,) = self.check_options([self.check_prompt(0, prompt)], options)
+        if option.num_beams > 1 or option.num_return_sequences > 1:
+            raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
+        if option.top_logprobs:
+            raise ValueError("a stream is text alone: expected top_logprobs = 0")
+        return self._stream(prompt, option)
+
+    def _stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
+        sequence = self.sequence(Job(None, prompt, option), 0)
+        text = AnswerText(self.tokenizer, option.stop_strings)
         n_sent = 0
-        with parallel.fail_at_once():
-            for _ in self.engine.run([sequence]):
+        with parallel.fail_at_once(), Call(self.shared) as call:
+            call.add(sequence)
+            while call.n_open:
+                call.step(every=True)
+                text.follow(sequence.tokens)
                 decided = text.decided
                 if len(decided) > n_sent and sequence.finish_reason is None:
                     yield decided[n_sent:]
                     n_sent = len(decided)
         if sequence.error is not None:
-            raise GenerationError(sequence.error, [[self._answer_of(sequence, text)]])
+            raise GenerationError(sequence.error, [[self.answer_of(sequence, [])]]) from sequence.cause
         if rest := text.finish()[n_sent:]:
             yield rest
 
-    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, list[Answer]]]:
-        """Answers jobs beside each other, and yields each with its answers as it is done.
+    def check_prompt(self, name: int | str, ids: Any, any_length: bool = False) -> list[int]:
+        """The ids of a prompt, by `options.check_ids`; an int as its name is its index in the call."""
+        name = f"prompt {name}" if isinstance(name, int) else name
+        return check_ids(name, ids, self.vocab_size, None if any_length else self.max_seq_len)
 
-        Jobs are taken one after the other, as slots become free. None among them says that there is none yet, which may
-        be while one of those before is not done. Where sampled answers and beam searches follow each other, those
-        before are completed first.
-        """
-        source, held = iter(jobs), []
+    def encode_texts(self, texts: SequenceOf[str]) -> list[list[int]]:
+        """The prompts of texts to be continued. Raises ValueError or TypeError, naming the text by its index."""
+        if isinstance(texts, str):
+            raise TypeError("prompts is a str: expected a list of them, so pass [prompt]")
+        prompts = []
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
+            prompts.append(self.check_prompt(index, self.tokenizer.encode(text, bos=True)))
+        return prompts
 
-        def next_jobs(beams: bool) -> Iterator[Job | None]:
-            """Up to the next of the other kind, which is held."""
-            while (job := held.pop() if held else next(source, source)) is not source:
-                if job is not None and (job.option.num_beams > 1) != beams:
-                    held.append(job)
-                    return
-                yield job
+    def check_option(self, option: DecodingOptions, name: str = "") -> None:
+        """Raises ValueError, begun by `name`, if options name tokens or ask for beams that the model does not have."""
+        option.check_model(self.vocab_size, self.max_batch_size, name)
 
-        while True:
-            yield from self._sample(next_jobs(beams=False))
-            if not held:
-                return
-            yield from self._search(next_jobs(beams=True))
+    def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
+        """The options of each prompt, checked against the model; without a seed, they get one of this call."""
+        seed = options.get("seed")
+        if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
+            digest = hashlib.blake2b(f"{self.seed} {next(self._calls)}".encode(), digest_size=8).digest()
+            own = int.from_bytes(digest, "little")
+            options = options | {"seed": own if seed is None else [own if s is None else s for s in seed]}
+        settings, checked = per_prompt(len(prompts), **options), None
+        for index, option in enumerate(settings):
+            if option is not checked:  # of most calls all are the same one
+                option.check_model(self.vocab_size, self.max_batch_size, f"prompt {index}: ")
+                checked = option
+        return settings
 
-    def _answer(self, jobs: list[Job], bar: tqdm) -> list[tuple[int, list[Answer]]]:
-        """Answers a list of jobs, whose keys are numbers, in the order that is fastest."""
-        # The largest budgets first: a long answer begun last would run on alone.
-        order = sorted(jobs, key=lambda job: (job.option.num_beams > 1, -self._budget(job.prompt, job.option)))
-        # A beam search does not score its prompt: that is a job of its own.
-        scored = [job for job in order if job.option.num_beams > 1 and job.logprobs and job.echo]
-        only_score = {"max_gen_len": 0, "num_beams": 1, "num_return_sequences": 1}
-        scoring = [replace(job, key=job, option=replace(job.option, **only_score)) for job in scored]
-        answers: dict[int, list[Answer]] = {}
-        prompt_logprobs: dict[Job, list[float]] = {}
-        n_tokens, started = 0, time.perf_counter()
-        for job, group in self.run([*scoring, *order]):
-            if isinstance(job.key, Job):
-                prompt_logprobs[job.key] = group[0].prompt_token_logprobs
-                continue
-            for answer in group if job in prompt_logprobs else ():
-                answer.prompt_token_logprobs = prompt_logprobs[job]
-            answers[job.key] = group
-            n_tokens += sum(len(answer.tokens) for answer in group)
-            bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
-            bar.update()
-        return list(answers.items())
+    def details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict) -> dict:
+        """The keys of a prediction that are there when asked for. The text of a token has its leading space."""
+        details: dict = {}
+        if isinstance(self.shared.engine, SpeculativeEngine):
+            details["speculation"] = asdict(answer.speculation)
+        if logprobs or wants_top(options):
+            details["tokens"] = [self.token_text(token) for token in (prompt if echo else []) + answer.tokens]
+            details["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
+        if wants_top(options):
+            details["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs
+        return details
 
-    def _sample(self, jobs: Iterator[Job | None]) -> Iterator[tuple[Job, list[Answer]]]:
-        """Answers jobs through the engine, each with so many sequences as it wants answers."""
-        owners: dict[Sequence, Job] = {}
-        groups: dict[Job, list[tuple[Sequence, AnswerText]]] = {}  # of the jobs that are not done
-        n_missing: Counter[Job] = Counter()
+    def token_text(self, token: int) -> str:
+        """The text that a token adds, its leading space included; U+FFFD where it is part of a character."""
+        return self.tokenizer.token_bytes(token).decode(errors="replace")
 
-        def sequences() -> Iterator[Sequence | None]:
-            for job in jobs:
-                if job is None:
-                    yield None
-                    continue
-                samples = range(job.first_sample, job.first_sample + job.option.num_return_sequences)
-                groups[job] = [self._sequence(job, sample) for sample in samples]
-                owners.update((sequence, job) for sequence, _ in groups[job])
-                n_missing[job] = len(groups[job])
-                yield from [sequence for sequence, _ in groups[job]]
-
-        for ended in self.engine.run(sequences()):
-            for sequence in ended:
-                job = owners.pop(sequence)
-                self._cause = self._cause or sequence.cause
-                n_missing[job] -= 1
-                if not n_missing[job]:
-                    del n_missing[job]
-                    answers = [self._answer_of(*pair) for pair in groups.pop(job)]
-                    for answer in answers[1:]:
-                        answer.prompt_token_logprobs = answers[0].prompt_token_logprobs
-                        answer.prompt_top_logprobs = answers[0].prompt_top_logprobs
-                    yield job, answers
-
-    def _sequence(self, job: Job, sample: int) -> tuple[Sequence, AnswerText]:
-        """The engine's record of one answer to come, and its text."""
-        option = job.option
-        stops = [stop for stop in option.stops if isinstance(stop, str)]
-        text = AnswerText(self.tokenizer, stops, job.prompt if job.echo else None)
-        logprobs = job.logprobs or option.top_logprobs > 0
+    def sequence(self, job: Job, sample: int) -> Sequence:
+        """The engine's record of one answer to come."""
+        option, logprobs = job.option, job.logprobs or job.option.top_logprobs > 0
         sequence = Sequence(
             job.prompt,
-            self._budget(job.prompt, option),
+            self.budget(job.prompt, option),
             option,
             RandomStream(option.seed, job.prompt, job.occurrence, sample),
-            self._stop_tokens(option),
-            # The text is kept up with only where something has to look at it on the way.
-            text.follow if stops else None,
-            logprobs,
-            logprobs and job.echo and sample == job.first_sample,
+            option.stop_ids.union(self.tokenizer.stop_tokens),
+            logprobs=logprobs,
+            score_from=0 if logprobs and job.echo and sample == job.first_sample and option.num_beams == 1 else None,
         )
-        return sequence, text
+        if option.stop_strings:  # the text is followed only where something looks for a string in it
+            sequence.should_stop = AnswerText(self.tokenizer, option.stop_strings).follow
+        return sequence
 
-    def _answer_of(self, sequence: Sequence, text: AnswerText) -> Answer:
-        text.follow(sequence.tokens)
-        whole, n = text.finish(), text.n_tokens
+    def answer_of(self, sequence: Sequence, before: list[int]) -> Answer:
+        """What came of a sequence; the text of the ids `before` begins its own."""
+        stops, n = sequence.options.stop_strings, len(sequence.tokens)
+        if stops:
+            text = AnswerText(self.tokenizer, stops, before)
+            text.follow(sequence.tokens)
+            whole, n = text.finish(), text.n_tokens
+        else:
+            whole = self.tokenizer.decode_bytes(before + sequence.tokens).decode(errors="replace")
         return Answer(
             sequence.tokens[:n],
             whole,
@@ -262,50 +304,81 @@ class Answerer:
             speculation=sequence.speculation,
         )
 
-    def _search(self, jobs: Iterator[Job | None]) -> Iterator[tuple[Job, list[Answer]]]:
-        """Answers jobs by beam search, in the slots that no sequence uses."""
-        owners: dict[int, Job] = {}  # by the id of their search
-
-        def searches() -> Iterator[BeamSearch | None]:
-            for job in jobs:
-                search = None if job is None else self._beam_search(job.prompt, job.option)
-                owners[id(search)] = job
-                yield search
-
-        with self.engine.reserve() as first_slot:
-            for search in run_beams(self.model, searches(), first_slot):
-                job = owners.pop(id(search))
-                answers = []
-                for hypothesis in search.hypotheses:
-                    text = AnswerText(self.tokenizer, [], job.prompt if job.echo else None)
-                    text.follow(hypothesis.tokens)
-                    answers.append(Answer(hypothesis.tokens, text.finish(), hypothesis.finish_reason))
-                    answers[-1].token_logprobs, answers[-1].score = hypothesis.token_logprobs, hypothesis.score
-                if search.error is not None:
-                    n = job.option.num_return_sequences
-                    answers = [Answer([], "", "error", str(search.error)) for _ in range(n)]
-                yield job, answers
-
-    def _beam_search(self, prompt: list[int], option: DecodingOptions) -> BeamSearch:
-        penalties = (option.logit_bias, option.repetition_penalty, option.no_repeat_ngram_size)
-        return BeamSearch(
-            prompt,
-            self._budget(prompt, option),
-            option.num_beams,
-            length_penalty=option.length_penalty,
-            early_stopping=option.early_stopping,
-            num_return_sequences=option.num_return_sequences,
-            stop_tokens=self._stop_tokens(option),
-            process=partial(_process, penalties, option.logits_processor) if option.has_penalties else None,
-        )
-
-    def _budget(self, prompt: list[int], option: DecodingOptions) -> int:
-        room = self.model.args.max_seq_len - len(prompt)
+    def budget(self, prompt: list[int], option: DecodingOptions) -> int:
+        """The most new tokens of an answer."""
+        room = self.max_seq_len - len(prompt)
         return room if option.max_gen_len is None else min(option.max_gen_len, room)
 
-    def _stop_tokens(self, option: DecodingOptions) -> frozenset[int]:
-        return frozenset(self.tokenizer.stop_tokens) | {stop for stop in option.stops if isinstance(stop, int)}
+
+class Jobs(Call):
+    """Jobs that are answered beside each other, and beside those of all other callers.
+
+    Leaving its `with` cancels what is not done.
+
+    Attributes:
+        cause: the first exception of the caller's own code that an answer failed of.
+    """
+
+    def __init__(self, answerer: Answerer):
+        super().__init__(answerer.shared)
+        self.cause: BaseException | None = None
+        self._answerer = answerer
+        self._jobs: dict[Sequence, Job] = {}
+        self._groups: dict[Job, list[Sequence]] = {}  # of the jobs that are not done
+        self._n_missing: Counter[Job] = Counter()
+
+    def add(self, job: Job) -> None:
+        """Takes a job; `step` returns it once it is done."""
+        option = job.option
+        if option.num_beams > 1:
+            first = self._answerer.sequence(job, 0)
+            first.search = BeamSearch(first)
+            group = [first]
+            if job.echo and job.logprobs:  # its prompt is scored by itself
+                group.append(Sequence(job.prompt, 0, option, score_from=0))
+        else:
+            group = []
+            for sample in range(job.first_sample, job.first_sample + option.num_return_sequences):
+                group.append(self._answerer.sequence(job, sample))
+        self._groups[job], self._n_missing[job] = group, len(group)
+        for sequence in group:
+            self._jobs[sequence] = job
+            super().add(sequence)
+
+    def step(self) -> list[tuple[Job, list[Answer]]]:
+        """Lets the engine run until answers have ended; returns the jobs that are done by it, with their answers."""
+        done = []
+        for sequence in super().step():
+            job = self._jobs.pop(sequence)
+            self.cause = self.cause or sequence.cause
+            self._n_missing[job] -= 1
+            if not self._n_missing[job]:
+                done.append((job, self._answers(job)))
+        return done
+
+    def _answers(self, job: Job) -> list[Answer]:
+        """The answers to a job whose sequences have all ended."""
+        del self._n_missing[job]
+        group, before = self._groups.pop(job), job.prompt if job.echo else []
+        first, answers = group[0], []
+        if first.search is None:
+            for sequence in group:
+                answers.append(self._answerer.answer_of(sequence, before))
+        elif (error := first.error or group[-1].error) is not None:
+            answers = [Answer([], "", "error", error) for _ in range(job.option.num_return_sequences)]
+        else:
+            for hypothesis in first.search.hypotheses:
+                text = self._answerer.tokenizer.decode_bytes(before + hypothesis.tokens).decode(errors="replace")
+                answers.append(Answer(hypothesis.tokens, text, hypothesis.finish_reason))
+                answers[-1].token_logprobs, answers[-1].score = hypothesis.token_logprobs, hypothesis.score
+        scored = group[-1] if first.search is not None else first  # one of them scores the prompt for all
+        for answer in answers:
+            answer.prompt_token_logprobs = scored.prompt_token_logprobs
+            answer.prompt_top_logprobs = scored.prompt_top_logprobs
+        return answers
 
 
-def _process(penalties: tuple, processor: Any, ids: list[int], scores: torch.Tensor) -> torch.Tensor:
-    return process_logits(scores, ids, *penalties, processor)
+def wants_top(options: dict[str, Any]) -> bool:
+    """Whether the most likely tokens are asked for, of any of the prompts."""
+    top = options.get("top_logprobs")
+    return any(top) if isinstance(top, (list, tuple)) else bool(top)

@@ -1,74 +1,148 @@
-"""How likely a model finds texts: the log-probability of each token, perplexity, and where it was least certain.
+"""How likely a model finds given tokens: the one way to score, for prompts, perplexity, judges and questions of choice.
 
-Texts of any length: one longer than the context is read in windows that overlap by half, or by what `stride` leaves.
+A text is scored from some token on, without generating. What precedes that token is run once for all texts that begin
+with it. Texts of any length: one longer than the context is read in windows that overlap by half, or by what `stride`
+leaves. Knows nothing of dialogs or files.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from collections import defaultdict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TypedDict
 
-from llama.decoding.answering import GenerationError
-
-if TYPE_CHECKING:
-    from llama.generation import Llama
+from llama import parallel
+from llama.decoding.answering import Answerer, GenerationError, TopLogprobs
+from llama.decoding.shared_engine import Call
+from llama.options import DecodingOptions
+from llama.sequence import Sequence
 
 
 class Score(TypedDict, total=False):
     tokens: list[str]  # the text of each token
     ids: list[int]
     logprobs: list[float]  # of each token given those before it, nats; 0.0 for the first
-    top_logprobs: list[list[tuple[int, float]]]  # with top_logprobs=k
+    top_logprobs: TopLogprobs  # with top_logprobs=k
 
 
-def score(llama: "Llama", texts: Sequence, top_logprobs: int = 0, stride: int | None = None) -> list[Score]:
-    """The log-probability of each token of texts, without generating.
+@dataclass
+class TokenScores:
+    """The scores of some tokens of a text.
+
+    Attributes:
+        logprobs: of each token given those before it, nats.
+        is_greedy: whether greedy decoding would choose every one of them.
+        top_logprobs: the most likely (id, log-probability) in each place, as many as asked for.
+        error: why there are none.
+    """
+
+    logprobs: list[float]
+    is_greedy: bool
+    top_logprobs: TopLogprobs = field(default_factory=list)
+    error: str | None = None
+
+
+def score_tokens(
+    answerer: Answerer, texts: SequenceOf[tuple[list[int], int]], top_logprobs: int = 0, shared: bool = True
+) -> list[TokenScores]:
+    """Scores the tokens of each text from some token on.
 
     Args:
-        llama: the model.
-        texts: texts, which get a begin-of-text token before them, or lists of token ids, which are taken as they are.
-        top_logprobs: how many of the most likely tokens to report at each position.
-        stride: by how many tokens the windows over a text longer than max_seq_len advance; half of that when None.
+        answerer: whose model is asked.
+        texts: (ids, from which of them on), of at most max_seq_len + 1 ids: the last need not be run.
+        top_logprobs: how many of the most likely tokens to report in each place.
+        shared: whether each replica takes its share of the texts; if not, it scores all.
 
     Raises:
-        ValueError, TypeError: as in `Llama.generate`, naming the text by its index.
+        ValueError, TypeError: there is nothing to score, too much, or ids are out of range. Nothing has run then.
     """
-    limit = llama.model.args.max_seq_len
-    stride = max(1, limit // 2) if stride is None else stride
-    if not isinstance(stride, int) or not 1 <= stride < max(limit, 2):
-        raise ValueError(f"stride = {stride!r}: expected an integer from 1 to max_seq_len - 1 = {limit - 1}")
+    limit = answerer.max_seq_len + 1
+    for index, (ids, start) in enumerate(texts):
+        if not 0 <= start < len(ids) <= limit:
+            found = f"a context of {start} tokens and a continuation of {len(ids) - start}"
+            raise ValueError(f"text {index} has {found}: expected a continuation, and {limit} together at most")
+        answerer.check_prompt(f"text {index}", ids, any_length=True)
+    option = DecodingOptions(max_gen_len=0, temperature=0, top_logprobs=top_logprobs)
+    engine = answerer.shared.engine
+    waiting = _in_waves([tuple(ids[:start]) for ids, start in texts], len(engine.slots), shared)[::-1]
+    results: dict[int, TokenScores] = {}
+    owners: dict[Sequence, int] = {}
+    with parallel.fail_at_once(), Call(answerer.shared) as call:
+        while waiting or call.n_open:
+            while waiting and call.has_room:
+                ids, start = texts[index := waiting.pop()]
+                owners[sequence := Sequence(ids, 0, option, score_from=start)] = index
+                call.add(sequence)
+            for s in call.step():
+                scores = TokenScores(s.prompt_token_logprobs, s.prompt_is_greedy, s.prompt_top_logprobs, s.error)
+                results[owners.pop(s)] = scores
+    if shared:
+        results = {key: found for part in parallel.gather_from_replicas(results) for key, found in part.items()}
+    return [results[index] for index in range(len(texts))]
+
+
+def _in_waves(contexts: list[tuple[int, ...]], n_slots: int, shared: bool) -> list[int]:
+    """An order of texts in which the beginning that some share is still in its slot when the next of them comes.
+
+    As many beginnings at a time as there are slots: the first text of each, then the second of each, and so on. The
+    longest come first, so that texts run together are about as long, and too little memory shows at once.
+    """
+    by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, context in enumerate(contexts):
+        by_context[context].append(index)
+    queues = [by_context[context] for context in sorted(by_context, key=lambda context: (-len(context), context))]
+    if shared:
+        queues = queues[parallel.replica() :: parallel.n_replicas()]
+    order = []
+    for i in range(0, len(queues), n_slots):
+        for turn in itertools.zip_longest(*queues[i : i + n_slots]):
+            order += [index for index in turn if index is not None]
+    return order
+
+
+def score_texts(
+    answerer: Answerer, texts: SequenceOf[str | list[int]], top_logprobs: int = 0, stride: int | None = None
+) -> list[Score]:
+    """The log-probability of each token of texts of any length: see `Llama.score`.
+
+    Raises:
+        ValueError, TypeError: a text is none, named by its index; or `stride` is out of range.
+        GenerationError: the model's logits cannot be used; names the text.
+    """
     if isinstance(texts, str):
         raise TypeError("texts is a str: expected a list of them, so pass [text]")
-    ids = [llama.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
-    ids = [llama.check_prompt(index, prompt, any_length=True) for index, prompt in enumerate(ids)]
-    if limit < 2 and any(len(tokens) > limit for tokens in ids):
+    texts = [answerer.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
+    texts = [answerer.check_prompt(index, text, any_length=True) for index, text in enumerate(texts)]
+    limit = answerer.max_seq_len
+    stride = max(1, limit // 2) if stride is None else stride
+    if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < max(limit, 2):
+        raise ValueError(f"stride = {stride!r}: expected an integer from 1 to max_seq_len - 1 = {limit - 1}")
+    if limit < 2 and any(len(ids) > limit for ids in texts):
         raise ValueError("a text of more than one token needs a context of at least 2: build with a larger max_seq_len")
-    windows = [
-        (index, start, stop) for index, tokens in enumerate(ids) for start, stop in _windows(len(tokens), limit, stride)
+    windows = []  # (text, the ids of the window, from which of them on it scores)
+    for index, ids in enumerate(texts):
+        stops = [*range(min(limit, len(ids)), len(ids), stride), len(ids)]
+        for start, stop in zip([0, *stops], stops):
+            first = max(0, stop - limit)
+            windows.append((index, ids[first:stop], start - first))
+    results = score_tokens(answerer, [window[1:] for window in windows], top_logprobs)
+    scores: list[Score] = [
+        {"tokens": [answerer.token_text(i) for i in ids], "ids": ids, "logprobs": []} for ids in texts
     ]
-    prompts = [ids[index][max(0, stop - limit) : stop] for index, _, stop in windows]
-    try:
-        answers = llama.answer(prompts, True, True, max_gen_len=0, temperature=0, top_logprobs=top_logprobs)
-    except GenerationError as error:
-        bad = next(window[0] for window, (a,) in zip(windows, error.answers) if a.error)
-        raise GenerationError(f"text {bad}: {str(error).partition(': ')[2]}", error.answers) from error
-    scores: list[Score] = [{"tokens": [llama.token_text(i) for i in t], "ids": t, "logprobs": []} for t in ids]
-    for (index, start, stop), (answer,) in zip(windows, answers):
-        scores[index]["logprobs"] += answer.prompt_token_logprobs[start - stop :]
+    for (index, *_), found in zip(windows, results):
+        if found.error is not None:
+            raise GenerationError(f"text {index}: {found.error}", [])
+        scores[index]["logprobs"] += found.logprobs
         if top_logprobs:
-            scores[index].setdefault("top_logprobs", []).extend(answer.prompt_top_logprobs[start - stop :])
+            scores[index].setdefault("top_logprobs", []).extend(found.top_logprobs)
     return scores
 
 
-def _windows(length: int, limit: int, stride: int) -> list[tuple[int, int]]:
-    """[start, stop) of the tokens that each window adds; a window itself is the `limit` tokens before its stop."""
-    stops = [*range(min(limit, length), length, stride), length]
-    return list(zip([0, *stops], stops))
-
-
-def perplexity(llama: "Llama", texts: Sequence, stride: int | None = None) -> list[float]:
-    """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`."""
-    values = [s["logprobs"][1:] for s in score(llama, texts, stride=stride)]
-    return [math.exp(-math.fsum(v) / len(v)) if v else math.nan for v in values]
+def perplexity(score: Score) -> float:
+    """exp of the mean negative log-probability of a text's tokens after its first; NaN where there are none."""
+    logprobs = score["logprobs"][1:]
+    return math.exp(-math.fsum(logprobs) / len(logprobs)) if logprobs else math.nan
 
 
 def least_certain(score: Score, n: int = 5, context: int = 30) -> str:

@@ -19,19 +19,18 @@ Knows tokens and not text. Every model-parallel rank makes the same proposals, f
 
 import itertools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from llama.checkpoint.meta import MetaCheckpoint
-from llama.checkpoint.open import open_checkpoint
-from llama.engine import PREFILL_TOKENS, Engine, Sequence, draw
+from llama.checkpoint import Checkpoint, open_checkpoint
+from llama.engine import PREFILL_TOKENS, Engine, run_rows
 from llama.kv_cache import Slots
 from llama.layers.packing import pack
 from llama.model import Transformer
 from llama.sampling import process_logits
+from llama.sequence import Sequence, choose, draw
 from llama.tokenizer import Tokenizer
 
 # How many tokens are proposed for a sequence at first, and at most. In between, two more after proposals that were all
@@ -65,15 +64,18 @@ class SpeculativeEngine(Engine):
         self._n_proposals: dict[Sequence, int] = {}  # how many each running sequence gets
 
     def _decode(self) -> None:
-        self._n_proposals = {s: self._n_proposals.get(s, N_PROPOSALS) for s in self.running}
+        sampled = [s for s in self.running if s.search is None]  # beams are not proposed for
+        self._n_proposals = {s: self._n_proposals.get(s, N_PROPOSALS) for s in sampled}
         # The step adds one token to those accepted, so the last of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
-        proposals = self.proposer.propose(self.running, limits) if self.packed else []  # after the second token
-        self.counters.speculation.steps += len(self.running)
-        for sequence in self.running:
+        proposals: dict[Sequence, list[int]] = {}
+        if self.packed and any(limits):  # after the second token
+            proposals = dict(zip(sampled, self.proposer.propose(sampled, limits)))
+        self.counters.speculation.steps += len(sampled)
+        for sequence in sampled:
             sequence.speculation.steps += 1
-        if any(proposals):
-            self._decode_with(proposals)
+        if any(proposals.values()):
+            self._decode_with([proposals.get(s, []) for s in self.running])
         else:
             super()._decode()
 
@@ -85,17 +87,17 @@ class SpeculativeEngine(Engine):
         """
         sequences = list(self.running)
         n_held = [len(s.prompt) + len(s.tokens) - 1 for s in sequences]
-        wanted = {slot: [s.tokens[-1], *proposals[slot]] for slot, s in enumerate(sequences)}
-        hidden, at = _run_behind(self.slots, wanted, self._forward)
+        texts = [s.prompt + s.tokens + proposal for s, proposal in zip(sequences, proposals)]
+        hidden, at = run_rows(self.model, texts, n_held, 0)
         logits = self.model.logits(
-            torch.cat([hidden[row, at[row] : at[row] + len(ids)] for row, ids in wanted.items()])
+            torch.cat([rows[first : first + 1 + len(p)] for rows, first, p in zip(hidden, at, proposals)])
         )
-        firsts = [0, *itertools.accumulate(map(len, wanted.values()))]
+        firsts = [0, *itertools.accumulate(1 + len(proposal) for proposal in proposals)]
         accepted = [0] * len(sequences)
-        alive = list(wanted)
+        alive = [row for row, sequence in enumerate(sequences) if sequence.search is None]
         while alive:
             positions = [firsts[row] + accepted[row] for row in alive]
-            chosen = self._choose([sequences[row] for row in alive], logits[positions])
+            chosen = choose([sequences[row] for row in alive], logits[positions])
             self.counters.decoded += len(alive)
             agreed = [row for row, token in zip(alive, chosen) if proposals[row][accepted[row] :][:1] == [token]]
             for row in agreed:
@@ -103,8 +105,13 @@ class SpeculativeEngine(Engine):
             alive = [row for row in agreed if sequences[row].finish_reason is None]
         for slot, (sequence, n) in enumerate(zip(sequences, accepted)):
             # Behind these lie the keys of what was rejected, which the next step overwrites.
-            self.slots.record(slot, n_held[slot], wanted[slot][: n + 1])
-            self._count(sequence, len(proposals[slot]), n)
+            self.slots.record(slot, n_held[slot], texts[slot][n_held[slot] :][: n + 1])
+            if sequence.search is None:
+                self._count(sequence, len(proposals[slot]), n)
+        beams = [row for row, sequence in enumerate(sequences) if sequence.search is not None]
+        if beams:
+            self.counters.decoded += len(beams)
+            self._choose([sequences[row] for row in beams], logits[[firsts[row] for row in beams]])
 
     def _count(self, sequence: Sequence, n_proposed: int, n_accepted: int) -> None:
         for counts in (self.counters.speculation, sequence.speculation):
@@ -219,7 +226,7 @@ class DraftModel:
         for slot, (sequence, text) in enumerate(zip(sequences, texts)):
             held = self.slots.tokens
             if sequence not in self._lengths:
-                self.slots.take(slot, *self.slots.find(text))
+                self.slots.take(slot, *self.slots.find(text, len(text) - 1))
                 continue
             at = order.index(sequence)
             self.slots.swap(slot, at)
@@ -242,15 +249,18 @@ class DraftModel:
         return text[len(self.slots.tokens[slot]) :]
 
     def _run(self, wanted: dict[int, list[int]]) -> torch.Tensor:
-        """Runs ids behind what their slots hold; the hidden states after the last of each, [len(wanted), dim]."""
-        hidden, at = _run_behind(self.slots, wanted, self._forward)
+        """Runs ids behind what their slots hold; the hidden states after the last of each, [len(wanted), dim].
+
+        Slots in between that want nothing are run along on padding, which is written behind what they hold.
+        """
+        first, last = min(wanted), max(wanted)
+        held = self.slots.tokens[first : last + 1]
+        texts = [tokens + wanted.get(slot, []) for slot, tokens in enumerate(held, first)]
+        hidden, at = run_rows(self.model, texts, list(map(len, held)), first)
+        columns = [at[slot - first] + len(ids) - 1 for slot, ids in wanted.items()]
         for slot, ids in wanted.items():
             self.slots.record(slot, len(self.slots.tokens[slot]), ids)
-        first = min(wanted)
-        return hidden[[slot - first for slot in wanted], [at[slot] + len(ids) - 1 for slot, ids in wanted.items()]]
-
-    def _forward(self, tokens: torch.Tensor, starts: list[int], first_slot: int) -> torch.Tensor:
-        return self.model.hidden_states(tokens, starts, slice(first_slot, first_slot + len(starts)))
+        return hidden[[slot - first for slot in wanted], columns]
 
     def _draw(self, sequences: list[Sequence], texts: list[list[int]], logits: torch.Tensor, ahead: int) -> list[int]:
         """The token that each sequence would get if this were its model."""
@@ -258,56 +268,22 @@ class DraftModel:
         for row, (sequence, text) in enumerate(zip(sequences, texts)):
             o = sequence.options
             if o.has_penalties:
-                logits[row] = process_logits(
-                    logits[row], text, o.logit_bias, o.repetition_penalty, o.no_repeat_ngram_size
-                )
+                logits[row] = process_logits(logits[row], text, *o.penalties[:-1])  # not the caller's code
         return draw(sequences, logits, ahead).tolist()
 
 
-def _run_behind(
-    slots: Slots, wanted: dict[int, list[int]], forward: Callable[[torch.Tensor, list[int], int], torch.Tensor]
-) -> tuple[torch.Tensor, dict[int, int]]:
-    """One pass over ids of unequal number, each behind what its slot holds, right-padded to one width.
-
-    Rows whose padding would leave the cache start earlier, and write again what is there already. Slots in between that
-    want nothing are run along on padding, which is written behind what they hold.
-
-    Args:
-        slots: the record of the cache.
-        wanted: the ids of each slot, at least one.
-        forward: (tokens [B, T], the start of each row, the first slot) -> hidden states [B, T, dim].
-
-    Returns:
-        the hidden states [B, T, dim], from the first slot wanted to the last; and for each slot wanted, at which
-        column its ids begin.
-    """
-    first, last = min(wanted), max(wanted)
-    width = max(map(len, wanted.values()))
-    rows, starts, at = [], [], {}
-    for slot in range(first, last + 1):
-        held, ids = slots.tokens[slot], wanted.get(slot, [])
-        start = min(len(held), slots.cache.max_seq_len - width)
-        row = held[start:] + ids
-        rows.append(row + [0] * (width - len(row)))
-        starts.append(start)
-        at[slot] = len(held) - start
-    tokens = torch.tensor(rows, device=slots.cache.keys[0].device)
-    return forward(tokens, starts, first), {slot: at[slot] for slot in wanted}
-
-
-def open_draft(
-    draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, max_batch_size: int
-) -> tuple[Transformer, MetaCheckpoint]:
-    """A draft's model, without weights, and the checkpoint that has them. Arguments and errors as in `Llama.build`."""
+def open_draft(draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, max_batch_size: int) -> Checkpoint:
+    """The checkpoint of a draft, of which no weight has been read. Arguments and errors as in `Llama.build`."""
     if not Path(draft).is_dir():
         raise FileNotFoundError(f"draft = {str(draft)!r}: expected the directory of a smaller model, or 'ngram'")
-    tokenizer, checkpoint = open_checkpoint(Path(draft), None, max_seq_len, max_batch_size)
+    tokenizer, checkpoint = open_checkpoint(draft, None, max_seq_len, max_batch_size)
     try:
         check_tokenizer(tokenizer, target)
         with torch.device("meta"):
-            return Transformer(checkpoint.args), checkpoint
+            Transformer(checkpoint.args)  # whose heads must be shared out too
     except ValueError as error:
         raise ValueError(f"draft {draft} cannot propose tokens to this model: {error}") from error
+    return checkpoint
 
 
 def check_tokenizer(draft: Tokenizer, target: Tokenizer) -> None:
@@ -319,11 +295,10 @@ def check_tokenizer(draft: Tokenizer, target: Tokenizer) -> None:
         if (found := getattr(draft, name)) != (expected := getattr(target, name)):
             raise ValueError(f"the draft's tokenizer has {name} = {found}: expected the model's, {expected}")
     special, expected_special = (set(t.special_tokens.values()) for t in (draft, target))
-    if differing := special ^ expected_special:
-        token = min(differing)
-        which = "draft's" if token in special else "model's"
-        raise ValueError(f"token {token} is special in the {which} tokenizer alone: expected the same tokens in both")
     for token in range(target.n_words):
+        if token in special ^ expected_special:
+            which = "draft's" if token in special else "model's"
+            raise ValueError(f"token {token} is special in the {which} tokenizer alone: expected it in both")
         found, expected = draft.token_bytes(token), target.token_bytes(token)
         if found != expected and token not in special:
             raise ValueError(f"token {token} is {found!r} in the draft's tokenizer: expected the model's, {expected!r}")

@@ -108,7 +108,8 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
             return super().forward(x)  # fairscale's collectives carry gradients
         else:
             y = F.linear(x, self.weight, self.bias)
-        return gather_last_dim(y, self.out_features, self.group) if self.gather_output else y
+        gathers = self.gather_output and self.world_size > 1
+        return gather_last_dim(y, self.out_features, self.group) if gathers else y
 
 
 COLUMN_FORWARD = ColumnParallelLinear.forward  # as it is here, should somebody patch the class
@@ -132,7 +133,8 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
         if (pack := self.packed(x)) is not None:
-            return sum_over_ranks(pack.layout(x), self.group)
+            y = pack.layout(x)
+            return y if self.world_size == 1 else sum_over_ranks(y, self.group)
         if self.world_size > 1 and _needs_gradient(x, self.weight):
             return super().forward(x)
         y = sum_over_ranks(F.linear(x, self.weight), self.group)

@@ -1,15 +1,15 @@
-"""Where the ranks of a run are: process groups, devices, replicas, and how the ranks fail together.
+"""The ranks of a run: their process groups, their devices, their replicas, and how they fail together.
 
-Knows nothing of Llama, of tensors or of what is computed.
+Knows nothing of Llama, or of what is computed.
 """
 
-from llama.parallel.devices import pick_device, pick_dtype
+from llama.parallel.devices import dtype_by_name, pick_device, pick_dtype
 from llama.parallel.failing import RankFailed, fail_at_once, fail_together, raise_if_a_rank_failed
-from llama.parallel.groups import initialize, partition, silence_other_ranks
-from llama.parallel.replicas import gather_from_replicas, n_replicas, replica
+from llama.parallel.groups import gather_from_replicas, initialize, n_replicas, partition, replica, silence_other_ranks
 
 __all__ = [
     "RankFailed",
+    "dtype_by_name",
     "fail_at_once",
     "fail_together",
     "gather_from_replicas",

@@ -4,26 +4,32 @@ import os
 
 import torch
 
+# What the numbers of a checkpoint may be, and what may be computed in.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def dtype_by_name(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """One of DTYPES from its name; a dtype or None is returned as it is. Raises ValueError if it is none of DTYPES."""
+    by_name = {str(each).removeprefix("torch."): each for each in DTYPES}
+    found = by_name.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}: expected bfloat16, float16, float32 or float64")
+    return found
+
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device this rank computes on: the one asked for, else CUDA, else MPS, else the CPU.
 
-    A bare "cuda" becomes the card of this process's LOCAL_RANK, as torchrun sets it.
-
-    Raises:
-        ValueError: the device named does not exist here.
+    A bare "cuda" becomes the card of this process's LOCAL_RANK, as torchrun sets it. Raises ValueError if the device
+    named does not exist here.
     """
     if device is None:
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"device {device!r} is not known to PyTorch: expected 'cpu', 'cuda', 'cuda:N' or 'mps'"
-        ) from error
+        expected = "expected 'cpu', 'cuda', 'cuda:N' or 'mps'"
+        raise ValueError(f"device {device!r} is not known to PyTorch: {expected}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {str(device)!r} was asked for, but PyTorch finds no CUDA device here")
@@ -41,12 +47,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 def pick_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype nearest to `dtype` (the checkpoint's) that `device` computes in."""
-    if (
-        dtype == torch.bfloat16
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        return torch.float16
     if dtype == torch.float64 and device.type == "mps":
         return torch.float32
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        return dtype if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return dtype

@@ -1,4 +1,4 @@
-"""When one rank of a run fails, the others end with it, with its message. Knows nothing of what they are doing."""
+"""When one rank of a run fails, the others fail with it, by its message. Knows nothing of what they compute."""
 
 import contextlib
 import os
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 from llama.parallel.lifeline import FAILED, LOST_PEER, Hub, Lifeline
 
-# What tells this process that another of its run has failed; None in a run of one process.
+# The connection by which this process learns that another has failed; None in a run of one process.
 _lifeline: Lifeline | None = None
 
-_meeting = 0  # how many times `fail_together` was entered: the same on each rank
+_meeting = 0  # how many times `fail_together` was entered, the same number on each rank
 
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """When one rank raises inside, every rank does, so that none is left waiting for it in a collective.
+    """When one rank raises inside, every rank raises, so that none waits for it in a collective.
 
-    The ranks meet at the end, so the work inside must not be collective; afterwards they are in step, and the run can
-    go on. The rank's own exception stays what it is; the others raise a RuntimeError with its message. Long work
-    inside calls `raise_if_a_rank_failed` now and then, so as not to finish for nothing.
+    The ranks meet at the end, so nothing inside may be collective. Afterwards they are in step, and the run can go on.
+    The rank that failed raises its own exception, the others a RankFailed with its message. What takes long inside
+    calls `raise_if_a_rank_failed` now and then, so that it does not finish for nothing.
     """
     global _meeting
     _meeting += 1
@@ -49,9 +49,9 @@ def fail_together() -> Iterator[None]:
 def fail_at_once() -> Iterator[None]:
     """When one rank raises inside, the others end within seconds, with its message, wherever they are.
 
-    For collective work, such as a forward pass: ranks that wait for the failed one cannot be brought back into step. A
-    rank whose collective breaks raises a RuntimeError with the message of the rank that failed; one that stays stuck in
-    its collective prints the message and is ended. If every rank raises (they share a mistake), nothing more happens.
+    For what is collective, such as a forward pass: ranks that wait for the failed one cannot be brought back into step.
+    A rank whose collective breaks raises a RankFailed with the message of the rank that failed. A rank that is stuck in
+    its collective prints the message and exits. If all ranks raise (they share a mistake), each raises its own.
     """
     if _lifeline is not None and _lifeline.lost is not None:
         raise RankFailed(f"{_lifeline.lost}; start the run again")
@@ -80,17 +80,18 @@ def raise_if_a_rank_failed() -> None:
 
 
 def connect() -> None:
-    """Ties the processes of a run together (llama.parallel.lifeline), if they reach rank 0's port."""
+    """Connects the processes of a run (`llama.parallel.lifeline`), if they can reach rank 0's port."""
     global _lifeline
     if _lifeline is not None:
         return
-    rank, n_ranks = dist.get_rank(), dist.get_world_size()
-    hub = Hub(n_ranks) if rank == 0 else None
+    rank = dist.get_rank()
+    hub = Hub(dist.get_world_size()) if rank == 0 else None
     host = os.environ.get("MASTER_ADDR") or socket.gethostname()
     address = [(host, hub.port, hub.password) if hub else None]
     dist.broadcast_object_list(address, src=0)
     try:
-        _lifeline = Lifeline(rank, n_ranks, address[0], hub)
+        _lifeline = Lifeline(rank, address[0], hub)
     except OSError as error:
         where = f"{address[0][0]}:{address[0][1]}"
-        print(f"rank {rank} cannot reach rank 0 at {where} ({error}): failures of others show late", file=sys.stderr)
+        effect = "it will learn late of the failures of others"
+        print(f"rank {rank} cannot reach rank 0 at {where} ({error}): {effect}", file=sys.stderr)

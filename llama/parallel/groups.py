@@ -1,20 +1,21 @@
-"""Where the model runs: process groups, device and dtype, and the model-parallel layers.
+"""The process groups: over whose ranks a model is split, which part of a dimension each holds, and the replicas.
 
-Knows nothing of Llama: it splits matrices over ranks and adds the pieces up again. The weights and their partitioning
-are fairscale's; the forward pass is our own while no gradient is wanted, because fairscale's reduce cannot be compiled.
+Uses the caller's groups where there are any. Knows nothing of Llama or of what the ranks compute.
 """
 
 import atexit
 import contextlib
+import functools
 import io
 import os
 import sys
+from datetime import timedelta
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
 
-from llama.parallel import failing, replicas
+from llama.parallel import failing
 from llama.parallel.devices import pick_device
 
 # The model-parallel size of the groups that `initialize` made; None while there are none, or they are the caller's.
@@ -22,18 +23,14 @@ _own_model_parallel_size: int | None = None
 
 
 def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
-    """Makes the process groups that the model-parallel layers need, as far as they are not there yet.
+    """Makes the process groups that the model-parallel layers need, if they are not there yet.
 
-    Under torchrun the world is torchrun's; in a plain `python` or a notebook it is one process, whose group needs
-    no port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used as they are.
+    Under torchrun the world is torchrun's. In a plain `python` or a notebook it is one process, whose group needs no
+    port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used as they are.
 
-    Args:
-        model_parallel_size: over how many processes a model is split; the world size when None. Where it is smaller,
-            each run of that many consecutive ranks holds a whole model (a replica).
-        device: decides the backend of a group made here: NCCL for CUDA, else gloo.
-
-    Raises:
-        ValueError: the size does not divide the number of processes, or contradicts the caller's groups.
+    A model is split over model_parallel_size processes, all of the world when None. If they are fewer, that many
+    consecutive ranks hold a whole model (a replica). The backend of a group made here is NCCL for a CUDA `device`, else
+    gloo. Raises ValueError if the size does not divide the number of processes, or contradicts the caller's groups.
     """
     global _own_model_parallel_size
     device = device or pick_device()
@@ -49,13 +46,12 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
     world_size = dist.get_world_size()
     if world_size > 1:
         failing.connect()
-    current = None
-    if fairscale_groups.model_parallel_is_initialized():
-        current = fairscale_groups.get_model_parallel_world_size()
+    has_groups = fairscale_groups.model_parallel_is_initialized()
+    current = fairscale_groups.get_model_parallel_world_size() if has_groups else None
     if model_parallel_size is None:
         model_parallel_size = world_size if current is None or current == _own_model_parallel_size else current
-    if model_parallel_size < 1 or world_size % model_parallel_size != 0:
-        sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    if model_parallel_size not in sizes:
         raise ValueError(
             f"model_parallel_size={model_parallel_size} does not divide the {world_size} process(es) of this run: "
             f"expected one of {sizes} (torchrun --nproc_per_node sets the number of processes)"
@@ -64,20 +60,18 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
         return
     if current is not None:
         if current != _own_model_parallel_size:
-            raise ValueError(
-                f"model_parallel_size={model_parallel_size}, but the caller has initialised "
-                f"fairscale's groups with {current}: pass {current}, or None"
-            )
+            found = f"the caller has initialised fairscale's groups with {current}"
+            raise ValueError(f"model_parallel_size={model_parallel_size}, but {found}: pass {current}, or None")
         # Layers remember the group they were built with, so models already built keep working.
         fairscale_groups.destroy_model_parallel()
-        replicas.gloo_group.cache_clear()
+        _gloo_group.cache_clear()
     with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups in three lines
         fairscale_groups.initialize_model_parallel(model_parallel_size)
     _own_model_parallel_size = model_parallel_size
 
 
 def _destroy_groups() -> None:
-    """At exit: ends the groups' threads, which abort the process now and then if they outlive the interpreter."""
+    """At exit: ends the groups' threads, which sometimes abort the process if they outlive the interpreter."""
     if dist.is_initialized() and getattr(sys, "last_value", None) is None:
         dist.destroy_process_group()
 
@@ -85,7 +79,7 @@ def _destroy_groups() -> None:
 def silence_other_ranks() -> None:
     """Sends stdout of every rank but 0 to nowhere, so that a script's `print` appears once.
 
-    The example scripts, Meta's and ours, rely on it. stderr, and with it every error, stays.
+    The example scripts, Meta's and ours, rely on it. stderr stays as it is, so that every error is seen.
     """
     if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
         sys.stdout = open(os.devnull, "w")
@@ -94,3 +88,30 @@ def silence_other_ranks() -> None:
 def partition(size: int, rank: int, n_ranks: int) -> tuple[int, int]:
     """[start, stop) of a dimension that a rank holds. Where n_ranks does not divide the size, some hold one more."""
     return rank * size // n_ranks, (rank + 1) * size // n_ranks
+
+
+def replica() -> int:
+    """Which replica of the model this process is part of, from 0."""
+    return dist.get_rank() // fairscale_groups.get_model_parallel_world_size()
+
+
+def n_replicas() -> int:
+    return dist.get_world_size() // fairscale_groups.get_model_parallel_world_size()
+
+
+def gather_from_replicas(part: list) -> list[list]:
+    """Every replica's part, on every rank. A replica that has finished sleeps until the others have."""
+    if n_replicas() == 1:
+        return [part]
+    parts: list[list] = [[] for _ in range(n_replicas())]
+    dist.all_gather_object(parts, part, group=_gloo_group())
+    return parts
+
+
+@functools.cache
+def _gloo_group() -> dist.ProcessGroup:
+    """The ranks that hold the same part of each replica's model, over gloo, which sleeps while it waits, for ever."""
+    size, world_size = fairscale_groups.get_model_parallel_world_size(), dist.get_world_size()
+    groups = [list(range(i, world_size, size)) for i in range(size)]
+    made = [dist.new_group(ranks, backend="gloo", timeout=timedelta(days=365)) for ranks in groups]
+    return made[dist.get_rank() % size]

@@ -1,9 +1,9 @@
 """How the ranks of one run learn that one of them has failed, whatever the others are doing at that moment.
 
 Process groups alone do not tell: a rank that waits in a collective for a rank that has raised waits for half an hour
-(NCCL: ten minutes), and one that waits for the keyboard does not notice at all. So each rank keeps one TCP connection
-to rank 0, open as long as it lives: the kernel closes it when the process is killed, and what a rank dies of goes
-through it first. Knows nothing of models or process groups.
+(NCCL: ten minutes), and one that waits for the keyboard does not notice at all. So each rank has one TCP connection to
+rank 0, open as long as it lives. A rank that raises sends its message through it; when a process is killed, the kernel
+closes it. Knows nothing of models or process groups.
 """
 
 import atexit
@@ -17,32 +17,26 @@ import threading
 import time
 from collections.abc import Iterator
 
-# How bad a report is, the cause of the others first: an exception of a rank's own, a connection that has closed, and
-# an exception that only says that some other rank is gone.
+# Kinds of reports. The first kind causes the others: an exception of a rank's own; a closed connection; an exception
+# that only says that another rank is gone.
 FAILED, KILLED, LOST_PEER = range(3)
-# After the first report the others have this long to report the same, seconds. If all do (a mistake in the arguments,
-# which they share), it is an exception like any other.
+# After the first report, the other ranks have this many seconds to report too. If all do, they share a mistake (in the
+# arguments, say), and it is an exception like any other.
 GRACE = 1.0
-# After the verdict a rank has this long to raise by itself, seconds; if it is stuck in a collective, it is ended.
+# After the verdict, a rank has this many seconds to raise by itself; one that is stuck in a collective then exits.
 PATIENCE = 2.0
 
 
 class Lifeline:
-    """One rank's connection. Rank 0 has the hub as well, which it reaches as the others do.
+    """One rank's connection to the hub, which is at `address`: host, port and password.
 
-    Args:
-        rank, n_ranks: this process, of how many.
-        address: host, port and password of the hub.
-        hub: the hub, on rank 0.
-
-    Raises:
-        OSError: the hub cannot be reached.
+    Rank 0, which has the hub, connects to it as the others do. Raises OSError if the hub cannot be reached.
     """
 
-    def __init__(self, rank: int, n_ranks: int, address: tuple[str, int, str], hub: "Hub | None" = None):
-        self.rank, self.n_ranks, self._hub = rank, n_ranks, hub
-        self.lost: str | None = None  # what the run died of
-        self.warnings: dict[int, str] = {}  # what a rank has raised that will tell the others at this meeting
+    def __init__(self, rank: int, address: tuple[str, int, str], hub: "Hub | None" = None):
+        self.rank, self._hub = rank, hub
+        self.lost: str | None = None  # why the run has failed
+        self.warnings: dict[int, str] = {}  # by meeting: what a rank has raised, which all will learn at that meeting
         self._verdict: dict | None = None
         self._told, self._heard = threading.Event(), False
         self._link = socket.create_connection(address[:2], timeout=30)
@@ -52,14 +46,13 @@ class Lifeline:
         atexit.register(self._leave)
 
     def warn(self, meeting: int, message: str) -> None:
-        """Lets the others know of an exception early; they see it in `warnings` and are not ended."""
+        """Tells the others of an exception early: they find it in `warnings`, and go on."""
         self._send({"warning": message, "meeting": meeting})
 
     def report(self, message: str, kind: int = FAILED) -> str | None:
-        """Says that this rank has raised, and waits for what comes of it.
+        """Reports that this rank has raised, and waits for the verdict: the message of the rank that is the cause.
 
-        Returns:
-            None if this rank's exception is the cause, or if all ranks raised together; else the cause.
+        None if that is this rank, or if all ranks raised together.
         """
         self._told.clear()
         self._verdict = None if self.lost is None else self._verdict
@@ -75,19 +68,19 @@ class Lifeline:
             self._link.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self) -> None:
-        """Waits for news from the hub, all the life of this process."""
+        """Waits for messages of the hub as long as this process lives."""
         for line in _lines(self._link):
-            if line == "bye":  # rank 0 has done its work
+            if line == "bye":  # rank 0 has finished
                 self._told.set()
                 return
             if "warning" in line:
                 self.warnings[line["meeting"]] = line["warning"]
-                continue
-            self._end(line)
+            else:
+                self._end(line)
         self._end({"rank": 0, "message": "rank 0 failed: it was killed, or its connection was lost"})
 
     def _end(self, verdict: dict) -> None:
-        """Takes a verdict; if it ends the run, ends this process too, unless its main thread has heard of it."""
+        """Takes a verdict. If it ends the run, exits too, unless the main thread raises it."""
         self._verdict = verdict
         if verdict["rank"] is not None:
             self.lost = verdict["message"]
@@ -100,7 +93,7 @@ class Lifeline:
             os._exit(1)  # the main thread is inside a collective, where no exception reaches it
 
     def _leave(self) -> None:
-        """At exit: says goodbye, or what this process dies of."""
+        """At exit: says goodbye, or reports the exception that ends this process."""
         raised = getattr(sys, "last_value", None)  # what the interpreter has printed a traceback of
         if raised is not None and not self._heard:
             self.report(f"{type(raised).__name__}: {raised}")
@@ -111,7 +104,7 @@ class Lifeline:
 
 
 class Hub:
-    """Rank 0's side: a connection from every rank; what one reports, all are told."""
+    """Rank 0's side: a connection from every rank. What one rank reports is sent to all."""
 
     def __init__(self, n_ranks: int):
         self.n_ranks = n_ranks
@@ -125,7 +118,7 @@ class Hub:
 
     def say(self, news: object) -> None:
         for rank in sorted(self._links, reverse=True):  # rank 0, which may exit at the news, last
-            with contextlib.suppress(OSError):  # that rank is gone already
+            with contextlib.suppress(OSError):  # that rank is already gone
                 self._links[rank].sendall(json.dumps(news).encode() + b"\n")
 
     def _accept(self) -> None:

@@ -1,29 +1,27 @@
 """What drawing n answers and keeping the best is worth: the best-of-n curve, a histogram of the scores, a summary.
 
-Knows numbers alone: nothing of models, answers or files but the PNG it draws.
+Knows nothing of models or answers: scores go in, text and a PNG come out.
 """
 
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 HISTOGRAM_BINS = 16
 BAR_WIDTH = 40
 
 
 def best_of_n(scores: Sequence[float], n: int) -> float:
-    """The expected best score of n answers, estimated without bias from N >= n that were drawn.
+    """The expected best score of n answers, an unbiased estimate from the scores of N >= n answers.
 
-    It is the mean of the maximum over all sets of n of them: the i-th smallest score is the maximum of C(i - 1, n - 1)
-    of the C(N, n) sets. For scores of 0 and 1 that is pass@n of Chen et al. 2021 (arXiv 2107.03374).
-
-    Raises:
-        ValueError: n is not from 1 to N.
+    It is the mean, over all sets of n of the N, of the best score in the set: the i-th smallest score is the best of
+    C(i - 1, n - 1) of the C(N, n) sets. For scores of 0 and 1 that is pass@n of Chen et al. 2021 (arXiv 2107.03374).
     """
     if not 1 <= n <= len(scores):
         raise ValueError(f"best of {n} out of {len(scores)} scores: expected n from 1 to as many as there are")
-    # Each weight from the one above it: the binomials themselves overflow, and their logarithms lose digits.
+    # Each weight is made of the one above it: the binomials overflow, and their logarithms lose digits.
     weight, terms = n / len(scores), []
     for i, score in zip(range(len(scores), n - 1, -1), sorted(scores, reverse=True)):
         terms.append(weight * score)
@@ -32,15 +30,13 @@ def best_of_n(scores: Sequence[float], n: int) -> float:
 
 
 def curve(groups: Sequence[Sequence[float]]) -> list[tuple[int, float, float, int]]:
-    """The best-of-n curve of many prompts, each with its scores.
+    """The best-of-n curve of many prompts, each with its scores, for n = 1, 2, 4, … and the largest.
 
-    Returns:
-        (n, mean over the prompts, its standard error over the prompts, how many prompts have n scores) for n = 1, 2,
-        4, … and the largest; the standard error of a single prompt is NaN.
+    Each point is (n, mean over the prompts, its standard error, number of prompts with n scores).
     """
     largest = max(map(len, groups), default=0)
     points = []
-    for n in sorted({2**k for k in range(largest.bit_length()) if 2**k <= largest} | {largest} - {0}):
+    for n in sorted({2**k for k in range(largest.bit_length())} | {largest} - {0}):
         values = [best_of_n(scores, n) for scores in groups if len(scores) >= n]
         points.append((n, *mean_and_error(values), len(values)))
     return points
@@ -48,14 +44,14 @@ def curve(groups: Sequence[Sequence[float]]) -> list[tuple[int, float, float, in
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean of independent values and its standard error, NaN for a single one."""
-    mean = math.fsum(values) / len(values)
+    mean = fmean(values)
     if len(values) < 2:
         return mean, math.nan
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def histogram(scores: Sequence[float]) -> list[tuple[float, float, int]]:
-    """(from, to, how many scores) of up to HISTOGRAM_BINS equal bins; a bin for each value where there are few."""
+    """(from, to, number of scores) of HISTOGRAM_BINS equal bins, or of a bin for each value if there are few values."""
     values = sorted(set(scores))
     if len(values) <= HISTOGRAM_BINS // 2:
         return [(value, value, sum(score == value for score in scores)) for value in values]
@@ -68,23 +64,14 @@ def histogram(scores: Sequence[float]) -> list[tuple[float, float, int]]:
 
 @dataclass
 class Summary:
-    """The scores of a run, prompt by prompt.
+    """The scores of a run, prompt by prompt."""
 
-    Attributes:
-        threshold: the score that ended the drawing for a prompt; None where as many were drawn for each.
-        n_first: how many of a prompt's scores were drawn before any was looked at; None: all.
-        groups: each prompt's scores in the order they were drawn, None for an answer that could not be scored.
-        first_error: why the first of these could not.
-        n_failed: prompts without answers, broken lines say.
-        is_selection: whether some prompts have only those answers that an earlier score was best for.
-    """
-
-    threshold: float | None = None
-    n_first: int | None = None
-    groups: list[list[float | None]] = field(default_factory=list)
-    first_error: str | None = None
-    n_failed: int = 0
-    is_selection: bool = False
+    threshold: float | None = None  # the score that ended the drawing for a prompt
+    n_first: int | None = None  # how many answers to a prompt were drawn before the first was scored; None: all
+    groups: list[list[float | None]] = field(default_factory=list)  # each prompt's, as drawn; None: without a score
+    first_error: str | None = None  # why the first of these has none
+    n_failed: int = 0  # prompts without answers, broken lines for example
+    is_selection: bool = False  # whether some prompts have only the answers that an earlier run kept as the best
 
     @property
     def scores(self) -> list[float]:
@@ -94,7 +81,7 @@ class Summary:
     def curve(self) -> list[tuple[int, float, float, int]]:
         """As `curve`; of a selection there is none.
 
-        Of the answers that were drawn until one was good enough, only those count that were not.
+        Where answers were drawn until one was good enough, only the first n count: the others would bend the curve.
         """
         if self.is_selection:
             return []
@@ -104,15 +91,14 @@ class Summary:
     def text(self) -> str:
         """The summary as lines for a terminal."""
         scores, n_answers = self.scores, sum(map(len, self.groups))
-        lines = [f"{len(self.groups):,} prompts, {n_answers:,} answers, {n_answers - len(scores):,} without a score"]
-        if self.first_error is not None:
-            lines[0] += f" (the first: {self.first_error})"
-        if self.n_failed:
-            lines[0] += f"; {self.n_failed:,} lines failed"
+        first = "" if self.first_error is None else f" (the first: {self.first_error})"
+        failed = f"; {self.n_failed:,} lines failed" if self.n_failed else ""
+        n_missing = n_answers - len(scores)
+        head = f"{len(self.groups):,} prompts, {n_answers:,} answers, {n_missing:,} without a score{first}{failed}"
         if not scores:
-            return lines[0]
-        best = [max(known) for group in self.groups if (known := [s for s in group if s is not None])]
-        lines += [f"score: mean {_mean(scores):.4f}, mean of the best of each prompt {_mean(best):.4f}"]
+            return head
+        best = [max(scored) for group in self.groups if (scored := [s for s in group if s is not None])]
+        lines = [head, f"score: mean {fmean(scores):.4f}, mean of the best of each prompt {fmean(best):.4f}"]
         if self.threshold is not None:
             n_accepted = sum(score >= self.threshold for score in scores)
             n_reached = sum(score >= self.threshold for score in best)
@@ -135,11 +121,7 @@ class Summary:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Writes histogram and curve as a PNG.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
+        """Writes histogram and curve as a PNG. Raises ImportError without matplotlib."""
         figure = require_matplotlib()(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.hist(self.scores, bins=HISTOGRAM_BINS)
@@ -158,9 +140,5 @@ def require_matplotlib() -> type:
     try:
         from matplotlib.figure import Figure  # an optional extra
     except ImportError:
-        raise ImportError("a plot needs matplotlib: pip install matplotlib (or `pip install 'llama[plot]'`)") from None
+        raise ImportError("a plot needs matplotlib: pip install matplotlib (or `pip install '.[plot]'`)") from None
     return Figure
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -1,7 +1,7 @@
-"""A Llama that says how good an answer is: the network with a scalar head, and dialogs to the ids that it reads.
+"""Reward models: a Llama with a scalar head, and the ids that it reads of a dialog.
 
-Reads Hugging Face's `LlamaForSequenceClassification` directories with one label, as the public Llama-3 reward models
-are. The score is the head's value at the last token of a text (Ouyang et al. 2022, arXiv 2203.02155; Touvron et al.
+The directories are Hugging Face's `LlamaForSequenceClassification` with one label, as the public Llama-3 reward models
+are. The reward is the head's value at the last token of a text (Ouyang et al. 2022, arXiv 2203.02155; Touvron et al.
 2023, arXiv 2307.09288). Knows nothing of where answers come from.
 """
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama import parallel
+from llama.checkpoint.config import REWARD_MODEL, args_from_config, context_length, read_json
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.checkpoint.huggingface_config import REWARD_MODEL, model_args, read_json
 from llama.checkpoint.loading import load_weights
 from llama.checkpoint.open import find_tokenizer
 from llama.model import ModelArgs, Transformer
@@ -26,7 +26,7 @@ BATCH_TOKENS = 4096
 
 
 class RewardTransformer(Transformer):
-    """The network up to its last norm, and a vector in place of the output matrix. Without a cache."""
+    """The network up to its last norm, and a vector in place of the output matrix. It has no cache."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -55,10 +55,8 @@ class RewardModel:
 
         Args:
             ckpt_dir: Hugging Face's directory, with config.json and safetensors files.
-            tokenizer: whose ids the model reads where its directory has no tokenizer.
-            model_parallel_size: over how many processes it is split, as in `Llama.build`.
-            device: as in `Llama.build`.
-            dtype: of weights and computation; the checkpoint's, or the nearest the device has, when None.
+            tokenizer: whose ids the model reads if its directory has no tokenizer.
+            model_parallel_size, device, dtype: as in `Llama.build`.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
@@ -75,17 +73,11 @@ class RewardModel:
         return RewardModel(model, tokenizer, pad_id)
 
     def __init__(self, model: RewardTransformer, tokenizer: Tokenizer, pad_id: int | None = None):
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.pad_id = model, tokenizer, pad_id
         self.formatter = ChatFormat(tokenizer)
-        self.pad_id = pad_id
 
     def encode(self, prompt: str | Dialog, answer: str) -> list[int]:
-        """The ids of a prompt and an answer to it.
-
-        A dialog and its answer in the chat format of the model's tokenizer, the end of the answer's turn included; a
-        text and what continues it as one text.
-        """
+        """The ids of a text with its continuation, or of a dialog with its answer and the end of the answer's turn."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt + answer, bos=True)
         ids = self.formatter.encode_dialog_prompt(prompt)
@@ -94,9 +86,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, texts: Sequence[Sequence[int]]) -> list[float]:
-        """The reward of each text of ids, at its last token; of unequal lengths, any number of them.
-
-        As in Transformers, ids of config.json's pad_token_id at the end of a text are no part of it.
+        """The reward of each text of ids. As in Transformers, padding ids at its end do not count.
 
         Raises:
             ValueError: a text is empty or too long for the model. Nothing has run then.
@@ -110,7 +100,7 @@ class RewardModel:
                 raise ValueError(f"text {index} has {len(row):,} tokens: expected 1 to {limit:,} for the reward model")
             rows.append(row)
         rewards = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # of like lengths together
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # like lengths together, for less padding
         with parallel.fail_at_once():
             while order:
                 width = len(rows[order[0]])
@@ -142,10 +132,8 @@ def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Huggi
         tokenizer = Tokenizer(find_tokenizer(ckpt_dir))
     elif tokenizer is None:
         find_tokenizer(ckpt_dir)  # raises, saying what the directory holds
-    context = config.get("max_position_embeddings")
-    max_seq_len = context if isinstance(context, int) and context > 0 else 4096
-    # The head stands where the output matrix would, so that it does not matter whether that one would be tied.
-    args = model_args(
-        config | {"tie_word_embeddings": False}, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL
-    )
+    max_seq_len = context_length(config, ckpt_dir)
+    # The head replaces the output matrix, so whether that one would be tied does not matter.
+    config |= {"tie_word_embeddings": False}
+    args = args_from_config(config, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL)
     return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args, reward_head=True), config.get("pad_token_id")

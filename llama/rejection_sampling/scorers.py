@@ -1,8 +1,8 @@
 """What an answer is worth: log-probabilities, reward models, a Llama as judge, or any Python function.
 
 A scorer is a function of a row and answers to it that returns a finite number for each answer. A row is what a line of
-the input holds: `messages`, a `prompt` or `tokens`, and whatever else. An answer has its `text`, its `finish_reason`,
-and where it was drawn just now its `logprob` and `n_tokens`. Knows nothing of where answers come from or go.
+the input holds: `messages`, a `prompt` or `tokens`, and whatever else. An answer has its `text` and `finish_reason`;
+if it was drawn just now, also its `logprob` and `n_tokens`. Knows nothing of where answers come from or go.
 """
 
 import copy
@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
 
 from llama.datasets.prompts import kind_of, prompt_ids
-from llama.decoding.answering import Answer
 from llama.generation import Llama
 from llama.parallel import RankFailed
 from llama.rejection_sampling.reward_model import RewardModel
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 
-Scorer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], Sequence[float]]
+Row = Mapping[str, Any]
+Answers = Sequence[Mapping[str, Any]]
+Scorer = Callable[[Row, Answers], Sequence[float]]
 
 JUDGE_TEMPLATE = """\
 Here is a request and an answer to it.
@@ -36,11 +38,9 @@ Answer:
 {answer}
 
 Is this answer correct and helpful? Reply with Yes or No."""
+NO_ANSWER_IN_TEMPLATE = "the judge's template has no {answer}: expected {answer}, and {prompt} where it is needed"
 
 KINDS = "logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function"
-
-
-NO_ANSWER_IN_TEMPLATE = "the judge's template has no {answer}: expected {answer}, and {prompt} where it is needed"
 
 # These end a run, whatever raises them; anything else that a scorer raises marks an answer.
 FATAL = (RankFailed, MemoryError, torch.OutOfMemoryError)
@@ -49,27 +49,25 @@ FATAL = (RankFailed, MemoryError, torch.OutOfMemoryError)
 class Logprob:
     """The log-probability of an answer's tokens given the prompt under a model, nats, in total or the mean.
 
-    Of an answer that was drawn just now it is known. Any other text is encoded as a whole, which may be other tokens
-    than those it was drawn in. What ends an answer (the end of turn, a stop string) does not count: an answer of
-    nothing has 0 in total, and no mean, so that it is not the best there is.
+    An answer that was drawn just now has it already; any other text is encoded as a whole. What ends an answer does not
+    count. So an empty answer has 0 in total, and no mean: it must not be the best there is.
     """
 
     def __init__(self, llama: Llama, mean: bool = False):
         self.llama, self.mean = llama, mean
 
-    def __call__(self, row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> list[float]:
-        known = [(a["logprob"], a["n_tokens"]) if "logprob" in a else None for a in answers]
-        encoded = {i: self.llama.tokenizer.encode(answers[i]["text"]) for i, pair in enumerate(known) if pair is None}
-        n_tokens = [len(encoded[i]) if pair is None else pair[1] for i, pair in enumerate(known)]
+    def __call__(self, row: Row, answers: Answers) -> list[float]:
+        encode = self.llama.tokenizer.encode
+        texts = {i: encode(answer["text"]) for i, answer in enumerate(answers) if "logprob" not in answer}
+        n_tokens = [len(texts[i]) if i in texts else answer["n_tokens"] for i, answer in enumerate(answers)]
         if self.mean and 0 in n_tokens:
             raise ValueError("the answer has no tokens to take the mean over: expected one or more")
-        totals = [0.0 if pair is None else pair[0] for pair in known]
-        if encoded:
+        totals = [0.0 if i in texts else answer["logprob"] for i, answer in enumerate(answers)]
+        if texts:
             prompt = prompt_ids(self.llama, row)
-            texts = [prompt + ids for ids in encoded.values()]
-            scored = self.llama.answer(texts, True, True, shared=False, max_gen_len=0, temperature=0)
-            for i, (answer,) in zip(encoded, scored):
-                totals[i] = math.fsum(answer.prompt_token_logprobs[len(prompt) :])
+            texts = {i: ids for i, ids in texts.items() if ids}
+            for i, total in zip(texts, _logprobs(self.llama, [(prompt, ids) for ids in texts.values()])):
+                totals[i] = total
         return [total / n for total, n in zip(totals, n_tokens)] if self.mean else totals
 
 
@@ -79,21 +77,15 @@ class Reward:
     def __init__(self, model: RewardModel):
         self.model = model
 
-    def __call__(self, row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> list[float]:
+    def __call__(self, row: Row, answers: Answers) -> list[float]:
         prompt = _prompt_of(row)
         return self.model.score([self.model.encode(prompt, answer["text"]) for answer in answers])
 
 
 class Judge:
-    """The log-probability, nats, that a model gives a verdict such as "Yes" on an answer.
+    """The log-probability, nats, that the reply of a model tuned for dialogs begins with a verdict such as "Yes".
 
-    Args:
-        llama: the judge, tuned for dialogs.
-        template: what the judge is asked, with {prompt} and {answer} in it.
-        verdict: how the judge's reply must begin.
-
-    Raises:
-        ValueError: the template has no place for the answer, or the verdict is empty.
+    The template is what it is asked, with {answer} in it, and {prompt} where that is needed.
     """
 
     def __init__(self, llama: Llama, template: str = JUDGE_TEMPLATE, verdict: str = "Yes"):
@@ -104,48 +96,32 @@ class Judge:
         if not self.verdict:
             raise ValueError("the judge's verdict is empty: expected a text such as Yes")
 
-    def __call__(self, row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> list[float]:
+    def __call__(self, row: Row, answers: Answers) -> list[float]:
         prompt = _prompt_of(row)
         if not isinstance(prompt, str):
             alone = len(prompt) == 1
             prompt = "\n\n".join(m["content"] if alone else f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
-        prompts = []
+        texts, pieces = [], re.split(r"(\{prompt\}|\{answer\})", self.template)  # once: what is filled in is text
         for answer in answers:
-            pieces = re.split(r"(\{prompt\}|\{answer\})", self.template)  # once: what is put in is text
             content = "".join({"{prompt}": prompt, "{answer}": answer["text"]}.get(piece, piece) for piece in pieces)
-            prompts.append(self.llama.formatter.encode_dialog_prompt([{"role": "user", "content": content}]))
-        # The verdict is forced; its log-probability is that of the model's own logits. As an answer and not as part of
-        # the prompt, so that what the prompts have in common is run once.
-        forced = [_Forced(len(prompt), self.verdict) for prompt in prompts]
-        results = self.llama.answer(
-            prompts, True, shared=False, temperature=0, max_gen_len=len(self.verdict), logits_processor=forced
-        )
-        return [self._logprob(answer) for (answer,) in results]
-
-    def _logprob(self, answer: Answer) -> float:
-        if answer.tokens != self.verdict:
-            raise ValueError("no room for the verdict after the judge's prompt: expected a larger max_seq_len")
-        return math.fsum(answer.token_logprobs)
+            texts.append((prompt_ids(self.llama, {"messages": [{"role": "user", "content": content}]}), self.verdict))
+        return _logprobs(self.llama, texts)
 
 
-class _Forced:
-    """A logits processor that leaves nothing but the next token of an answer that is given."""
-
-    def __init__(self, prompt_length: int, answer: list[int]):
-        self.prompt_length, self.answer = prompt_length, answer
-
-    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        token = self.answer[ids.shape[1] - self.prompt_length]
-        return torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor([token], device=logits.device), 0.0)
+def _logprobs(llama: Llama, texts: list[tuple[list[int], list[int]]]) -> list[float]:
+    """The log-probability of each continuation after its prompt. Raises ValueError if one is too long or fails."""
+    results = llama.score_tokens([(prompt + ids, len(prompt)) for prompt, ids in texts])
+    for result in results:
+        if result.error is not None:
+            raise ValueError(result.error)
+    return [math.fsum(result.logprobs) for result in results]
 
 
-def _prompt_of(row: Mapping[str, Any]) -> str | Dialog:
-    """The text or the dialog that a row's answers answer. Raises ValueError if it is neither."""
+def _prompt_of(row: Row) -> str | Dialog:
+    """The text or the dialog that a row's answers answer. Raises ValueError if it has neither."""
     if (kind := kind_of(row)) == "tokens":
-        raise ValueError(
-            "the line has token ids alone, and this scorer reads text: give the line `messages` or a `prompt` in place "
-            "of `tokens`, or score with logprob, mean_logprob or a function of your own"
-        )
+        hint = "give the line `messages` or a `prompt`, or score with logprob, mean_logprob or a function of your own"
+        raise ValueError(f"the line has token ids alone, and this scorer reads text: {hint}")
     if kind == "prompt" and not isinstance(row["prompt"], str):
         raise ValueError(f"prompt = {row['prompt']!r}: expected a text")
     if kind == "messages":
@@ -153,53 +129,75 @@ def _prompt_of(row: Mapping[str, Any]) -> str | Dialog:
     return row[kind]
 
 
-def python_function(spec: str) -> Scorer:
-    """The function that module:function names; the module may lie in the current directory.
+def give_scores(scorer: Scorer, row: Row, answers: Sequence[dict[str, Any]]) -> None:
+    """Puts into each answer without an `error` its `score`, or None and an `error`. All ranks of a model call this."""
+    sound = [answer for answer in answers if "error" not in answer]
+    group = fairscale_groups.get_model_parallel_group()
+    for answer, (score, error) in zip(sound, score_answers(scorer, row, sound, group)):
+        answer |= {"score": score} if error is None else {"score": None, "error": error}
 
-    Raises:
-        ValueError: there is no such module, or nothing that can be called of that name in it.
+
+def score_answers(
+    scorer: Scorer, row: Row, answers: Answers, group: dist.ProcessGroup | None = None
+) -> list[tuple[float | None, str | None]]:
+    """(score, None) for each answer, or (None, why it has none).
+
+    A scorer that raises, or returns something other than finite numbers, is asked once more for each answer alone, so
+    that only those it cannot score are marked. All ranks of the model, `group`, call a scorer of this module together;
+    a function of the caller's is called by the first rank for all, so that they agree whatever it does.
     """
-    module_name, _, name = spec.partition(":")
-    if "" in module_name.split("."):
-        raise ValueError(
-            f"scorer {spec!r}: expected module:function, with the module's full name and no dots around it"
-        )
-    added = "" not in sys.path
-    if added:
-        sys.path.insert(0, "")  # the current directory, as for `python -m`
+    if not answers:
+        return []
+    if isinstance(scorer, (Logprob, Reward, Judge)) or group is None or dist.get_world_size(group) == 1:
+        return _scores(scorer, row, answers)
+    scores = [_scores(scorer, row, answers) if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(scores, src=dist.get_global_rank(group, 0), group=group)
+    return scores[0]
+
+
+def _scores(scorer: Scorer, row: Row, answers: Answers) -> list[tuple[float | None, str | None]]:
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # of an import inside it
-        raise ValueError(
-            f"scorer {spec!r}: there is no module {module_name!r} in the current directory or installed; "
-            f"expected one of {KINDS}"
-        ) from None
-    finally:
-        if added:
-            sys.path.remove("")
-    function = getattr(module, name, None)
-    if not callable(function):
-        where = getattr(module, "__file__", None) or f"the module {module_name}"  # one that is part of Python has none
-        found = "no such name" if function is None else f"a {type(function).__name__}"
-        raise ValueError(f"scorer {spec!r}: {where} has {found}: expected a function (row, answers)")
-    return function
+        # Copies: what the caller's code does to them must not change what is written.
+        values = scorer(copy.deepcopy(row), copy.deepcopy(answers))
+        if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+            raise TypeError(f"the scorer returned {values!r}: expected a list with a number for each answer")
+        scores = [_as_score(value) for value in values]
+        if len(scores) != len(answers):
+            raise ValueError(f"{len(scores)} scores for {len(answers)} answers: expected one for each")
+    except FATAL:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the caller's code may raise
+        if len(answers) > 1:
+            return [score for answer in answers for score in _scores(scorer, row, [answer])]
+        return [(None, f"{type(error).__name__}: {error}")]
+    return [(score, None) for score in scores]
+
+
+def _as_score(value: Any) -> float:
+    if isinstance(value, (str, bytes)) or value is None:
+        raise TypeError(f"the scorer returned {value!r}: expected a number")
+    score = float(value)
+    if not math.isfinite(score):
+        raise ValueError(f"the scorer returned {score}: expected a finite number")
+    return score
+
+
+# Scorers by the names that the command line has for them
 
 
 def is_judge(spec: str) -> bool:
     return spec.partition(":")[0] == "judge"
 
 
-def check_spec(spec: str, judge_template: str | None = None) -> Scorer | None:
-    """Looks at what the command line says of a scorer before any weights are read; returns it if it needs none.
+def check_spec(spec: str, judge_template: str = JUDGE_TEMPLATE) -> Scorer | None:
+    """Checks the name of a scorer before any weights are read; returns the scorer if it needs none.
 
     Raises:
-        ValueError, FileNotFoundError: it is none, or names what is not there.
+        ValueError, FileNotFoundError: there is no such scorer, or no such directory or function.
     """
     kind, colon, rest = spec.partition(":")
     if spec in ("logprob", "mean_logprob", "judge") or (kind in ("reward", "judge") and rest):
-        if is_judge(spec) and "{answer}" not in (judge_template or JUDGE_TEMPLATE):
+        if is_judge(spec) and "{answer}" not in judge_template:
             raise ValueError(NO_ANSWER_IN_TEMPLATE)
         if rest and not Path(rest).is_dir():
             raise FileNotFoundError(f"scorer {spec!r}: there is no directory {rest}: expected a model's")
@@ -212,88 +210,52 @@ def check_spec(spec: str, judge_template: str | None = None) -> Scorer | None:
 def load_scorer(
     spec: str,
     llama: Llama | None,
-    judge_template: str | None = None,
+    judge_template: str = JUDGE_TEMPLATE,
     judge_answer: str = "Yes",
     *,
     tokenizer: Tokenizer | None = None,
-    model_parallel_size: int | None = None,
     max_seq_len: int = 2048,
     max_batch_size: int = 8,
-    device: Any = None,
-    dtype: Any = None,
+    **loading: Any,
 ) -> Scorer:
-    """The scorer that the command line names, as one of `KINDS`.
+    """The scorer of a name, one of `KINDS`.
 
     Args:
-        spec: its kind, and where it is.
         llama: the model that `logprob`, `mean_logprob` and `judge` ask; None is fine for the others.
         judge_template, judge_answer: as `template` and `verdict` of `Judge`.
         tokenizer: whose ids a reward model without a tokenizer of its own reads.
-        model_parallel_size, max_seq_len, max_batch_size, device, dtype: as in `Llama.build`, for a scorer's own model.
+        max_seq_len, max_batch_size, loading: as in `Llama.build`, for a scorer's own model.
     """
     kind, _, rest = spec.partition(":")
     if (scorer := check_spec(spec, judge_template)) is not None:
         return scorer
     if kind == "reward":
-        return Reward(RewardModel.build(rest, tokenizer, model_parallel_size, device=device, dtype=dtype))
+        return Reward(RewardModel.build(rest, tokenizer, **loading))
     if kind == "judge":
-        if rest:
-            where = (max_seq_len, max_batch_size, model_parallel_size)
-            llama = Llama.build(rest, None, *where, device=device, dtype=dtype)
-        return Judge(llama, judge_template or JUDGE_TEMPLATE, judge_answer)
+        judge = Llama.build(rest, None, max_seq_len, max_batch_size, **loading) if rest else llama
+        return Judge(judge, judge_template, judge_answer)
     return Logprob(llama, mean=kind == "mean_logprob")
 
 
-def score_answers(
-    scorer: Scorer,
-    row: Mapping[str, Any],
-    answers: Sequence[Mapping[str, Any]],
-    group: dist.ProcessGroup | None = None,
-) -> list[tuple[float | None, str | None]]:
-    """(score, None) of each answer, or (None, why there is none).
-
-    A scorer that raises, or returns something other than finite numbers, is asked once more for each answer alone, so
-    that only those it cannot score are marked.
-
-    Args:
-        scorer: one of this module, which every rank of a model calls together; or a function of the caller's, which
-            the first of them calls for all, so that they agree whatever it does.
-        row, answers: its arguments.
-        group: the ranks of the model.
-    """
-    if not answers:
-        return []
-    if isinstance(scorer, (Logprob, Reward, Judge)) or group is None or dist.get_world_size(group) == 1:
-        return _marks(scorer, row, answers)
-    marks = [_marks(scorer, row, answers) if dist.get_rank(group) == 0 else None]
-    dist.broadcast_object_list(marks, src=dist.get_global_rank(group, 0), group=group)
-    return marks[0]
-
-
-def _marks(
-    scorer: Scorer, row: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]
-) -> list[tuple[float | None, str | None]]:
+def python_function(spec: str) -> Scorer:
+    """The function that module:function names; the module may lie in the current directory. Raises ValueError."""
+    module_name, _, name = spec.partition(":")
+    if "" in module_name.split("."):
+        expected = "expected module:function, with the module's full name and no dots around it"
+        raise ValueError(f"scorer {spec!r}: {expected}")
+    sys.path.insert(0, "")  # the current directory, as for `python -m`
     try:
-        # Copies, for what a caller's code does to them must not change what is written.
-        values = scorer(copy.deepcopy(row), copy.deepcopy(answers))
-        if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
-            raise TypeError(f"the scorer returned {values!r}: expected a list with a number for each answer")
-        scores = [_as_score(value) for value in values]
-        if len(scores) != len(answers):
-            raise ValueError(f"{len(scores)} scores for {len(answers)} answers: expected one for each")
-    except FATAL:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a caller's code may raise
-        if len(answers) > 1:
-            return [mark for answer in answers for mark in _marks(scorer, row, [answer])]
-        return [(None, f"{type(error).__name__}: {error}")]
-    return [(score, None) for score in scores]
-
-
-def _as_score(value: Any) -> float:
-    if isinstance(value, (str, bytes)) or value is None:
-        raise TypeError(f"the scorer returned {value!r}: expected a number")
-    score = float(value)
-    if not math.isfinite(score):
-        raise ValueError(f"the scorer returned {score}: expected a finite number")
-    return score
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # an import inside the module failed
+        found = f"there is no module {module_name!r} in the current directory or installed"
+        raise ValueError(f"scorer {spec!r}: {found}; expected one of {KINDS}") from None
+    finally:
+        sys.path.remove("")
+    function = getattr(module, name, None)
+    if not callable(function):
+        where = getattr(module, "__file__", None) or f"the module {module_name}"  # a module built into Python has none
+        found = "no such name" if function is None else f"a {type(function).__name__}"
+        raise ValueError(f"scorer {spec!r}: {where} has {found}: expected a function (row, answers)")
+    return function

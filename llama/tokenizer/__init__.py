@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizers, the chat formats, dialogs with open turns, text while it is decided.
+"""Text to token ids and back: the tokenizers, the chat formats, dialogs with open turns, the text of a growing answer.
 
 Knows nothing of tensors, models or sampling.
 """

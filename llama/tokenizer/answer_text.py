@@ -1,4 +1,7 @@
-"""The text of an answer while its tokens arrive: whole characters only, and nothing of a stop string."""
+"""The text of an answer while its tokens arrive: whole characters only, and no part of a stop string.
+
+Knows nothing of how the tokens are chosen.
+"""
 
 import codecs
 
@@ -10,7 +13,7 @@ class AnswerText:
 
     Args:
         tokenizer: the model's.
-        stops: the answer ends where the first of these strings begins, also across the borders of tokens.
+        stops: the answer ends where the first of these strings begins, even in the middle of a token.
         before: ids that precede the answer and belong to the text, such as an echoed prompt.
     """
 
@@ -18,7 +21,7 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._stops = stops
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._tokens = list(before or [])  # while they have no text yet
+        self._tokens = list(before or [])  # as long as they have no text
         self._text = ""
         self._stopped = False
         self._ends: list[int] = []  # the length of the text after each token of the answer
@@ -27,7 +30,7 @@ class AnswerText:
         self._start = len(self._text)
 
     def follow(self, tokens: list[int]) -> bool:
-        """Takes those of an answer's tokens that are new; True once a stop string is complete."""
+        """Takes all tokens of the answer so far, of which it adds the new ones; True once a stop string is complete."""
         for token in tokens[len(self._ends) :]:
             self.push(token)
         return self._stopped
@@ -36,7 +39,7 @@ class AnswerText:
         """Takes the next token."""
         if self._text:
             new = self._tokenizer.token_bytes(token)
-        else:  # the first token of a Llama 2 text is without its space
+        else:  # the first token of a Llama 2 text loses its space
             self._tokens.append(token)
             new = self._tokenizer.decode_bytes(self._tokens)[len(self._tokenizer.decode_bytes(self._tokens[:-1])) :]
         self._extend(self._decoder.decode(new))
@@ -45,14 +48,14 @@ class AnswerText:
         longest = max(map(len, self._stops), default=0)
         search_from = max(self._start, len(self._text) - longest + 1)
         self._text += new
-        self._ends.append(len(self._text) + bool(self._decoder.getstate()[0]))  # with the character it has begun
+        self._ends.append(len(self._text) + bool(self._decoder.getstate()[0]))  # and one for a character it began
         found = [at for stop in self._stops if (at := self._text.find(stop, search_from)) >= 0]
         if found:
             self._text, self._stops, self._stopped = self._text[: min(found)], [], True
 
     @property
     def decided(self) -> str:
-        """The text that nothing to come can change: without what may be the beginning of a stop string."""
+        """The text that no later token can change: without an end that may be the beginning of a stop string."""
         held = 0
         for stop in self._stops:
             for n in range(min(len(stop) - 1, len(self._text) - self._start), held, -1):
@@ -62,12 +65,12 @@ class AnswerText:
         return self._text[: len(self._text) - held]
 
     def finish(self) -> str:
-        """The whole text, after the last token; a character that was never completed is U+FFFD."""
+        """The whole text, after the last token. A character that was not completed becomes U+FFFD."""
         if not self._stopped:
             self._text += self._decoder.decode(b"", final=True)
         return self._text
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens lie wholly in the text: those of a stop string do not."""
+        """How many tokens lie wholly in the text. Those of a stop string do not."""
         return sum(end <= len(self._text) for end in self._ends)

@@ -20,9 +20,9 @@ class ChatFormat:
     """A dialog to the ids of its prompt, in the format that the tokenizer's models were tuned on.
 
     Llama 3: each message is `<|start_header_id|>ROLE<|end_header_id|>`, two newlines, the content and `<|eot_id|>`.
-    Llama 2: `[INST] <<SYS>>`, where the tags are text. A tag that a user writes is then the same characters as one of
-    the format's: the model cannot tell them apart, and nothing here refuses them. Control tokens (`<s>`, `</s>`,
-    `<|eot_id|>`, ...) never come out of a message, in either format. Contents are stripped of white space around them.
+    Llama 2: `[INST] <<SYS>>`, where the tags are text. A user can write them too: the model cannot tell them from the
+    format's own, and they are not refused. No message ever becomes a control token (`<s>`, `</s>`, `<|eot_id|>`, …), in
+    either format. White space around a content is stripped.
 
     Formats: the model cards of Llama 3.1 and Llama 2, llama.com/docs/model-cards-and-prompt-formats.
     """
@@ -31,13 +31,18 @@ class ChatFormat:
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> list[int]:
-        """Ids of what stands before a message's content. The role `tool` is written `ipython`, its name in the format.
+        """Ids of a message's header. The role `tool` becomes `ipython`, its name in the format.
 
-        Raises:
-            ValueError: as `check` for the message; or the format is Llama 2's, which has no headers.
+        Raises ValueError as `check_messages` does; also if the format is Llama 2's, which has no headers.
         """
-        self._check_message(message)
-        return self._header(message["role"])
+        self.check_messages([message])
+        if self.tokenizer.kind == "llama2":
+            raise ValueError("the Llama 2 chat format has no header or message by itself: use encode_dialog_prompt")
+        special = self.tokenizer.special_tokens
+        if missing := {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} - special.keys():
+            raise ValueError(f"the tokenizer has no {', '.join(sorted(missing))}: its model is not one for dialogs")
+        name = self.tokenizer.encode("ipython" if message["role"] == "tool" else message["role"])
+        return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *self.tokenizer.encode("\n\n")]
 
     def encode_message(self, message: Message) -> list[int]:
         """Ids of one whole message: header, content, end of turn. Raises as `encode_header` does."""
@@ -52,21 +57,19 @@ class ChatFormat:
         ids = [self.tokenizer.bos_id]
         for message in dialog:
             ids += self.encode_message(message)
-        return ids + self._header("assistant")
+        return ids + self.encode_header({"role": "assistant", "content": ""})
 
     def check(self, dialog: Dialog) -> None:
-        """Says whether a dialog can be a prompt, before anything is run.
+        """Checks that a dialog can be a prompt.
 
-        Raises:
-            ValueError: it is not a non-empty list of messages; a message has no `role` or no `content`, an unknown role
-                or a content that is not a str; the last one is not the user's (or a tool's result). Llama 2: after a
-                system message, if there is one, user and assistant do not alternate.
+        Raises ValueError as `check_messages` does, and if the last message is not the user's (or a tool's result).
+        Llama 2: also if, after the system message if there is one, user and assistant do not alternate.
         """
         self.check_messages(dialog)
-        roles = [message["role"] for message in dialog]
-        if roles[-1] not in ("user", "ipython", "tool"):
-            raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {roles[-1]!r}")
+        if (last := dialog[-1]["role"]) not in ("user", "ipython", "tool"):
+            raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {last!r}")
         if self.tokenizer.kind == "llama2":
+            roles = [message["role"] for message in dialog]
             turns = roles[1:] if roles[0] == "system" else roles
             if any(role != ("user", "assistant")[k % 2] for k, role in enumerate(turns)):
                 expected = "a Llama 2 dialog has user and assistant in turn, after at most one system message"
@@ -74,36 +77,28 @@ class ChatFormat:
 
     @staticmethod
     def check_messages(dialog: Dialog) -> None:
-        """The part of `check` that holds for every dialog, whatever its format and its order."""
+        """The part of `check` that is the same for every format and every order of roles.
+
+        Raises ValueError if it is not a list of at least one message, or if a message has no `role` or no `content`, an
+        unknown role or a content that is not a str.
+        """
         if not (isinstance(dialog, list | tuple) and dialog):
             found = "an empty list" if dialog == [] else type(dialog).__name__
             raise ValueError(f"a dialog is a list of one or more messages, the last of them the user's; found {found}")
+        roles = get_args(Role)
         for number, message in enumerate(dialog):
-            ChatFormat._check_message(message, f"message {number} of the dialog")
-
-    @staticmethod
-    def _check_message(message: Message, where: str = "the message") -> None:
-        known = get_args(Role)
-        if not isinstance(message, Mapping):
-            problem = f"is a {type(message).__name__}, expected a dict with 'role' and 'content'"
-        elif missing := [key for key in ("role", "content") if key not in message]:
-            problem = f"has no {missing[0]!r}; found the keys {sorted(map(str, message))}"
-        elif message["role"] not in known:
-            problem = f"has the unknown role {message['role']!r}; known are {', '.join(known)}"
-        elif not isinstance(message["content"], str):
-            problem = f"has a content of type {type(message['content']).__name__}, expected a str"
-        else:
-            return
-        raise ValueError(f"{where} {problem}")
-
-    def _header(self, role: str) -> list[int]:
-        if self.tokenizer.kind == "llama2":
-            raise ValueError("the Llama 2 chat format has no header or message by itself: use encode_dialog_prompt")
-        special = self.tokenizer.special_tokens
-        if missing := {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} - special.keys():
-            raise ValueError(f"the tokenizer has no {', '.join(sorted(missing))}: its model is not one for dialogs")
-        name = self.tokenizer.encode("ipython" if role == "tool" else role)
-        return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *self.tokenizer.encode("\n\n")]
+            if not isinstance(message, Mapping):
+                problem = f"is a {type(message).__name__}, expected a dict with 'role' and 'content'"
+            elif "role" not in message or "content" not in message:
+                missing = "content" if "role" in message else "role"
+                problem = f"has no {missing!r}; found the keys {sorted(map(str, message))}"
+            elif message["role"] not in roles:
+                problem = f"has the unknown role {message['role']!r}; expected one of {', '.join(roles)}"
+            elif not isinstance(message["content"], str):
+                problem = f"has a content of type {type(message['content']).__name__}, expected a str"
+            else:
+                continue
+            raise ValueError(f"message {number} of the dialog {problem}")
 
     def _llama2_prompt(self, dialog: Dialog) -> list[int]:
         contents = [message["content"] for message in dialog]

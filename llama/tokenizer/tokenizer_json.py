@@ -1,71 +1,84 @@
 """Hugging Face's `tokenizer.json` and back, for the byte-pair encodings of Llama 3.
 
-Knows how that file writes ranks and special tokens, and nothing of encoding a text. It is only read where it says the
-same as a rank file would: with any other file the ids would silently be others than in training.
+Knows how that file writes ranks and special tokens; nothing of encoding a text. A file is only read if a rank file
+could say the same: with any other, the ids would silently differ from those in training.
 
 Format: github.com/huggingface/tokenizers; its byte-level alphabet is that of GPT-2 (Radford et al. 2019).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
 
+# The longest token, and all tokens together, bytes. Llama 3's have 128 and 831,311. A token is tried as a merge of two
+# at each of its bytes, so that without limits a strange file would take hours.
+MAX_TOKEN_BYTES = 1024
+MAX_VOCABULARY_BYTES = 4_000_000
 
-def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte: itself where it is visible, else the next one from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+# Settings of a BPE model that change its tokens; the last two mark tokens which are not words by themselves.
+SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
-
-# For str.translate, between the file's characters and those with the bytes' numbers. All others become one that is no
-# byte, lest they be taken for themselves.
-_CHARS = dict(enumerate(_byte_alphabet()))
+# For str.translate: the character of the file for each byte is its own where that is visible, else the next one from
+# U+0100 on. Back, all other characters become U+FFFF, which is no byte: none is taken for the byte of its own number.
+_VISIBLE, _OTHERS = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}, iter(range(0x100, 0x200))
+_CHARS = {byte: chr(byte if byte in _VISIBLE else next(_OTHERS)) for byte in range(256)}
 _BYTES = dict.fromkeys(range(0x100), 0xFFFF) | {ord(char): byte for byte, char in _CHARS.items()}
+
+
+def check_lengths(tokens: Collection[bytes], path: Path) -> None:
+    """Raises ValueError if a token is empty or too long, or if all together are."""
+    lengths = [len(token) for token in tokens]
+    if lengths and (min(lengths) < 1 or max(lengths) > MAX_TOKEN_BYTES or sum(lengths) > MAX_VOCABULARY_BYTES):
+        raise ValueError(
+            f"{path} has tokens of {min(lengths):,} to {max(lengths):,} bytes, {sum(lengths):,} together: "
+            f"expected 1 to {MAX_TOKEN_BYTES:,} each, and at most {MAX_VOCABULARY_BYTES:,}"
+        )
 
 
 def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[bytes, int], dict[str, int]]:
     """Ranks of the tokens' bytes, and ids of the special tokens by name.
 
-    Every added token counts as special, also one that the file would find in plain text.
-
-    Args:
-        data: the contents of the file.
-        path: where they are from, for messages.
-        pattern: the expression by which a text must be cut before pairs are merged.
-
-    Raises:
-        ValueError: not a byte-level BPE, cut by another pattern, or one whose merges or ids no rank file could give.
+    Every added token counts as special, also one that the file would find in plain text. Raises ValueError if it is not
+    a byte-level BPE, if it cuts a text by another `pattern`, or if no rank file could give its merges or ids.
     """
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} begins as JSON, but is not whole ({error}); is the file cut off?") from None
     try:
         model, added = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
         vocab, merges, kind = model["vocab"], model["merges"], model["type"]
         is_sentencepiece = bool(model.get("byte_fallback")) or kind == "Unigram"
         pieces = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    except (KeyError, TypeError, AttributeError) as error:
+        cut_by = _cut_pattern(content)
+        if not all(name and name.encode() for name in added):  # a lone surrogate cannot be encoded
+            raise ValueError("an added token without a name")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         expected = "expected Hugging Face's tokenizer.json, with a BPE model and added_tokens"
-        raise ValueError(f"{path} is JSON, but {type(error).__name__} ({error}): {expected}") from None
+        raise ValueError(f"{path} is JSON, but {type(error).__name__} ({str(error)[:100]}): {expected}") from None
     if is_sentencepiece:
         raise ValueError(
             f"{path} is the JSON form of a SentencePiece model (Llama 2), which is not read: "
             "put the tokenizer.model of the same model next to it, or pass its path as tokenizer_path"
         )
-    if kind != "BPE" or (found := _cut_pattern(content)) != pattern:
-        found = f"a {kind} model" if kind != "BPE" else f"the pattern {found!r}"
+    if kind != "BPE" or cut_by != pattern:
+        found = f"a {str(kind)[:50]} model" if kind != "BPE" else f"the pattern {repr(cut_by)[:200]}"
         raise ValueError(f"{path} has {found}: expected Llama 3's byte-level BPE, cut by {pattern!r}")
-    # Vocab and merges are compared as they are written, a character for each byte.
-    vocab = {token: rank for token, rank in vocab.items() if added.get(token) != rank}
+    if settings := [key for key in SETTINGS if model.get(key)]:
+        raise ValueError(f"{path} has {settings[0]} = {repr(model[settings[0]])[:50]}: expected null, as Llama 3's")
     try:
+        # Vocab and merges are compared as they are written, a character for each byte.
+        vocab = {token: rank for token, rank in vocab.items() if added.get(token) != rank}
         merged = [vocab[left + right] for left, right in pieces]
-        ids, added_ids = sorted(vocab.values()), sorted(added.values())
         ranks = {token.translate(_BYTES).encode("latin-1"): rank for token, rank in vocab.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its vocab and merges are not those of a byte-level BPE: {error!r}") from None
+        if not all(type(i) is int for i in (*ranks.values(), *added.values())):
+            raise TypeError("an id is not an integer")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        found = repr(error)[:200]
+        raise ValueError(f"{path}: its vocab and merges are not those of a byte-level BPE: {found}") from None
+    check_lengths(ranks, path)
+    ids, added_ids = sorted(ranks.values()), sorted(added.values())
     if ids != list(range(len(ids))):
         raise ValueError(f"{path}: the {len(ids)} ids of its vocab are not 0 to {len(ids) - 1}, each once")
     # A rank file has no merges: of all pairs whose result is a token, tiktoken merges the one with the lowest rank.
@@ -87,7 +100,7 @@ def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[byt
 
 
 def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos: str, pattern: str) -> str:
-    """The text of a tokenizer.json that encodes as tiktoken does with these ranks, and puts `bos` before a text."""
+    """The text of a tokenizer.json that encodes as tiktoken does with these ranks, and puts `bos` before each text."""
     vocab = {token.decode("latin-1").translate(_CHARS): rank for token, rank in ranks.items()}
     merges = [
         pair
@@ -97,12 +110,14 @@ def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    first, second = ([{"Sequence": {"id": name, "type_id": i}}] for i, name in enumerate("AB"))
-    begin = [[{"SpecialToken": {"id": bos, "type_id": i}}] for i in range(2)]
+    first, second = (
+        [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
+        for i, name in enumerate("AB")
+    )
     template = {
         "type": "TemplateProcessing",
-        "single": begin[0] + first,
-        "pair": begin[0] + first + begin[1] + second,
+        "single": first,
+        "pair": first + second,
         "special_tokens": {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}},
     }
     content = {
@@ -116,12 +131,6 @@ def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos:
         "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
             "ignore_merges": True,  # a stretch that is a token is that token, as in tiktoken
             "vocab": vocab,
             "merges": merges,
@@ -131,19 +140,17 @@ def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos:
 
 
 def _cut_pattern(content: dict) -> str | None:
-    """The expression that a text is cut by, if nothing else is done to it; None if there is more, or less."""
-    steps = content.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
+    """The expression that a text is cut by; None if anything else is done to it, or if there is none."""
+    steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     if content.get("normalizer") is not None or [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
         return None
     split, byte_level = steps
-    plain = split.get("behavior") == "Isolated" and not split.get("invert")
-    plain = plain and not byte_level.get("add_prefix_space") and byte_level.get("use_regex") is False
-    return split.get("pattern", {}).get("Regex") if plain else None
+    changes = split.get("invert") or byte_level.get("add_prefix_space") or byte_level.get("use_regex") is not False
+    return split.get("pattern", {}).get("Regex") if split.get("behavior") == "Isolated" and not changes else None
 
 
 def _splits(token: str, vocab: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """The pairs of tokens that a token can be merged of."""
+    """The pairs of tokens that make a token."""
     for i in range(1, len(token)):
         if token[:i] in vocab and token[i:] in vocab:
             yield token[:i], token[i:]

@@ -16,6 +16,7 @@ from conftest import run_python, split_checkpoint
 
 from llama import ChatFormat, Llama, ModelArgs, Tokenizer
 from llama.checkpoint import convert as convert_module
+from llama.checkpoint import loading
 from llama.checkpoint.convert import convert
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.writer import PthFile
@@ -225,16 +226,16 @@ def test_memory_is_a_few_pieces_and_not_a_tensor(write_checkpoint, tmp_path, mon
     largest = 8000 * 512 * 4
     src = write_checkpoint(**changes)
     split = split_checkpoint(src, tmp_path / "columns", 2, embedding="columns")  # no piece lies in one place
-    monkeypatch.setattr(convert_module, "PIECE_BYTES", 1 << 19)
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 1 << 19)
     seen = []
-    pieces = convert_module._pieces
+    pieces = convert_module._part_bytes
 
     def watched(*arguments, **named):
         for piece in pieces(*arguments, **named):
             seen.append(anonymous_bytes())
             yield piece
 
-    monkeypatch.setattr(convert_module, "_pieces", watched)
+    monkeypatch.setattr(convert_module, "_part_bytes", watched)
     convert(split, tmp_path / "out", to, shards=2)
     assert len(seen) > 60
     assert max(seen) - seen[0] < largest / 4

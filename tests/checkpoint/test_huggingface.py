@@ -12,12 +12,12 @@ from conftest import SHARED, random_model, torchrun, write_byte_tokenizer
 from test_model import transformers_model
 
 from llama import Llama, ModelArgs, Tokenizer
+from llama.checkpoint.config import LLAMA3_SCALING, args_from_config, feed_forward_params
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint, rows_in_halves, rows_in_pairs
-from llama.checkpoint.huggingface_config import LLAMA3_SCALING, feed_forward_params, model_args
 from llama.checkpoint.meta import full_shapes, partition_dim, slice_of_rank
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.writer import safetensors_header
-from llama.tokenizer.tokenizer import LLAMA3_PATTERN
+from llama.tokenizer.rank_file import LLAMA3_PATTERN
 from llama.tokenizer.tokenizer_json import tokenizer_json
 
 pytest.importorskip("transformers", reason="pip install transformers to compare with it")
@@ -128,11 +128,11 @@ def test_the_keys_of_transformers_4_and_5_mean_the_same(tmp_path):
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 8, "vocab_size": 512, "rms_norm_eps": 1e-5}
     scaling = {"rope_type": "llama3", "factor": 32.0, **LLAMA3_SCALING}
-    old = model_args(config | {"rope_theta": 5e5, "rope_scaling": scaling}, tmp_path, 512, 64, 1)
-    new = model_args(config | {"rope_parameters": {"rope_theta": 5e5, **scaling}}, tmp_path, 512, 64, 1)
+    old = args_from_config(config | {"rope_theta": 5e5, "rope_scaling": scaling}, tmp_path, 512, 64, 1)
+    new = args_from_config(config | {"rope_parameters": {"rope_theta": 5e5, **scaling}}, tmp_path, 512, 64, 1)
     assert old == new
     assert (new.rope_theta, new.use_scaled_rope, new.rope_scale_factor, new.n_kv_heads) == (5e5, True, 32.0, 8)
-    plain = model_args(config | {"rope_scaling": None}, tmp_path, 512, 64, 1)
+    plain = args_from_config(config | {"rope_scaling": None}, tmp_path, 512, 64, 1)
     assert (plain.rope_theta, plain.use_scaled_rope) == (10000.0, False)
 
 
@@ -234,7 +234,10 @@ def save_again(**changes):
         (save_again(surplus=torch.zeros(2)), r"has unexpected surplus"),
         (save_again(lm_head__weight=None), r"lacks lm_head.*tie_word_embeddings False"),
         (save_again(model__norm__weight=torch.ones(32)), r"model.norm.weight has shape \[32\]: expected \[64\]"),
-        (save_again(model__norm__weight=torch.ones(64).half()), r"dtype F32 \(.*\) and F16 \(model.norm.weight\)"),
+        (
+            save_again(model__norm__weight=torch.ones(64).half()),
+            r"torch.float32 \(.*\) and torch.float16 \(model.norm.weight\)",
+        ),
         (lambda path: path.unlink(), r"expected model.safetensors, or model-00001-of-0000N.safetensors"),
         (lambda path: path.rename(path.with_name("pytorch_model.bin")), r"\.bin files are not read"),
     ],
@@ -408,6 +411,8 @@ def test_a_tokenizer_without_the_tokens_of_a_chat_says_so_when_one_is_asked_for(
         (lambda c: c["model"].update(type="WordPiece"), r"has a WordPiece model: expected Llama 3's byte-level BPE"),
         (lambda c: c["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"), r"the pattern '\\\\w\+'"),
         (lambda c: c.update(normalizer={"type": "NFC"}), r"the pattern None"),
+        (lambda c: c["model"].update(dropout=0.1), r"has dropout = 0.1: expected null"),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), r"has end_of_word_suffix = '</w>': expected null"),
         (lambda c: c["added_tokens"].pop(1), r"added_tokens have \[260, 262\].*expected 260 and on"),
         (lambda c: c["added_tokens"][0].update(content="<s>"), r"has no <\|begin_of_text\|> among its added_tokens"),
         (lambda c: c.pop("added_tokens"), r"is JSON, but KeyError \('added_tokens'\)"),

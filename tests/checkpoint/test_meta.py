@@ -198,7 +198,7 @@ def test_a_slice_copied_in_small_pieces_is_that_slice(write_checkpoint, tmp_path
     for name, full in opened.shapes.items():
         for dim in range(len(full)):
             for start, stop in ((0, full[dim]), (full[dim] // 4, full[dim] // 2), (full[dim] // 2, full[dim])):
-                found = loading._copy(opened, name, dim, start, stop, torch.float64, torch.device("cpu"), copier)
+                found = loading._copy(opened, name, (dim, start, stop), torch.float64, torch.device("cpu"), copier)
                 assert torch.equal(found, whole[name].narrow(dim, start, stop - start).double()), name
 
 

@@ -13,7 +13,6 @@ from conftest import DEMO, ROOT, torchrun
 
 from llama import Llama
 from llama.checkpoint.convert import convert
-from llama.decoding.continuations import continuation_logprobs
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -140,7 +139,7 @@ def numbers(value) -> list:
 
 
 def test_every_metric_and_every_answer_equals_the_hf_models(folder, theirs):
-    import llama.cli.lm_eval
+    import llama.evaluation
 
     assert llama.evaluation.LlamaLM
     found, samples = evaluate(folder, "llama", ckpt_dir=str(DEMO), dtype="float32", max_length=128)
@@ -199,25 +198,21 @@ def test_a_dialog_as_text_is_read_back_as_its_ids(folder):
 # Without the harness: the log-probabilities of continuations.
 
 
+def continuation_logprobs(llama: Llama, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """As the model of the harness computes them: the log-probability of each, and whether it is the greedy one."""
+    scored = llama.score_tokens([(context + ids, len(context)) for context, ids in pairs], shared=True)
+    return [(math.fsum(scores.logprobs), scores.is_greedy) for scores in scored]
+
+
 def test_continuations_equal_scoring_the_whole(demo):
     encode = demo.tokenizer.encode
     contexts = [encode(STORY[:n], bos=True) for n in (5, 40, 90, 120)]
     endings = [encode(text) for text in (" a boat", " a boat and", " fox", " home", " home and then home")]
     pairs = [(c, e) for e in endings for c in contexts] + [(contexts[0], encode(STORY) * 12)]
-    widths = []
-    hidden_states, demo.model.hidden_states = (
-        demo.model.hidden_states,
-        lambda tokens, *where: (
-            widths.append(tokens.numel()),
-            hidden_states(tokens, *where),
-        )[1],
-    )
-    try:
-        found = continuation_logprobs(demo, pairs)
-    finally:
-        demo.model.hidden_states = hidden_states
-    # Each context once, padded to the longest, and its endings behind it.
-    assert sum(widths) < 4 * (max(map(len, contexts)) + len(encode(STORY) * 12)) + 20 * 8
+    before = demo._engine.counters.prefilled
+    found = continuation_logprobs(demo, pairs)
+    prefilled = demo._engine.counters.prefilled - before
+    assert prefilled <= sum(map(len, contexts)) + sum(len(ending) for _, ending in pairs)  # each context once
     for (context, continuation), (logprob, is_greedy) in zip(pairs, found, strict=True):
         (score,) = demo.score([context + continuation])
         assert logprob == pytest.approx(math.fsum(score["logprobs"][len(context) :]), abs=1e-3)
@@ -228,19 +223,22 @@ def test_continuations_equal_scoring_the_whole(demo):
 
 
 def test_pairs_that_cannot_be_scored_are_refused(demo):
-    with pytest.raises(ValueError, match="pair 1 has a context of 0 tokens and a continuation of 1: expected at least"):
-        continuation_logprobs(demo, [([1], [2]), ([], [2])])
+    with pytest.raises(ValueError, match="a context of 1 tokens and a continuation of 0: expected a continuation"):
+        continuation_logprobs(demo, [([1], [2]), ([1], [])])
     with pytest.raises(ValueError, match="513 together at most"):
         continuation_logprobs(demo, [([1] * 500, [2] * 14)])
     with pytest.raises(ValueError, match="has 99999 among its ids"):
         continuation_logprobs(demo, [([1], [99999])])
-    llama = Llama.build(DEMO, max_seq_len=64, max_batch_size=1, device="cpu")
+
+
+def test_continuations_are_scored_while_a_stream_holds_the_only_slot(demo):
+    llama = Llama.build(DEMO, max_seq_len=64, max_batch_size=1, device="cpu", dtype="float32")
+    expected = "".join(llama.stream_text("Once upon a time", temperature=0))
     stream = llama.stream_text("Once upon a time", temperature=0)
-    next(stream)
-    with pytest.raises(ValueError, match="every slot is held by a stream"):
-        continuation_logprobs(llama, [([1], [2])])
-    stream.close()
-    assert len(continuation_logprobs(llama, [([1], [2])])) == 1
+    beginning = next(stream)
+    ((logprob, _),) = continuation_logprobs(llama, [([1], [2])])
+    assert logprob == pytest.approx(continuation_logprobs(demo, [([1], [2])])[0][0], abs=1e-3)
+    assert beginning + "".join(stream) == expected
 
 
 def test_a_text_that_fills_the_context_leaves_one_token_unread(demo):

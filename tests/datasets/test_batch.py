@@ -2,10 +2,9 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, run_python, torchrun
+from conftest import run_python, torchrun
 
 from benchmarks import kill_batch
 from llama import Llama
@@ -106,15 +105,21 @@ def test_lines_are_taken_as_slots_become_free_and_answers_come_as_they_finish(sm
     assert small._engine.running == [] and not small._engine.waiting
 
 
-def test_a_stream_cannot_take_the_slots_of_a_beam_search_that_has_not_ended(small):
+def test_beam_searches_sampled_lines_and_a_stream_between_two_records_run_beside_each_other(small):
     small.tokenizer.stop_tokens = set()
     lines = [{"prompt": "ab", "num_beams": 2, "temperature": 0, "max_gen_len": n} for n in (3, 9, 9)]
-    found = run_batch(small, lines)
+    lines += [{"prompt": "cd", "max_gen_len": n} for n in (4, 8, 12)]
     expected = records(small, lines)
+    text = small.text_completion(["x"], temperature=0, max_gen_len=9)[0]["generation"]
+    found = run_batch(small, lines)
     first = next(found)
-    with pytest.raises(ValueError, match="a beam search holds the slots that are free"):
-        next(small.stream_text("x"))
-    assert {r["id"]: r for r in [first, *found]} == expected
+    stream = small.stream_text("x", temperature=0, max_gen_len=9)
+    pieces = [next(stream)]
+    together = {r["id"]: r for r in [first, *found]}
+    for r in [*expected.values(), *together.values()]:
+        r["score"] = pytest.approx(r.get("score", 0), abs=1e-4)  # the last digits depend on what shares a batch
+    assert together == expected
+    assert "".join([*pieces, *stream]) == text
 
 
 # Broken lines
@@ -123,7 +128,7 @@ def test_a_stream_cannot_take_the_slots_of_a_beam_search_that_has_not_ended(smal
 BROKEN = {
     '{"id": 1, "prompt"': "not JSON: Expecting ':' delimiter",
     '{"prompt": "x", "temprature": 1}': "'temprature' is not known: expected one of prompt, messages, tokens; id,",
-    '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a finite number of at least 0",
+    '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a number of at least 0",
     '{"prompt": "x", "temperature": [1, 2]}': "temperature = [1, 2]: expected a finite number",
     '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not known",
     '{"prompt": "x", "num_return_sequences": 20000000}': "num_return_sequences = 20000000: expected at most 10,000",
@@ -355,7 +360,8 @@ def test_while_a_replica_is_busy_with_one_line_the_other_answers_all_others(writ
 
 def run_command(*arguments: object) -> subprocess.CompletedProcess:
     command = "import sys; from llama.cli.commands import main; main(sys.argv[1:])"
-    return run_python(command, "batch", *arguments)
+    # One thread: on a busy machine several wait for each other.
+    return run_python(command, "batch", *arguments, OMP_NUM_THREADS="1")
 
 
 def test_the_command_answers_a_csv_file_and_says_how_it_went(write_checkpoint, tmp_path):
@@ -367,7 +373,7 @@ def test_the_command_answers_a_csv_file_and_says_how_it_went(write_checkpoint, t
     assert "line 3: found none of prompt, messages, tokens" in result.stderr
     assert "3 of 3 lines done, 1 of them failed" in result.stderr
     header, *rows = (tmp_path / "out.csv").read_text().splitlines()
-    assert header.startswith("id,line,text,finish_reason") and [row[:3] for row in rows[-1:]] == ["c,3"]
+    assert header.startswith('"id","line","text","finish_reason"') and [row[:5] for row in rows[-1:]] == ['"c",3']
     result = run_command(*arguments)
     assert "3 of 3 lines done (3 of them before), 1 of them failed; 0 tokens" in result.stderr
 
@@ -379,7 +385,7 @@ def test_the_command_answers_a_csv_file_and_says_how_it_went(write_checkpoint, t
         (["in.jsonl", "out.txt"], "out.txt: expected a name that ends in .jsonl"),
         (["in.jsonl", "out.jsonl", "--template", "no.json"], "no.json"),
         (["in.jsonl", "out.jsonl", "--template", "bad.json"], "bad.json: task 'a': parse = \"intger\": expected"),
-        (["in.jsonl", "out.jsonl", "--temperature", "-1"], "temperature = -1: expected"),
+        (["in.jsonl", "out.jsonl", "--temperature", "-1"], "--temperature = -1.0: expected"),
     ],
 )
 def test_mistakes_are_a_line_before_the_weights_are_read(tmp_path, monkeypatch, capsys, arguments, message):
@@ -395,7 +401,7 @@ def test_mistakes_are_a_line_before_the_weights_are_read(tmp_path, monkeypatch, 
 
 
 def test_ctrl_c_ends_with_a_line_and_the_same_command_goes_on(write_checkpoint, tmp_path):
-    write_lines(tmp_path / "in.jsonl", [{"prompt": "x", "max_gen_len": 200} for _ in range(200)])
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "x", "max_gen_len": 40} for _ in range(200)])
     files = [
         str(tmp_path / "in.jsonl"),
         str(tmp_path / "out.jsonl"),
@@ -403,19 +409,13 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_goes_on(write_checkpoint, 
         "--device=cpu",
     ]
     code = (
-        "import signal, sys\nfrom llama import cli, output\nappend = output.Output.append\n"
+        "import signal, sys\nfrom llama.cli.commands import main\nfrom llama.datasets.journal import Journal\n"
+        "append = Journal.append\n"
         "def interrupt(self, record):\n    append(self, record)\n"
         "    if record['line'] == 20: signal.raise_signal(signal.SIGINT)\n"
-        "output.Output.append = interrupt\ncli.main(sys.argv[1:])\n"
+        "Journal.append = interrupt\nmain(sys.argv[1:])\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "batch", *files],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    result = run_python(code, "batch", *files, OMP_NUM_THREADS="1")
     assert result.returncode == 130, result.stderr
     assert "has what was done, and the same command goes on from there" in result.stderr
     before = (tmp_path / "out.jsonl").read_bytes()

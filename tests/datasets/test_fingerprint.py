@@ -8,7 +8,7 @@ from conftest import SMALL, random_model, torchrun, write_byte_tokenizer
 
 from llama import Llama, Tokenizer
 from llama.checkpoint import convert
-from llama.datasets.fingerprint import identity, weights_digest
+from llama.datasets.fingerprint import fingerprint, weights_digest
 
 
 def test_a_change_of_any_weight_shows():
@@ -34,13 +34,13 @@ def test_matrices_that_have_changed_places_show():
 SCRIPT = """
 import json, sys
 from llama import Llama
-from llama.datasets.fingerprint import identity
+from llama.datasets.fingerprint import fingerprint
 found = []
 for folder in sys.argv[1:]:
     llama = Llama.build(folder, max_seq_len=64, max_batch_size=2, device="cpu")
-    found.append(identity(llama))
+    found.append(fingerprint(llama))
     llama.generate([[1, 2, 3]], 4)  # lays the matrices out anew
-    found.append(identity(llama))
+    found.append(fingerprint(llama))
 print(json.dumps(found))
 """
 
@@ -56,14 +56,14 @@ def test_any_number_of_processes_and_any_layout_have_the_same(write_checkpoint, 
     assert [run.returncode for run in runs] == [0, 0, 0], [run.stderr for run in runs]
     alone, *others = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
     assert others == [alone, alone]
-    assert alone[::2] == alone[1::2] and len({known["weights"] for known in alone}) == 4
+    assert alone[::2] == alone[1::2] and len({found["weights"] for found in alone}) == 4
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_rounded_model_is_another(write_checkpoint, kind):
     folder = write_checkpoint(dim=128, dtype=torch.bfloat16)
     plain, rounded, again = (
-        identity(Llama.build(folder, max_seq_len=64, device="cpu", quantize=quantize))["weights"]
+        fingerprint(Llama.build(folder, max_seq_len=64, device="cpu", quantize=quantize))["weights"]
         for quantize in (None, kind, kind)
     )
     assert plain != rounded == again

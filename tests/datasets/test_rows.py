@@ -1,13 +1,20 @@
 """Data files: what is read of them, and what is said of a broken row."""
 
+import csv
 import datetime
+import io
 import json
+import random
+import sys
 from decimal import Decimal
 
 import pytest
 
+from llama.datasets import tables
+from llama.datasets.journal import check_target
+from llama.datasets.prompts import from_json
 from llama.datasets.rows import Row, Rows, scan
-from llama.options import DecodingOptions, from_json
+from llama.options import DecodingOptions
 
 
 def write(path, text: str | bytes):
@@ -29,41 +36,115 @@ def test_json_lines_are_read_with_their_numbers_and_ids_and_broken_ones_break_no
 
 def test_csv_cells_are_text_but_for_the_columns_of_json_and_an_empty_one_is_no_field(tmp_path):
     content = '\ufeffid,prompt,temperature,stop\n007,"two\nlines, ""one"" text",0.5,END\n,12,,"[""a""]"\nx,y\n'.encode()
-    rows = list(Rows(write(tmp_path / "in.csv", content + b"z,\xff,,\n"), {"temperature", "stop"}))
+    rows = list(Rows(write(tmp_path / "in.csv", content + b"z,\xff,,\n\xff\n"), {"temperature", "stop"}))
     assert rows[0] == Row(1, "007", {"prompt": 'two\nlines, "one" text', "temperature": 0.5, "stop": "END"})
     assert rows[1] == Row(2, 2, {"prompt": "12", "stop": ["a"]})
     assert rows[2].error == "2 cells: expected 4, as in the first line"
     assert rows[3].error == "not UTF-8"
+    assert rows[4].error == "1 cells: expected 4, as in the first line"
 
 
-def test_a_stray_quote_in_a_csv_file_breaks_its_own_row_and_changes_no_text(tmp_path):
-    bad = ['"a" b,1', '"said ""x"" "and" left",2', '"5" disk",3', "x" * 200_000 + ",4"]
-    lines = ["text,n", '5" disk,0', *(line for row in bad for line in (row, f'"fine, {row[-1]} ""x""",1'))]
-    rows = list(Rows(write(tmp_path / "in.csv", "\n".join(lines)), {"n"}))
-    assert rows[0] == Row(1, 1, {"text": '5" disk', "n": 0})
-    assert [row.fields for row in rows[2::2]] == [{"text": f'fine, {n} "x"', "n": 1} for n in (1, 2, 3, 4)]
-    stray = "',' expected after '\"': expected \"\" for each quote in a quoted cell"
-    assert [row.error for row in rows[1:6:2]] == [f"no CSV at line {n}, {stray}" for n in (3, 5, 7)]
-    assert "no CSV at line 9, field larger than field limit" in rows[7].error
-    assert [row.number for row in rows] == list(range(1, 10))
-    lines[2] = lines[2].replace("a", "c")
-    assert scan(Rows(write(tmp_path / "in.csv", "\n".join(lines)), {"n"})).digest != scan(rows).digest
+def test_no_text_of_a_csv_file_is_taken_for_another_type(tmp_path):
+    texts = [
+        "007",
+        "1e5",
+        "true",
+        "NaN",
+        "null",
+        "N/A",
+        "2024-02-29",
+        " x ",
+        '5" disk',
+        "it's",
+        "a\tb",
+        "é\u2028",
+        "\0",
+    ]
+    content = "text,other\n" + "".join(f"{text},x\n" for text in texts)
+    assert [row.fields["text"] for row in Rows(write(tmp_path / "in.csv", content))] == texts
+    for end in ("\r\n", "\r"):
+        content = end.join(["text,other", *(f'"{text.replace(chr(34), chr(34) * 2)}","x"' for text in texts)])
+        assert [row.fields["text"] for row in Rows(write(tmp_path / "in.csv", content))] == texts
+
+
+def test_csv_rows_are_numbered_in_their_order_the_broken_ones_too_over_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "CSV_BLOCK", 64)
+    broken, lines = {2, 3, 9, 40, 41, 100}, ["id,text"]
+    for number in range(1, 101):
+        lines += [f"{number}"] if number in broken else [f'{number},"a\nb ""{number}"""', ""]
+    rows = list(Rows(write(tmp_path / "in.csv", "\n".join(lines))))
+    assert [row.number for row in rows] == list(range(1, 101))
+    assert {row.number for row in rows if row.error == "1 cells: expected 2, as in the first line"} == broken
+    assert all(row.id == str(row.number) for row in rows if row.number not in broken)
+    assert rows[3].fields == {"text": 'a\nb "4"'}
+
+
+def test_rows_of_a_csv_file_are_read_as_they_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "CSV_BLOCK", 4096)
+    too_long = "y" * 3 * 4096
+    rows = iter(Rows(write(tmp_path / "in.csv", "text\n" + ("x" * 99 + "\n") * 1000 + too_long)))
+    assert [next(rows).number for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="cannot be read as CSV with rows of at most"):
+        list(rows)
+
+
+def test_any_csv_is_read_as_pythons_strict_reader_reads_it_or_refused_as_there(tmp_path):
+    rng, n_read, n_refused = random.Random(0), 0, 0
+    for _ in range(1500):
+        content = "a,b\n" + "".join(rng.choices('x",\n', [3, 3, 2, 2], k=rng.randint(1, 14))) + "\n"
+        path = write(tmp_path / "in.csv", content)
+        try:
+            expected = [cells for cells in csv.reader(io.StringIO(content, newline=""), strict=True) if cells][1:]
+        except csv.Error:
+            n_refused += 1
+            with pytest.raises(ValueError, match=r"in.csv, line \d: a "):
+                list(Rows(path))
+            continue
+        n_read += 1
+        rows = list(Rows(path))
+        assert [row.error is None for row in rows] == [len(cells) == 2 for cells in expected], content
+        cells = [[row.fields.get("a", ""), row.fields.get("b", "")] for row in rows if row.error is None]
+        assert cells == [pair for pair in expected if len(pair) == 2], content
+    assert min(n_read, n_refused) > 300
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('"said "x\nand left",3', "line 4: a quote in a cell that is not quoted, so that it cannot be told where rows"),
-        ('"said "x\nand, so on\n",3\n"d",4', "line 5: ',' expected after"),
-        ('"a"b,"two\nlines"', "line 4: a quote in a cell"),
-        ('5" disk,"x', "line 3: a quote opens a cell and none closes it, so that"),
-        ('a,"5 inch\n"b",1', "line 3: ',' expected after '\"', so that"),
+        ('"a" b,1', "line 3: a cell has text after its closing quote, so it cannot be told where rows end"),
+        ('"said ""x"" "and" left",2', "line 3: a cell has text after its closing quote"),
+        ('"5" disk",3', "line 3: a cell has text after its closing quote"),
+        ('"said "x\nand left",3', "line 3: a cell has text after its closing quote"),
+        ('"said "x\nand, so on\n",3\n"d",4', "line 3: a cell has text after its closing quote"),
+        ('"fine, ""two""\nlines",1\n"a"b,"two\nlines"', "line 5: a cell has text after its closing quote"),
+        ('5" disk,"x', "line 3: a quote opens a cell, none closes it"),
+        ('a,"5 inch\n"b",1', "line 3: a cell has text after its closing quote"),
+        ('a,"', "line 3: a quote opens a cell, none closes it"),
     ],
 )
-def test_a_csv_file_in_which_a_row_has_no_certain_end_is_refused_with_its_line(tmp_path, row, message):
-    with pytest.raises(ValueError, match=r"in.csv, ") as caught:
-        list(Rows(write(tmp_path / "in.csv", f"text,n\na,0\n{row}\nc,2\n")))
-    assert message in str(caught.value)
+def test_a_csv_file_with_a_quote_out_of_place_is_refused_with_its_line_before_the_first_row(tmp_path, row, message):
+    """pyarrow alone would drop the quotes, or read all the rest into one cell, and say nothing."""
+    path = write(tmp_path / "in.csv", f"text,n\na,0\n{row}\nc,2\n")
+    with pytest.raises(ValueError, match=r"in.csv, line \d") as caught:
+        next(iter(Rows(path)))
+    assert message in str(caught.value) and 'expected "" for each quote inside a quoted cell' in str(caught.value)
+
+
+def test_a_quote_in_a_cell_without_quotes_is_text_and_so_are_pairs_of_quotes_in_one_with_them(tmp_path):
+    lines = ["text,n", '5" disk,0', '"a, ""b"" c",1', '"""",2', '"",3', 'a ""b"",4', '"x\n,""y""\n",5']
+    rows = list(Rows(write(tmp_path / "in.csv", "\n".join(lines)), {"n"}))
+    texts = ['5" disk', 'a, "b" c', '"', None, 'a ""b""', 'x\n,"y"\n']
+    assert [(row.fields.get("text"), row.fields["n"]) for row in rows] == list(zip(texts, range(6)))
+
+
+def test_without_pyarrow_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("in.csv", "in.parquet"):
+        with pytest.raises(ImportError, match=r"CSV and Parquet files need pyarrow: pip install '\.\[data\]'"):
+            next(iter(Rows(write(tmp_path / name, "a\n1\n"))))
+        with pytest.raises(ImportError, match=r"need pyarrow"):
+            check_target(tmp_path / f"out.{name}")
+    check_target(tmp_path / "out.jsonl")
 
 
 def test_a_line_nested_too_deep_breaks_no_other(tmp_path):
@@ -116,10 +197,15 @@ def test_files_that_are_none_are_refused(tmp_path):
         Rows(tmp_path / "in.jsonl")
     with pytest.raises(ValueError, match=r"in.txt: expected a name that ends in .jsonl, .ndjson, .csv, .parquet"):
         Rows(write(tmp_path / "in.txt", "{}"))
-    with pytest.raises(ValueError, match=r"column names, each once; found \['a', 'a'\]"):
+    with pytest.raises(ValueError, match=r"column names, each once and in UTF-8; found \['a', 'a'\]"):
         list(Rows(write(tmp_path / "in.csv", "a,a\n1,2\n")))
-    with pytest.raises(ValueError, match=r"each once; found no CSV at line 1, ',' expected after '\"'"):
+    with pytest.raises(ValueError, match=r"column names, each once and in UTF-8; found \['a', 'ÿ'\]"):
+        list(Rows(write(tmp_path / "in.csv", b"a,\xff\n1,2\n")))
+    with pytest.raises(ValueError, match=r"in.csv, line 1: a cell has text after its closing quote"):
         list(Rows(write(tmp_path / "in.csv", '"a"b\n1\n')))
+    with pytest.raises(ValueError, match=r"in.csv cannot be read as CSV .*: Empty CSV file"):
+        list(Rows(write(tmp_path / "in.csv", "")))
+    assert list(Rows(write(tmp_path / "in.csv", "a,b\n"))) == []
 
 
 @pytest.mark.parametrize(
@@ -141,7 +227,9 @@ def test_what_pandas_makes_of_integers_and_of_its_index_is_understood(tmp_path):
     assert DecodingOptions(**options).max_gen_len == 5  # which refuses 5.0
     row, broken = Rows(write(tmp_path / "in.jsonl", '{"id": 3.0}\n{"id": 2.5}\n'))
     assert row.id == 3 and broken.error == "id = 2.5: expected a string or an integer"
-    with pytest.raises(ValueError, match=r"each once; found \['', 'prompt'\] \(pandas writes .* index=False\)\)"):
+    with pytest.raises(
+        ValueError, match=r"each once and in UTF-8; found \['', 'prompt'\] \(pandas writes .* index=False\)\)"
+    ):
         list(Rows(write(tmp_path / "in.csv", ",prompt\n0,x\n")))
 
 

@@ -8,20 +8,20 @@ SCRIPT = """
 import datetime, sys
 import torch, torch.distributed as dist
 from llama import parallel
-from llama.datasets.task_queue import Work
+from llama.datasets.task_queue import TaskQueue
 parallel.initialize(1, torch.device("cpu"))
 def tasks():
     yield {"line": 1}
     if sys.argv[1] == "raises":
         raise KeyError("of the input")
     yield {"line": 2, "day": datetime.date(2024, 2, 29)}
-with parallel.fail_at_once(), Work(tasks()) as work:
+with parallel.fail_at_once(), TaskQueue(tasks()) as queue:
     if dist.get_rank() == 0:
-        for result in work.results(wait=True):
+        for result in queue.results(wait=True):
             print("result", result, flush=True)
     else:
-        while (task := work.take()) is not None:
-            work.give(task["line"])
+        while (task := queue.take()) is not None:
+            queue.give(task["line"])
 """
 
 

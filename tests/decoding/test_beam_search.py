@@ -9,10 +9,44 @@ import torch
 from conftest import random_model
 
 from llama import Llama, Transformer
-from llama.decoding.beam_search import BeamSearch, Hypothesis, beam_search, run_beams
+from llama.decoding.beam_search import BeamSearch, Hypothesis
+from llama.engine import Engine
+from llama.options import DecodingOptions
+from llama.sampling import RandomStream
+from llama.sequence import Sequence
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "vocab_size": 40}
 GRID = list(itertools.product([2, 3, 4, 5], [0.6, 1.0, 2.0], [True, False, "never"]))
+
+
+def searched(
+    prompt: list[int], budget: int, num_beams: int, process: Callable | None = None, stop_tokens=(), **options
+) -> Sequence:
+    """A prompt to be searched; `process` is called with a list of ids and the scores of one row."""
+    processor = None if process is None else lambda ids, scores: process(ids[0].tolist(), scores[0])[None]
+    option = DecodingOptions(temperature=0, num_beams=num_beams, logits_processor=processor, **options)
+    sequence = Sequence(prompt, budget, option, stop_tokens=frozenset(stop_tokens))
+    sequence.search = BeamSearch(sequence)
+    return sequence
+
+
+def run(model: Transformer, *sequences: Sequence) -> list[Sequence]:
+    """Completes sequences beside each other; returns them in the order in which they ended."""
+    engine, ended = Engine(model), []
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.has_work:
+        ended += engine.step()
+    assert engine.n_free == model.cache.max_batch_size
+    return ended
+
+
+def beam_search(model: Transformer, *shape, **options) -> list[Hypothesis]:
+    """The best answers to one prompt, best first."""
+    (sequence,) = run(model, searched(*shape, **options))
+    if sequence.error is not None:
+        raise ValueError(sequence.error)
+    return sequence.search.hypotheses
 
 
 def repetition_penalty(penalty: float) -> Callable:
@@ -232,40 +266,44 @@ def test_as_many_beams_as_there_are_answers_find_the_best_of_all():
     assert [answer.score for answer in answers] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_searches_that_share_the_cache_find_what_each_finds_alone(model):
-    def searches() -> list[BeamSearch]:
+def test_searches_beside_each_other_and_beside_samples_find_what_each_finds_alone(model):
+    def sequences() -> list[Sequence]:
         draw = random_ids(40, seed=6)
-        return [
-            BeamSearch(
-                draw(1 + 7 * i % 23),
-                [15, 1, 30, 0, 8][i % 5],
-                1 + i % 4,
-                length_penalty=[0.6, 1.0, 2.0][i % 3],
-                early_stopping=[True, False, "never"][i // 3 % 3],
-                num_return_sequences=1 + i % 4,
-                stop_tokens=draw(i % 4),
-                process=[None, repetition_penalty(1.3)][i % 2],
-            )
-            for i in range(30)
-        ]
+        made = []
+        for i in range(30):
+            num_beams = 1 + i % 4
+            options = {
+                "length_penalty": [0.6, 1.0, 2.0][i % 3],
+                "early_stopping": [True, False, "never"][i // 3 % 3],
+                "num_return_sequences": num_beams,
+                "stop_tokens": draw(i % 4),
+                "process": [None, repetition_penalty(1.3)][i % 2],
+            }
+            made.append(searched(draw(1 + 7 * i % 23), [15, 1, 30, 0, 8][i % 5], num_beams, **options))
+            if i % 3 == 0:
+                prompt = draw(5 + i)
+                sampling = DecodingOptions(temperature=1.0, top_p=1.0)
+                made.append(Sequence(prompt, 20, sampling, RandomStream(i, prompt), logprobs=True))
+        return made
 
-    together, alone = searches(), searches()
-    for keys in model.cache.keys:
-        keys[0] = 7.0
-    ended = list(run_beams(model, together, first_slot=1))
-    assert all((keys[0] == 7.0).all() for keys in model.cache.keys)  # the row below first_slot is somebody else's
+    together, alone = sequences(), sequences()
+    ended = run(model, *together)
     assert sorted(map(id, ended)) == sorted(map(id, together))
-    assert [id(search) for search in ended] != [id(search) for search in together]  # several ran at once
-    for search, same in zip(together, alone):
-        list(run_beams(model, [same]))
-        assert search.error is None and len(search.hypotheses) == same.num_return_sequences
-        for a, b in zip(search.hypotheses, same.hypotheses):
+    assert [id(sequence) for sequence in ended] != [id(sequence) for sequence in together]  # several ran at once
+    for sequence, same in zip(together, alone):
+        run(model, same)
+        assert sequence.error is None
+        if sequence.search is None:
+            assert sequence.tokens == same.tokens
+            continue
+        assert len(sequence.search.hypotheses) == same.options.num_return_sequences
+        for a, b in zip(sequence.search.hypotheses, same.search.hypotheses):
             assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason)
             assert a.token_logprobs == pytest.approx(b.token_logprobs, abs=1e-4)
             assert a.score == pytest.approx(b.score, abs=1e-4)
 
 
-def test_a_row_that_held_another_prompt_meanwhile_is_filled_anew(model):
+def test_a_slot_that_held_another_prompt_meanwhile_is_filled_anew(model):
     prompts = [random_ids(40, seed=9 + i)(6) for i in range(4)]
     first = beam_search(model, prompts[1], 1, 1)[0].tokens[0]
 
@@ -274,26 +312,46 @@ def test_a_row_that_held_another_prompt_meanwhile_is_filled_anew(model):
             return only(5)(ids, scores) if ids[-1] == first else torch.full_like(scores, -torch.inf)
         return scores
 
-    def searches() -> list[BeamSearch]:
-        shapes = [(20, 4, None), (20, 2, narrow), (2, 2, None), (1, 2, None)]  # the last uses a row of the second
-        return [BeamSearch(prompt, *shape[:2], process=shape[2]) for prompt, shape in zip(prompts, shapes)]
+    def sequences() -> list[Sequence]:
+        shapes = [(20, 4, None), (20, 2, narrow), (2, 2, None), (1, 2, None)]
+        return [searched(prompt, *shape) for prompt, shape in zip(prompts, shapes)]
 
-    together, alone = searches(), searches()
-    list(run_beams(model, together))
-    for search, same in zip(together, alone):
-        list(run_beams(model, [same]))
-        assert search.hypotheses[0].tokens == same.hypotheses[0].tokens
+    together, alone = sequences(), sequences()
+    run(model, *together)
+    for sequence, same in zip(together, alone):
+        run(model, same)
+        assert sequence.search.hypotheses[0].tokens == same.search.hypotheses[0].tokens
+
+
+def test_a_search_grows_beside_a_prompt_that_is_prefilled_in_pieces(model, monkeypatch):
+    """The prompt lies in the slot behind the running ones, which is where a beam more wants to be."""
+    prompts = [random_ids(40, seed=20 + i)(n) for i, n in enumerate((6, 50))]
+
+    def narrow(ids: list[int], scores: torch.Tensor) -> torch.Tensor:
+        return only(5)(ids, scores) if len(ids) < 8 else scores  # two tokens with one beam, then three
+
+    def sequences() -> list[Sequence]:
+        return [searched(prompts[0], 12, 3, narrow), searched(prompts[1], 10, 2)]
+
+    alone = sequences()
+    for sequence in alone:
+        run(model, sequence)
+    monkeypatch.setattr("llama.engine.PREFILL_TOKENS_WHILE_DECODING", 8)
+    together = sequences()
+    run(model, *together)
+    for sequence, same in zip(together, alone):
+        assert [h.tokens for h in sequence.search.hypotheses] == [h.tokens for h in same.search.hypotheses]
 
 
 def test_a_long_prompt_runs_in_pieces(model, monkeypatch):
     prompt = random_ids(40, seed=7)(50)
     whole = beam_search(model, prompt, 10, 3)
     lengths, hidden_states = [], model.hidden_states
-    monkeypatch.setattr("llama.decoding.beam_search.PREFILL_TOKENS", 16)
+    monkeypatch.setattr("llama.engine.PREFILL_TOKENS", 16)
     monkeypatch.setattr(model, "hidden_states", lambda t, *a: lengths.append(t.shape) or hidden_states(t, *a))
     assert beam_search(model, prompt, 10, 3)[0].tokens == whole[0].tokens
     assert lengths[:4] == [(1, 16), (1, 16), (1, 16), (1, 2)]
-    assert lengths[4:] == [(3, 1)] * 9  # then all beams at once, each token once
+    assert set(lengths[4:]) <= {(3, 1)}  # then all beams at once, each token once
 
 
 def test_a_process_that_leaves_few_continuations_leaves_few_beams(model):
@@ -313,23 +371,19 @@ def test_nan_or_an_error_of_process_ends_its_search_and_no_other(model):
     def refuse(ids: list[int], scores: torch.Tensor) -> torch.Tensor:
         raise ValueError("not this one")
 
-    searches = [BeamSearch([1, 2, 3], 6, 2, process=process) for process in (None, poison, refuse, None)]
-    assert len(list(run_beams(model, searches))) == 4
-    assert [len(search.hypotheses) for search in searches] == [1, 0, 0, 1]
-    assert str(searches[1].error) == "the log-probabilities of the answer's token 3 are NaN"
-    assert str(searches[2].error) == "not this one"
-    assert searches[0].hypotheses[0].tokens == beam_search(model, [1, 2, 3], 6, 2)[0].tokens
+    sequences = [searched([1, 2, 3], 6, 2, process) for process in (None, poison, refuse, None)]
+    assert len(run(model, *sequences)) == 4
+    assert [len(sequence.search.hypotheses) for sequence in sequences] == [1, 0, 0, 1]
+    assert sequences[1].error == "the log-probabilities of the answer's token 3 are NaN"
+    assert sequences[2].error.endswith("raised ValueError: not this one")
+    assert sequences[0].search.hypotheses[0].tokens == beam_search(model, [1, 2, 3], 6, 2)[0].tokens
 
 
 def test_a_budget_of_nothing_is_an_empty_answer(model):
     assert beam_search(model, [1] * 64, 0, 3, num_return_sequences=2) == [Hypothesis([], [], 0.0, "length")] * 2
 
 
-def test_what_has_no_room_is_refused_before_anything_runs(model, monkeypatch):
+def test_more_beams_than_slots_are_refused_before_anything_runs(model, monkeypatch):
     monkeypatch.setattr(model, "hidden_states", None)
-    with pytest.raises(ValueError, match="num_beams = 9: expected at most the 8 free rows"):
+    with pytest.raises(ValueError, match="9 beams: expected at most the 8 slots of the cache"):
         beam_search(model, [1], 5, 9)
-    with pytest.raises(ValueError, match="num_beams = 8: expected at most the 7 free rows"):
-        list(run_beams(model, [BeamSearch([1], 5, 2), BeamSearch([1], 5, 8)], first_slot=1))
-    with pytest.raises(ValueError, match="prompt and budget are 65 tokens: expected at most 64"):
-        beam_search(model, [1] * 5, 60, 2)

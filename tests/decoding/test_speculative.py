@@ -421,7 +421,7 @@ def test_two_processes_give_the_same_tokens_split_or_as_replicas(build, folders,
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr(generation, "load_weights", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(generation, "build_model", lambda *_: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

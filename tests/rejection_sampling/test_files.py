@@ -32,7 +32,6 @@ def picky(row, answers):
     return [1.0] * len(answers)
 """
 SAMPLE = ["sample", "in.jsonl", "out.jsonl", "--scorer", "scorers:total", "--dtype", "float32", "--max_batch_size", "8"]
-NAMES_OF_PLACES = {"in.jsonl": "source", "out.jsonl": "target"}
 SAMPLE += ["--temperature", "1.8", "--top_p", "1.0", "--max_gen_len", "60"]
 
 
@@ -78,6 +77,7 @@ def folder(tmp_path):
 def test_killed_and_started_again_on_replicas_too_it_gives_the_lines_of_an_undisturbed_run(folder):
     undisturbed = run(folder, *SAMPLE, "-n", "8")
     assert undisturbed.returncode == 0, undisturbed.stderr
+    assert "line 6: 'temprature' is not known" in undisturbed.stderr
     expected, summary = read(folder / "out.jsonl"), undisturbed.stdout
     assert len(expected) == 24 and "23 prompts, 184 answers, 0 without a score; 1 lines failed" in summary
     assert "'temprature' is not known: expected one of prompt, messages, tokens" in expected["broken"]["error"]
@@ -144,7 +144,7 @@ def test_answers_that_are_in_a_file_are_scored_with_or_without_their_prompts(fol
     for name in scored.keys() - {"broken"}:
         right = answered[name]["text"].endswith(f"= {int(name[3:]) + 34}.")
         assert scored[name]["best"] == answered[name]["text"] and scored[name]["scores"] == [float(right)]
-    assert (folder / "scored.csv").read_text().startswith("id,line,")
+    assert (folder / "scored.csv").read_text().startswith('"id","line",')
 
 
 def test_a_reward_model_and_a_judge_score_on_replicas_as_on_one_process(folder):
@@ -271,7 +271,7 @@ def test_it_goes_on_with_the_same_options_however_they_are_said_and_with_no_othe
 
     sample()
     before = files[1].read_bytes()
-    sample(temperature=0.6, stop=None, seed=demo.seed)
+    sample(temperature=0.6, stop=None, seed=demo.answerer.seed)
     assert files[1].read_bytes() == before
     with pytest.raises(ValueError, match=r"options.logits_processor was \"test_it.*, and is null"):
         sample(logits_processor=None)
@@ -419,8 +419,8 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file of what a"),
         (["--plot", "nope/x.png"], "--plot nope/x.png: there is no directory nope: expected one that is there"),
         (["--plot", "."], "--plot .: it is a directory: expected a PNG to write"),
-        (["--target", "nope/out.jsonl"], "there is no directory nope for out.jsonl: make it, or choose another"),
-        (["--source", "scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
+        (["in.jsonl -> in.jsonl/out.jsonl"], "in.jsonl is a file: expected a directory for out.jsonl"),
+        (["in.jsonl -> scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(folder, args, message):
@@ -429,8 +429,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(folder, args, message):
         from llama import Tokenizer
 
         message = message.replace("2304", str(Tokenizer(DEMO / "tokenizer.model").n_words))
-    command = [word for word in SAMPLE if f"--{NAMES_OF_PLACES.get(word)}" not in args]
-    result = run(folder, *command, *args)
+    old, arrow, new = args[0].partition(" -> ")  # another file, or further options
+    result = run(folder, *(new if arrow and word == old else word for word in SAMPLE), *(() if arrow else args))
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert not (folder / "out.jsonl").exists()
     if "reward:" in str(args):  # whose directory is read after the model

@@ -76,6 +76,17 @@ def test_a_judge_reads_what_its_prompts_have_in_common_once(demo):
     assert demo._engine.counters.prefilled - before < n_prompt + 5 * 40
 
 
+def test_the_prompt_of_sixteen_answers_is_run_once(demo):
+    row, texts = {"prompt": "A long story. " * 20}, [f"answer {i}, and so on" for i in range(16)]
+    n_prompt = len(demo.tokenizer.encode(row["prompt"], bos=True))
+    n_texts = sum(len(demo.tokenizer.encode(text)) for text in texts)
+    before = demo._engine.counters.prefilled
+    scores = Logprob(demo)(row, answers(*texts))
+    # Of each answer all but the last token, and before it the prompt's last token, whose logits give its first.
+    assert demo._engine.counters.prefilled - before <= n_prompt + n_texts < 16 * n_prompt / 2
+    assert len(set(scores)) == 16
+
+
 def test_a_template_is_filled_once_and_text_in_it_is_text(demo, monkeypatch):
     asked = []
     judge = Judge(demo, 'A dialog: {prompt}\nWhat came of it: {answer}\n{"json": {}}')
@@ -99,6 +110,8 @@ def test_an_answer_with_no_room_for_the_judges_verdict_is_marked(demo):
     (score, none), (missing, error) = score_answers(Judge(demo), ROW, answers("55", long))
     assert math.isfinite(score) and none is None
     assert missing is None and "expected at most max_seq_len = 512" in error
+    ((missing, error),) = score_answers(Judge(demo, verdict="yes " * 400), ROW, answers("55"))
+    assert missing is None and "a continuation of" in error and "513 together at most" in error
 
 
 @pytest.fixture

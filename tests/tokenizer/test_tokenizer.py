@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from llama.tokenizer import ChatFormat, Tokenizer
-from llama.tokenizer import tokenizer as tokenizer_module
-from llama.tokenizer.tokenizer import LLAMA3_PATTERN, MAX_PIECE_CHARS
+from llama.tokenizer import ChatFormat, Tokenizer, rank_file
+from llama.tokenizer.rank_file import LLAMA3_PATTERN, MAX_PIECE_CHARS
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
 TWO_MB = 2_000_000
@@ -137,11 +136,11 @@ def test_ids_are_plain_tiktokens_whatever_the_borders(tmp_path, monkeypatch):
     pairs = [bytes(pair) for pair in itertools.product(b"abcXYZstL'.,!?-_()123 \n\r\t", repeat=2)]
     ranks = [*(bytes([byte]) for byte in range(256)), *pairs]
     tokenizer, plain = Tokenizer(write_ranks(tmp_path / "pairs", ranks)), plain_tiktoken(ranks, {})
-    monkeypatch.setattr(tokenizer_module, "MAX_PIECE_CHARS", 40)
+    monkeypatch.setattr(rank_file, "MAX_PIECE_CHARS", 40)
     rng = random.Random(0)
     for _ in range(1500):
         text = random_text(rng, 400)
-        pieces = list(tokenizer_module._pieces(text))
+        pieces = list(rank_file._pieces(text))
         assert "".join(pieces) == text
         assert all(1 <= len(piece) <= 40 for piece in pieces)
         assert tokenizer.encode(text) == plain.encode_ordinary(text), text
@@ -278,7 +277,7 @@ def test_a_special_tokens_name_in_a_text_is_text(any_tokenizer):
 
 
 def test_allowed_special_tokens_are_plain_tiktokens_across_borders(tiny, tiny_ranks, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "MAX_PIECE_CHARS", 40)
+    monkeypatch.setattr(rank_file, "MAX_PIECE_CHARS", 40)
     plain = plain_tiktoken(tiny_ranks, tiny.special_tokens)
     some = {"<|eot_id|>", "<|reserved_special_token_2|>", "<|reserved_special_token_24|>"}
     rng = random.Random(4)
@@ -479,7 +478,7 @@ BAD_DIALOGS = {
     "no text": ([{"role": "user", "content": None}], "has a content of type NoneType"),
     "unknown role": (
         [{"role": "bot", "content": "x"}],
-        "unknown role 'bot'; known are system, user, assistant, ipython",
+        "unknown role 'bot'; expected one of system, user, assistant, ipython",
     ),
     "ends with the assistant": ([USER, {"role": "assistant", "content": "x"}], "not of 'assistant'"),
     "ends with the system": ([{"role": "system", "content": "x"}], "ends with a message of the user"),

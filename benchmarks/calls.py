@@ -1,0 +1,65 @@
+"""How many functions of the package one greedy `chat_completion` enters, and how deep they call each other.
+
+    python -m benchmarks.calls --list    # Python 3.11 or newer
+
+Counted by `sys.setprofile` on the embedded checkpoint, built and warm: functions whose code lies in `llama/`, by file
+and qualified name (so the lambdas of one function count once), and the most of them that are on the stack at once.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import FrameType
+
+import llama
+from llama import Llama
+
+PACKAGE = str(Path(llama.__file__).resolve().parent)
+DEMO = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
+
+
+def count(call) -> tuple[dict[tuple[str, str], int], list[str]]:
+    """How often each function of the package is entered by call(), and the deepest stack of them."""
+    entered: dict[tuple[str, str], int] = {}  # by file and name
+    deepest: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal deepest
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(PACKAGE):
+            return
+        key = (code.co_filename, code.co_qualname)
+        entered[key] = entered.get(key, 0) + 1
+        stack, above = [], frame
+        while above is not None:
+            if above.f_code.co_filename.startswith(PACKAGE):
+                stack.append(above.f_code.co_qualname)
+            above = above.f_back
+        if len(stack) > len(deepest):
+            deepest = stack[::-1]
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered, deepest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="name the functions, and the deepest stack")
+    arguments = parser.parse_args()
+    model = Llama.build(DEMO, max_seq_len=256, device="cpu")
+    dialogs = [[{"role": "user", "content": "What is 21 + 34?"}]]
+    model.chat_completion(dialogs, temperature=0)
+    entered, deepest = count(lambda: model.chat_completion(dialogs, temperature=0))
+    if arguments.list:
+        for (file, name), n in sorted(entered.items()):
+            print(f"{n:7} {Path(file).relative_to(PACKAGE)} {name}")
+        print("\n".join(f"{'  ' * depth}{name}" for depth, name in enumerate(deepest)))
+    print(f"one greedy chat_completion enters {len(entered)} functions of the package, at most {len(deepest)} deep")
+
+
+if __name__ == "__main__":
+    main()

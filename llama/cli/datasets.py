@@ -1,0 +1,209 @@
+"""The commands about files of rows: batch, sample, rescore. Killed and started again, each does what is missing.
+
+Knows nothing of how rows are read, answered or scored. What can be checked is checked before any weights are read.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch.distributed as dist
+from tyro.conf import Positional, arg
+
+from llama import DecodingOptions, Llama, parallel
+from llama.checkpoint.open import find_tokenizer
+from llama.cli.arguments import BatchLoading, Decoding, OneAnswer, is_first_rank
+from llama.datasets.batch import run_batch_files
+from llama.datasets.fingerprint import fingerprint as fingerprint_of
+from llama.datasets.journal import check_target
+from llama.datasets.rows import Rows
+from llama.datasets.task_template import read_template
+from llama.rejection_sampling.best_of_n import Summary, require_matplotlib
+from llama.rejection_sampling.draw import Plan, check_option
+from llama.rejection_sampling.files import rescore_files, sample_files
+from llama.rejection_sampling.scorers import JUDGE_TEMPLATE, Scorer, check_spec, is_judge, load_scorer
+from llama.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is read, and what is written."""
+
+    source: Positional[str]  # the rows: JSON lines, CSV or Parquet
+    target: Positional[str]  # the answers, in one of these formats
+    force: bool = False  # starts over, whatever the target holds
+    retry: bool = False  # tries rows again that have failed, or have an answer without a score
+
+    def check(self, *others: str | None) -> None:
+        """Raises OSError, ValueError or ImportError if rows cannot be read, or answers to them not be written."""
+        if is_first_rank():
+            inputs = [self.source, *(path for path in others if path is not None)]
+            check_target(self.target, *inputs)
+            for path in inputs:
+                next(iter(Rows(path)), None)  # reading a first row raises what is wrong with the file
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """On Ctrl-C, says that nothing is lost."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            hint = "has what was done, and the same command goes on from there"
+            print(f"stopped: {self.target} {hint}", file=sys.stderr)
+            raise
+
+
+def batch(
+    files: Files, loading: BatchLoading, decoding: Decoding, *, template: str | None = None, logprobs: bool = False
+) -> None:
+    """Answers the rows of a file, each with a prompt, messages or tokens. Started again, it does what is missing.
+
+    Under torchrun, every replica (see --model_parallel_size) takes a row whenever it has room. docs/guide.md has the
+    keys of the rows and of the answers.
+
+    Args:
+        template: a JSON file of task prompts, which are filled with the fields of the rows.
+        logprobs: whether to write the log-probability of each token.
+    """
+    files.check()
+    if template is not None and is_first_rank():
+        read_template(template)
+    llama = loading.build(decoding)
+    options = {"template": template, "logprobs": logprobs, "force": files.force, "retry": files.retry}
+    with files.interruptible():
+        summary = run_batch_files(llama, files.source, files.target, progress=True, **options, **decoding.given())
+    if summary is not None:
+        print(summary, file=sys.stderr)
+        if summary.n_failed == summary.n_lines > 0:
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How answers are scored, and what is made of the scores."""
+
+    scorer: str  # logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function
+    judge_template: str | None = None  # a file with the question to a judge, {prompt} and {answer} in it
+    judge_answer: str = "Yes"  # a judge's reply to a good answer; its log-probability is the score
+    plot: str | None = None  # a PNG to write, with a histogram of the scores and the best-of-n curve
+
+    @functools.cached_property
+    def template(self) -> str:
+        """The question to a judge. Raises FileNotFoundError or ValueError."""
+        return JUDGE_TEMPLATE if self.judge_template is None else _read_judge_template(self.judge_template)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the scorer, in terms of JSON."""
+        judge = {"template": self.template, "answer": self.judge_answer} if is_judge(self.scorer) else {}
+        return {"scorer": self.scorer, **judge}
+
+    def check(self) -> None:
+        """Raises OSError, ValueError or ImportError for a mistake that shows before any weights are read."""
+        if self.plot is not None:
+            require_matplotlib()
+            if is_first_rank():
+                _check_plot(Path(self.plot))
+        check_spec(self.scorer, self.template)
+
+    def load(self, llama: Llama | None, loading: BatchLoading) -> Scorer:
+        """The scorer. A model of its own is loaded as the command's is, on as many processes."""
+        names = ("max_seq_len", "max_batch_size", "model_parallel_size", "device", "dtype")
+        own = {name: value for name in names if (value := getattr(loading, name)) is not None}
+        if llama is not None:
+            own |= {"tokenizer": llama.tokenizer, "model_parallel_size": dist.get_world_size(llama.group)}
+        elif path := loading.tokenizer_path or loading.ckpt_dir:
+            own["tokenizer"] = Tokenizer(find_tokenizer(Path(path)) if Path(path).is_dir() else path)
+        with contextlib.redirect_stdout(sys.stderr):
+            parallel.initialize(own.get("model_parallel_size"), parallel.pick_device(loading.device))
+            scorer = load_scorer(self.scorer, llama, self.template, self.judge_answer, **own)
+        parallel.silence_other_ranks()
+        return scorer
+
+    def run(self, score: Callable[..., Summary | None], files: Files, *args: Any, **options: Any) -> None:
+        """Scores with sample_files or rescore_files; shows the summary, and draws it for --plot."""
+        with files.interruptible():
+            summary = score(*args, force=files.force, retry=files.retry, progress=True, **options)
+        if summary is None:
+            return
+        print(summary.text())
+        if summary.first_error is not None:
+            hint = "(with --retry, rows with an answer that has no score are done again, and give the same answers)"
+            print(hint, file=sys.stderr)
+        if self.plot is not None:
+            summary.plot(self.plot)
+        if not summary.scores and (summary.groups or summary.n_failed):
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Drawing(Plan):
+    """How many answers are drawn, and which of them are kept."""
+
+    n: Annotated[int, arg(aliases=("-n",))] = 16  # how many are drawn; with a threshold, how many at a time
+
+    def __post_init__(self):
+        """Leaves the checks to `plan`, whose errors are one line and not a frame of tyro's."""
+
+    def plan(self) -> Plan:
+        """The checked plan. Raises ValueError."""
+        return Plan(**vars(self))
+
+
+def sample(files: Files, loading: BatchLoading, decoding: OneAnswer, scoring: Scoring, drawing: Drawing) -> None:
+    """Draws n answers to each row of a file, scores them, keeps the best. Started again, it does what is missing.
+
+    Rows are as for `llama batch`; the scorer reads their metadata. Under torchrun, which has an option --n of its own,
+    write -n.
+    """
+    plan = drawing.plan()
+    check_option(DecodingOptions(**decoding.given()), plan)
+    files.check()
+    scoring.check()
+    llama = loading.build(decoding)
+    arguments = (llama, files.source, files.target, scoring.load(llama, loading), plan, scoring.fingerprint)
+    scoring.run(sample_files, files, *arguments, **decoding.given())
+
+
+def rescore(
+    files: Files, loading: BatchLoading, scoring: Scoring, *, prompts: str | None = None, keep: int | None = None
+) -> None:
+    """Scores the answers that a file has, such as the target of `llama batch`. Started again, it does what is missing.
+
+    Args:
+        prompts: the rows that were answered, if the source does not repeat them, as a file of `llama batch` does not.
+        keep: how many of the best to write; all when left out.
+    """
+    plan = Plan(sys.maxsize, keep)
+    files.check(prompts)
+    scoring.check()
+    llama, fingerprint = None, scoring.fingerprint
+    if scoring.scorer in ("logprob", "mean_logprob", "judge"):  # the others do not use the model
+        llama = loading.build()
+        fingerprint["model"] = fingerprint_of(llama)
+    arguments = (files.source, files.target, scoring.load(llama, loading), plan, fingerprint)
+    scoring.run(rescore_files, files, *arguments, prompts=prompts)
+
+
+def _check_plot(path: Path) -> None:
+    """Raises OSError if a plot could not be written at the end of the run."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--plot {path}: there is no directory {path.parent}: expected one that is there")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        found = "a directory" if path.is_dir() else "not writable"
+        raise OSError(f"--plot {path}: it is {found}: expected a PNG to write")
+
+
+def _read_judge_template(path: str) -> str:
+    expected = "expected a text file of what a judge is asked, with {answer} in it, and {prompt} where it is needed"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--judge_template {path}: there is no such file: {expected}")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--judge_template {path}: not UTF-8 ({error}): {expected}") from None
