@@ -15,6 +15,7 @@ from llama.decode_step import DecodeStep
 from llama.kv_cache import Slots, shared_prefix
 from llama.layers.hooks import Logits
 from llama.layers.packing import pack
+from llama.meta_names import has_foreign_blocks
 from llama.model import Transformer
 from llama.sequence import Counters, Search, Sequence, choose, score_prompt
 
@@ -110,9 +111,18 @@ class Engine:
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         first_slot, n_free = len(self.running), self.n_free
         group, starts, stops, width = [], [], [], 0
+        # Blocks put in place of ours may keep a past of their own, by rows: one sequence at a time, from its beginning.
+        if alone := has_foreign_blocks(self.model.layers):
+            n_free = min(n_free, 1 - first_slot)
+            if self.waiting[0].n_slots > 1:
+                self._ended.append(self.waiting.popleft())
+                self._ended[-1].fail(
+                    "beams share keys, which blocks put in place of Llama's own do not: use num_beams=1"
+                )
+                return None
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
-            limit = sequence.n_reusable if self.reuse_prefixes else 0
+            limit = sequence.n_reusable if self.reuse_prefixes and not alone else 0
             source, shared = self.slots.find(sequence.prompt, limit)
             # One that begins like a prompt of this group waits until that one's keys are there.
             if group and any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
