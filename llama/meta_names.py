@@ -174,6 +174,11 @@ class RotaryAsComplex(nn.Module):
     def freqs_cis(self, freqs_cis: torch.Tensor) -> None:
         self.rotary = torch.view_as_real(freqs_cis).contiguous()
 
+    def angles(self, positions: slice | torch.Tensor) -> torch.Tensor:
+        """Those of some positions, complex64 [.., head_dim / 2]; on MPS, which hardly knows such, as real numbers."""
+        rotary = self.rotary[positions]
+        return rotary if rotary.device.type == "mps" else torch.view_as_complex(rotary)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         rotary = self.rotary
         super()._apply(fn, recurse)

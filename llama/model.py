@@ -163,7 +163,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(meta.RotaryAsComplex):
-    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.groups.initialize` makes it).
+    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.initialize` makes it).
 
     With a cache, `forward` takes new tokens and reads the keys and values of those before. Without, it is a plain
     function of its tokens, for training.
@@ -296,4 +296,4 @@ class Transformer(meta.RotaryAsComplex):
         if (mask is not None or slots.start > 0) and meta.has_foreign_blocks(self.layers):
             mask = meta.mask_for_foreign_blocks(starts, n_new, slots, self.norm.weight)
         place = None if start_pos is None else CacheView(self.cache, slots, positions, length)
-        return meta.StartPos(first, place), self.freqs_cis[positions], mask
+        return meta.StartPos(first, place), self.angles(positions), mask

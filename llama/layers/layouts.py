@@ -62,7 +62,7 @@ class Packed(Layout):
     def __init__(self, weight: torch.Tensor, number: int | None = None):
         self.out_features, self.in_features = weight.shape
         # The number of rows of x is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 64)
         self.number = _numbered(self, number)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

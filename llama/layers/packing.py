@@ -184,7 +184,7 @@ def _is_matrix(linear: Linear) -> bool:
     """Whether it is a matrix and nothing more: a pruned or re-parametrised one has its weight elsewhere."""
     parameters = vars(linear)["_parameters"]
     weight, others = parameters.get("weight"), [p for name, p in parameters.items() if name != "weight"]
-    return weight is not None and weight.dim() == 2 and not any(p is not None for p in others)
+    return type(weight) is nn.Parameter and weight.dim() == 2 and not any(p is not None for p in others)
 
 
 def _pack_together(linears: list[Linear], holders: _Holders, state: PackingState) -> None:
