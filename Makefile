@@ -17,7 +17,7 @@ demo: $(VENV)/.runtime
 	$(VENV)/bin/python example_chat_completion.py
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

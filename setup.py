@@ -22,6 +22,7 @@ setup(
         "eval": ["lm-eval"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "sentencepiece",
             "safetensors",
             "transformers",

@@ -71,9 +71,8 @@ class DecodeStep:
         with torch.inference_mode():
             for n_rows in {1, min(2, self.model.args.max_batch_size)}:
                 self([0] * n_rows, [1] * n_rows, lambda row: 1)
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(
-            tempfile.gettempdir(), f"torchinductor_{getuser()}"
-        )
+        own = os.path.join(tempfile.gettempdir(), f"torchinductor_{getuser()}")
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", own)
         return f"Compiled in {time.perf_counter() - started:.1f} seconds (kept in {folder}, TORCHINDUCTOR_CACHE_DIR)"
 
     def _inputs(self, tokens: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ Batch = tuple[list[Sequence], list[int], int, list[int]]
 
 
 class Engine:
-    """Runs sequences through a model that has a cache, as many at a time as the cache has slots.
+    """Runs sequences through a model, as many at a time as its cache has slots.
 
     Slots 0, 1, … hold the sequences in `running`, in their order, so that a decode step reads one slice of the cache.
     A slot after them may hold one whose prompt is being prefilled in pieces. What a slot held stays in it until it is
@@ -40,7 +40,6 @@ class Engine:
 
     def __init__(self, model: Transformer):
         self.model = model
-        self.device = model.rotary.device
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how much of its prompt is done
@@ -171,9 +170,7 @@ class Engine:
 
     def _prefill(self, group: list[Sequence], starts: list[int], first_slot: int, stops: list[int]) -> None:
         """Runs prompt[start:stop] of each sequence; one whose whole prompt has run gets its next token."""
-        texts = []
-        for sequence, stop in zip(group, stops):
-            texts.append(sequence.prompt[:stop])
+        texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
         if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
             self._pack()
         logits, at = run_rows(self.model, texts, starts, first_slot)
@@ -230,8 +227,7 @@ class Engine:
     def _advance(self, search: Search, logits: torch.Tensor) -> None:
         """Lets a search choose the beams that go on, and gives each a slot with its keys.
 
-        The first of a beam's continuations stays in its slot. The others take the slots of beams that have none, then
-        free ones; slots that are left over are released.
+        A beam's first continuation stays in its slot; the others take those of beams that have none, then free ones.
         """
         slots = [self.running.index(beam) for beam in search.beams]
         parents = search.advance(logits.log_softmax(-1))
@@ -300,14 +296,17 @@ def run_rows(
 ) -> tuple[Logits, list[int]]:
     """Runs text[start:] of each of B texts, whose earlier keys are in its slot, right-padded to one width.
 
+<<<<<<< HEAD
     Rows whose padding would leave the cache start earlier instead, and write again what is there already.
 
     Returns:
         the logits [B, T, vocab_size], and the column at which text[start] is in each row.
+=======
+    Rows whose padding would leave the cache start earlier instead, and write again what is there already. Returns the
+    hidden states [B, T, dim], and the column at which text[start] is in each row.
+>>>>>>> main
     """
-    width = 0
-    for text, start in zip(texts, starts):
-        width = max(width, len(text) - start)
+    width = max(map(int.__sub__, map(len, texts), starts))
     rows, firsts, columns = [], [], []
     for text, start in zip(texts, starts):
         first = min(start, model.args.max_seq_len - width)

@@ -44,8 +44,8 @@ class Llama:
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
-        Process groups are made if there are none yet; on CUDA the process's current device is set, as NCCL wants it;
-        on ranks other than 0 stdout is silenced. Nothing else that is global is touched.
+        Process groups are made if there are none yet; on CUDA the process's current device is set; on ranks other than
+        0 stdout is silenced. Nothing else that is global is touched.
 
         Args:
             ckpt_dir: a directory with params.json and consolidated.NN.pth, or Hugging Face's with config.json and
@@ -64,8 +64,7 @@ class Llama:
                 directory of a smaller model with the same tokenizer, or "ngram" (`llama.decoding.speculative`).
 
         Raises:
-            FileNotFoundError: a directory or file is missing.
-            ValueError: a file is broken, disagrees with another, or a number is out of range; on every process.
+            FileNotFoundError, ValueError: a file is missing or broken, or a number is out of range.
             MemoryError: the device has no room for the weights and the cache.
         """
         started = time.perf_counter()
@@ -97,7 +96,6 @@ class Llama:
         self.formatter = ChatFormat(tokenizer)
         if model.cache is None:
             model.allocate_cache()
-        self.model = model
         self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
         if compile:
             with parallel.fail_at_once():
@@ -105,6 +103,12 @@ class Llama:
             if dist.get_rank() == 0:
                 print(took)
         self.answerer = Answerer(self._engine, tokenizer, seed)
+
+    @property
+    def model(self) -> Transformer:
+        """The network. Who holds it may run or change it, so later calls take no keys that were made before them."""
+        self.answerer.shared.model_is_held = True
+        return self._engine.model
 
     @property
     def args(self) -> ModelArgs:
@@ -131,8 +135,7 @@ class Llama:
         """Continues prompts of token ids. Any number of threads may call this, and all that follows, at once.
 
         Each prompt has its own budget of min(max_gen_len, max_seq_len - its length) tokens and ends early at a stop
-        token, which is not part of the answer. What a prompt gives does not depend on the others, of this call or of
-        another: not on their number, lengths or order, nor on the processes it runs on.
+        token, which is not part of the answer. What a prompt gives does not depend on others, or on how many processes.
 
         Args:
             prompt_tokens: the prompts, each a list of at least one id; any number of them.
@@ -158,9 +161,8 @@ class Llama:
         if not isinstance(prompt_tokens, Iterable):
             raise TypeError(f"prompt_tokens is {prompt_tokens!r}: expected a list of prompts, each a list of token ids")
         prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompt_tokens)]
-        by_prompt = self.answerer.answer(
-            prompts, self.answerer.check_options(prompts, options), logprobs, echo, progress
-        )
+        settings = self.answerer.check_options(prompts, options)
+        by_prompt = self.answerer.answer(prompts, settings, logprobs, echo, progress)
         answers = [(prompt, answer) for prompt, group in zip(prompts, by_prompt) for answer in group]
         tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
         values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
@@ -188,12 +190,8 @@ class Llama:
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         ids = self.answerer.encode_texts(prompts)
         by_prompt = self.answerer.answer(ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
-        predictions: list[CompletionPrediction] = []
-        for prompt, group in zip(ids, by_prompt):
-            predictions += [
-                {"generation": a.text, **self.answerer.details(prompt, a, logprobs, echo, options)} for a in group
-            ]
-        return predictions
+        pairs = [(prompt, answer) for prompt, group in zip(ids, by_prompt) for answer in group]
+        return [{"generation": a.text, **self.answerer.details(p, a, logprobs, echo, options)} for p, a in pairs]
 
     def chat_completion(
         self,

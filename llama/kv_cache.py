@@ -86,10 +86,7 @@ class CacheView:
 
 
 class Slots:
-    """The record of a cache's slots. `tokens[slot]` are the ids whose keys it holds, from position 0 on.
-
-    A slot's record never says more than is there.
-    """
+    """The record of a cache's slots: `tokens[slot]` are the ids whose keys it holds, from position 0 on, or fewer."""
 
     def __init__(self, cache: KVCache):
         self.cache = cache

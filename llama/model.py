@@ -18,12 +18,24 @@ from torch import nn
 
 import llama.meta_names as meta
 from llama.kv_cache import CacheView, KVCache
+<<<<<<< HEAD
 from llama.layers.attention import Mask, Place, Starts, as_list, attend, positions_and_mask
 from llama.layers.hooks import Logits, is_plain
 from llama.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear, VocabParallelEmbedding, products
 from llama.layers.packing import groups
 from llama.layers.rotary import apply_rotary, rotary_table
 from llama.meta_names import apply_rotary_emb, precompute_freqs_cis, repeat_kv  # noqa: F401 # importable from here
+=======
+from llama.layers.attention import attend
+from llama.layers.linear import (
+    ColumnParallelLinear,
+    Linear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    multiply_together,
+)
+from llama.layers.rotary import apply_rotary, rotary_frequencies, rotary_table
+>>>>>>> main
 
 
 @dataclass
@@ -110,6 +122,7 @@ class Attention(meta.OwnCache):
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.cache_shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, args.head_dim)
 
+<<<<<<< HEAD
     def forward(self, x: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
         """[B, T, dim] -> [B, T, dim].
 
@@ -117,6 +130,13 @@ class Attention(meta.OwnCache):
         keys the tokens see (`attend`).
         """
         q, k, v = products(x, self.wq, self.wk, self.wv)
+=======
+    def forward(
+        self, x: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor | None, cache: CacheView | None
+    ) -> torch.Tensor:
+        """[B, T, dim] -> [B, T, dim]. `mask` [B or 1, 1, T, length]: True where a query sees a key; None: causal."""
+        q, k, v = multiply_together(x, self.wq, self.wk, self.wv)
+>>>>>>> main
         q = q.unflatten(-1, (self.n_local_heads, self.head_dim))
         k = k.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
@@ -140,7 +160,7 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(dim, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, dim] -> [B, T, dim]
-        gate, up = products(x, self.w1, self.w3)
+        gate, up = multiply_together(x, self.w1, self.w3)
         return self.w2(F.silu(gate) * up)
 
 
@@ -259,11 +279,16 @@ class Transformer(meta.RotaryAsComplex):
 
         No decision depends on what a tensor holds, so that a step can be compiled or recorded.
 
+<<<<<<< HEAD
         Args:
             tokens: ids, [B, 1].
             positions: where each goes, [B].
             key_positions: 0, 1, … up to the last position of the longest row at least.
             exact: whether they end where every row does, so that there is nothing to mask.
+=======
+        `tokens` are ids [B, 1], `positions` where each goes [B], `key_positions` 0, 1, … up to the last position of the
+        longest row at least; `exact`, if they end where every row does. Returns logits, float32 [B, vocab_size].
+>>>>>>> main
         """
         positions = positions[:, None]
         mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]

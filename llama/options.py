@@ -141,12 +141,7 @@ class DecodingOptions:
         return " and ".join(n for n in PENALTIES if getattr(self, n) != self.__dataclass_fields__[n].default)
 
     def check_model(self, vocab_size: int, max_batch_size: int, name: str = "") -> None:
-        """Raises ValueError, its message begun by `name`, if an option asks for what the model does not have.
-
-        Args:
-            vocab_size: how many tokens it has.
-            max_batch_size: how many rows its cache has, one for each beam.
-        """
+        """Raises ValueError, begun by `name`, for a token or a beam that the model has no room for."""
         for option, ids in (("stop", self.stop_ids), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
@@ -166,11 +161,8 @@ NAMES = tuple(field.name for field in fields(DecodingOptions))
 def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
     """The options of each prompt; a list among the values holds one value for each prompt.
 
-    For `stop`, whose value may itself be a list, that is a list with a list or None in it.
-
-    Raises:
-        ValueError: a value is out of range or contradicts another, or a list is not as long as there are prompts.
-        TypeError: an option has a name that is none.
+    For `stop`, whose value may be a list, that is a list with a list or None in it. Raises ValueError for a value or a
+    length out of range, and TypeError for a name that is none.
     """
     lists = {}
     for name, value in options.items():
@@ -198,13 +190,8 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
 def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[int]:
     """Token ids as a list of int, whatever holds them: a list, a tuple, an array or a tensor.
 
-    Args:
-        name: what errors call them.
-        ids: at least one, each from 0 to vocab_size - 1.
-        limit: the most of them, which is max_seq_len; None: any number.
-
-    Raises:
-        ValueError, TypeError: they are none, too many, or out of range.
+    Raises ValueError or TypeError, begun by `name`, if there are none, more than `limit` (max_seq_len; None: any
+    number), or some are not from 0 to vocab_size - 1.
     """
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if not isinstance(ids, (list, tuple)):

@@ -28,8 +28,8 @@ class RandomStream:
     """
 
     def __init__(self, seed: int, prompt: Sequence[int], occurrence: int = 0, sample: int = 0):
-        identity = ",".join(map(str, [seed, occurrence, sample, *prompt]))
-        self._key = hashlib.blake2b(identity.encode(), digest_size=32).digest()
+        source = ",".join(map(str, [seed, occurrence, sample, *prompt]))
+        self._key = hashlib.blake2b(source.encode(), digest_size=32).digest()
 
     def seed(self, position: int) -> int:
         """The seed, a signed 64-bit number, of the random numbers that choose the token at a position."""
@@ -40,12 +40,7 @@ class RandomStream:
 def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """A random number in (0, 1) for each seed and token: SplitMix64 (Steele et al. 2014, OOPSLA), by its index.
 
-    Args:
-        seeds: int64 [B, 1].
-        ids: int64 [B or 1, n].
-
-    Returns:
-        float64 [B, n], the same on every device.
+    `seeds` int64 [B, 1] and `ids` int64 [B or 1, n] give float64 [B, n], the same on every device.
     """
     # int64 arithmetic wraps as uint64 does; its right shift carries the sign down, which the masks cut off.
     z = seeds + (ids + 1) * -0x61C8864680B583EB  # the golden ratio times 2**64
@@ -116,12 +111,7 @@ def race(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     matters only when two arrive together: in the running sum of the usual inversion, an error of one weight moves all
     that come after, and answers would change with the shape of the batch.
 
-    Args:
-        weights: [B, n] of at least 0, some of each row above.
-        uniform: float64 [B, n], in (0, 1).
-
-    Returns:
-        int64 [B].
+    `weights` [B, n] are at least 0, some of each row above; `uniform` float64 [B, n] in (0, 1). Returns int64 [B].
     """
     return (-uniform.log() / weights).argmin(dim=-1)
 
@@ -188,13 +178,8 @@ def process_logits(
 ) -> torch.Tensor:
     """The logits of one row after what depends on the ids so far, in the order of Transformers' `generate`.
 
-    Args:
-        logits: float32 [vocab_size]; not changed.
-        ids: prompt and answer so far.
-        logit_bias, repetition_penalty, no_repeat_ngram_size, logits_processor: as in `DecodingOptions`.
-
-    Raises:
-        ValueError: the processor raised, or returned something of another shape.
+    `logits` float32 [vocab_size] are not changed; `ids` are the prompt and the answer so far; the others as in
+    `DecodingOptions`. Raises ValueError if the processor raises, or returns something of another shape.
     """
     if logit_bias:
         tokens = torch.tensor(list(logit_bias), device=logits.device)
@@ -212,7 +197,7 @@ def process_logits(
         name = getattr(logits_processor, "__name__", type(logits_processor).__name__)
         try:
             processed = logits_processor(torch.tensor([ids], device=logits.device), logits[None].clone())
-        except Exception as error:  # whatever a caller's code may raise: it ends its own prompt and not the others
+        except (Exception, SystemExit) as error:  # whatever a caller's code may raise ends its own prompt alone
             raise ValueError(f"logits_processor {name} raised {type(error).__name__}: {error}") from error
         shape = list(getattr(processed, "shape", [])) or type(processed).__name__
         if shape != [1, len(logits)]:

@@ -124,9 +124,7 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
 
     A sequence whose logits cannot be used, or whose logits_processor raises, fails; the others go on.
 
-    Args:
-        sequences: B of them.
-        logits: after the last token of each, float32 [B, vocab_size].
+    `logits` are those after the last token of each, float32 [B, vocab_size].
     """
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
@@ -163,13 +161,8 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
 def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
     """One token for each sequence, by its options and the random numbers of its next position, or one `ahead` of that.
 
-    Args:
-        sequences: B of them.
-        logits: float32 [B, vocab_size], after the penalties.
-        ahead: how many tokens, not yet in the sequences, come before.
-
-    Returns:
-        ids, int64 [B].
+    `logits` float32 [B, vocab_size] are those after the penalties; `ahead` tokens, not yet in the sequences, come
+    before. Returns ids, int64 [B].
     """
     seeds, settings = [], []
     for sequence in sequences:
@@ -184,8 +177,13 @@ def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> tor
 def score_prompt(sequence: Sequence, logits_of: Callable[[int, int], torch.Tensor], stop: int) -> None:
     """Scores the tokens of a prompt that follow the positions before `stop`, which have run, and have no score yet.
 
+<<<<<<< HEAD
     Args:
         logits_of: the logits [b - a, vocab_size] after the positions [a, b).
+=======
+    `hidden` are the hidden states of these positions, [at least stop - start, dim]; `logits_of` makes [T, vocab_size]
+    logits of [T, dim] of them.
+>>>>>>> main
     """
     first = sequence.score_from + len(sequence.prompt_token_logprobs)
     n_targets = len(sequence.prompt[first : stop + 1])

@@ -16,6 +16,9 @@ import llama.engine
 from llama import Llama, ModelArgs, Transformer, parallel
 from llama.decode_step import DecodeStep
 
+# Tests run beside each other: threads of the processes that they start would wait for each other's most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 DEMO = ROOT / "demo" / "checkpoint"

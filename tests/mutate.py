@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -75,7 +76,7 @@ def changed(rng: random.Random, content: Any) -> Any:
     elif how == 1:
         parent.insert(key, place)
     elif how == 2 and isinstance(place, (int, float)):
-        parent[key] = rng.choice((place + 1, place - 1, -place, place * 2, place * 10**6, float(place), str(place)))
+        parent[key] = rng.choice((place + 1, place - 1, -place, place * 2, place * 1000, str(place), f"{place}.0"))
     elif how == 3:
         other = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
         parent[key], parent[other] = parent[other], place
@@ -126,6 +127,7 @@ def is_refused(
         return False
     except Exception as error:
         assert type(error) in kinds, f"{type(error).__name__}: {str(error)[:300]}"
+        assert "MemoryError" not in str(error), str(error)[:300]
         assert any(name in str(error) for name in names), f"none of {list(names)} in: {str(error)[:300]}"
         assert len(str(error)) < 2000, f"a message of {len(str(error))} characters: {str(error)[:300]}"
         return True
@@ -151,10 +153,18 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_limit(n_bytes: int) -> Iterator[None]:
-    """Holds that the process's memory grows by at most n_bytes meanwhile, at its highest."""
+    """Holds that the process's memory grows by at most n_bytes meanwhile, at its highest.
+
+    What would take far more than that gets a MemoryError, so that a mistake does not take the machine's memory.
+    """
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now
     before = _memory("VmRSS")
-    yield
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + n_bytes + 4_000_000_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     grown = _memory("VmHWM") - before
     assert grown < n_bytes, f"memory grew by {grown:,} bytes"
 

@@ -364,3 +364,30 @@ def test_beams_scores_and_samples_run_beside_open_streams(make):
     assert llama.generate([[1, 2], [3]], 5, temperature=0, num_beams=[4, 4]) == beams
     assert llama.score(["a text to score"]) == scores
     assert [piece + "".join(stream) for piece, stream in zip(pieces, streams)] == [text] * 3
+
+
+def test_a_model_that_somebody_holds_is_never_answered_for_from_stale_keys(make):
+    prompt = list(range(100, 160))
+    llama, fresh = make(4), make(4)
+    plain, _ = llama.generate([prompt], 8, temperature=0)
+    model = llama.model  # from here on it may change at any time
+    for other in (model, fresh.model):
+        hook = lambda module, args, output: output + 3.0  # noqa: E731
+        other.layers[0].register_forward_hook(hook)
+    steered, _ = fresh.generate([prompt], 8, temperature=0)
+    assert llama.generate([prompt], 8, temperature=0)[0] == steered != plain
+    model.layers[0]._forward_hooks.clear()
+    assert llama.generate([prompt], 8, temperature=0)[0] == plain
+    model(torch.tensor([[7] * 100]))  # writes over what a slot held
+    assert llama.generate([prompt], 8, temperature=0)[0] == plain
+    # Inside one call the prompt is run once all the same.
+    before = llama._engine.counters.prefilled
+    llama.generate([prompt], 8, temperature=1.0, num_return_sequences=4)
+    assert llama._engine.counters.prefilled - before == len(prompt) + 3
+
+
+def test_a_model_that_nobody_holds_keeps_its_prefixes(make):
+    llama = make(4)
+    llama.generate([list(range(100, 160))], 1, temperature=0)
+    llama.generate([list(range(100, 160))], 1, temperature=0)
+    assert llama._engine.counters.reused == 59

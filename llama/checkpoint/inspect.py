@@ -65,7 +65,7 @@ def info(
     Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does.
     """
     _, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
-    args, itemsize = checkpoint.args, checkpoint.dtype.itemsize
+    args = checkpoint.args
     n_parameters = sum(map(math.prod, checkpoint.shapes.values()))
     name, context = family(args)
     n_files, kind = len(checkpoint.paths), "Meta" if isinstance(checkpoint, MetaCheckpoint) else "Hugging Face"
@@ -82,7 +82,7 @@ def info(
         ("context", f"{context:,} tokens" if context else "unknown: the files do not say"),
     ]
     for n_ranks in [n for n in args.model_parallel_sizes if n <= 16]:
-        parts = memory(args, n_parameters, itemsize, n_ranks)
+        parts = memory(args, n_parameters, checkpoint.dtype.itemsize, n_ranks)
         if bits:
             parts["weights"] = sum(tensor.nbytes for tensor in checkpoint.shards[0].values()) // n_ranks
         text = _size(sum(parts.values()))
@@ -90,8 +90,7 @@ def info(
             text += f" = {' + '.join(f'{part} {_size(size)}' for part, size in parts.items())}"
             text += f", at max_batch_size {max_batch_size}, max_seq_len {max_seq_len}"
         lines.append(("memory", f"on {n_ranks} process{'es' if n_ranks > 1 else ''}: {text}{' each' * (n_ranks > 1)}"))
-    lines.append(("model_parallel_size", "one of " + ", ".join(map(str, args.model_parallel_sizes))))
-    return lines
+    return [*lines, ("model_parallel_size", "one of " + ", ".join(map(str, args.model_parallel_sizes)))]
 
 
 def _size(n_bytes: int) -> str:
@@ -130,7 +129,9 @@ def verify(
     for label, parts in _open_all(folder, tokenizer_path, found):
         n_bad = 0
         for part in parts:
-            n_bad += _count_not_finite(part)
+            # A sum is finite only if all its terms are, and takes one pass and no memory.
+            if not part.sum(dtype=torch.float64 if part.dtype == torch.float64 else torch.float32).isfinite():
+                n_bad += part.numel() - int(part.isfinite().sum())
             found.n_bytes += part.nbytes
             drop_pages(part)
             advance(part.nbytes)
@@ -167,14 +168,6 @@ def _open_all(
         for name, tensor in shard.items():
             rows = max(1, CHUNK_BYTES // max(1, tensor[:1].nbytes)) if tensor.dim() else 1
             yield f"{path.name}: {name}", tensor.split(rows) if tensor.dim() else [tensor]
-
-
-def _count_not_finite(part: torch.Tensor) -> int:
-    # A sum is finite only if all its terms are, and takes one pass and no memory.
-    wide = torch.float64 if part.dtype == torch.float64 else torch.float32
-    if part.sum(dtype=wide).isfinite():
-        return 0
-    return int(part.numel() - part.isfinite().sum())
 
 
 def _verify_checklist(folder: Path, found: Verification, advance: Callable[[int], object]) -> None:

@@ -54,8 +54,7 @@ def require_directory(name: str, path: Path, expected: str) -> None:
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """The files consolidated.00.pth, 01, … in order. Raises FileNotFoundError if there are none, or not all."""
-    files = (path for path in ckpt_dir.iterdir() if path.is_file())
-    numbered = {int(match[1]): path for path in files if (match := SHARD_NAME.fullmatch(path.name))}
+    numbered = {int(match[1]): path for path in ckpt_dir.iterdir() if (match := SHARD_NAME.fullmatch(path.name))}
     if not numbered:
         raise FileNotFoundError(f"no consolidated.NN.pth in {ckpt_dir}, which holds {listing(ckpt_dir)}")
     missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
@@ -82,14 +81,16 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(shard, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in shard.items()
         ):
-            raise pickle.UnpicklingError("it is not a dictionary of tensor names to tensors")
+            found = f"it holds a {type(shard).__name__}"
+            raise pickle.UnpicklingError(f"{found}: expected a dictionary of tensor names to tensors")
     except Exception as error:  # the readers of PyTorch and of zipfile stumble over damage in every possible way
-        if isinstance(error, pickle.UnpicklingError):
-            found = "holds more than tensors, or is not a checkpoint; refused, nothing was run"
-        else:
-            found = f"({path.stat().st_size:,} bytes) is not a whole PyTorch checkpoint, download it again"
         reason = str(error).split("\n")[0].split(". ")[0][:200]
-        raise ValueError(f"{path} {found}: {type(error).__name__}: {reason}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            found = f"{path} holds more than tensors, or is not a checkpoint"
+            raise ValueError(f"{found}; refused, nothing was run: {reason}") from error
+        found = f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch checkpoint"
+        advice = "download it again if its size is not the published one"
+        raise ValueError(f"{found}: {type(error).__name__}: {reason}; {advice}") from error
     return {name: tensor.detach() for name, tensor in shard.items() if name != "rope.freqs"}  # computed, no weight
 
 
@@ -236,11 +237,10 @@ class MetaCheckpoint:
         for name in everywhere:
             try:
                 self.cuts[name] = self._find_cut(name)
-            except ValueError as error:
-                yield str(error)
-            else:
                 if partition_dim(name) is None:
                     yield from self._norm_problems(name)
+            except ValueError as error:
+                yield str(error)
 
     def _norm_problems(self, name: str) -> Iterator[str]:
         """Each shard has the norms whole: where they differ, the shards are not of one model."""

@@ -41,6 +41,7 @@ class QuantizedCheckpoint(MetaCheckpoint):
     def problems(self) -> Iterator[str]:
         if len(self.paths) > 1:
             yield f"{self.paths[0].parent} is quantised, and has {len(self.paths)} shards: expected one"
+            return
         yield from super().problems()
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor | Quantized:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 CHECKLIST = "checklist.chk"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -65,8 +66,6 @@ def appear_whole(dst: Path, n_bytes: int) -> Iterator[Path]:
 @contextlib.contextmanager
 def progress(n_bytes: int, what: str) -> Iterator[Callable[[int], object]]:
     """A progress bar on stderr, if that is a terminal."""
-    from tqdm import tqdm  # imported late: most programs never show a bar
-
     with tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True, disable=None) as bar:
         yield bar.update
 

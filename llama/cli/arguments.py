@@ -95,10 +95,7 @@ class Loading:
     draft: str | None = None  # a smaller model's directory, or "ngram", proposes tokens: the same answers, sooner
 
     def build(self, decoding: Decoding | None = None) -> Llama:
-        """Builds the model; messages about it go to stderr.
-
-        Args:
-            decoding: options to check: before the weights are read, and against the model afterwards.
+        """Builds the model, once the options are checked; messages about it go to stderr.
 
         Raises:
             FileNotFoundError, ValueError, MemoryError: as in `Llama.build`; an option is out of range.

@@ -5,7 +5,6 @@ tyro makes flags, types, help and suggestions from the commands' annotations and
 
 import os
 import sys
-from collections.abc import Callable
 
 import tyro
 
@@ -15,11 +14,7 @@ from llama.cli.checkpoints import convert, info, quantize, verify
 from llama.cli.datasets import batch, rescore, sample
 from llama.cli.texts import chat, complete, score
 
-COMMANDS: tuple[Callable[..., None], ...] = (
-    *(chat, complete, score),
-    *(batch, sample, rescore),
-    *(info, verify, convert, quantize),
-)
+COMMANDS = (chat, complete, score, batch, sample, rescore, info, verify, convert, quantize)
 
 CONFIG = (
     tyro.conf.OmitArgPrefixes,  # --device, not --loading.device

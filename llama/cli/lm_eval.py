@@ -25,7 +25,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(
-        f"lm-evaluation-harness is not installed, or a part of it is missing ({error}): pip install 'llama[eval]'"
+        f"lm-evaluation-harness is not installed, or a part of it is missing ({error}): pip install '.[eval]'"
     ) from error
 
 # The decoding options of a task, besides `until` and the budget: the names of Transformers.
@@ -73,7 +73,7 @@ class LlamaLM(TemplateLM):
         self.llama = Llama.build(ckpt_dir, tokenizer_path, **size, seed=seed, device=device, dtype=dtype, draft=draft)
         self.ckpt_dir, self.max_length, self.max_gen_toks = str(ckpt_dir), max_length, max_gen_toks
         self.add_bos_token = add_bos_token
-        self._device = self.llama.model.rotary.device
+        self._device = self.llama.answerer.shared.engine.model.rotary.device
 
     @property
     def eot_token_id(self) -> int:

@@ -21,10 +21,11 @@ N_COLUMNS = 64  # of each matrix
 
 def fingerprint(llama: Llama) -> dict[str, Any]:
     """What identifies a model, as JSON. Collective: every process that holds a part of the model calls it."""
-    args = {name: value for name, value in vars(llama.model.args).items() if name != "max_batch_size"}
-    dtype = str(llama.model.norm.weight.dtype).removeprefix("torch.")
+    model = llama.answerer.shared.engine.model  # which `llama.model` would take for changed from now on
+    args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
+    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
-    return {**args, "dtype": dtype, "weights": weights_digest(llama.model), "tokenizer": tokenizer}
+    return {**args, "dtype": dtype, "weights": weights_digest(model), "tokenizer": tokenizer}
 
 
 @torch.inference_mode()

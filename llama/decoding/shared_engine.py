@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from llama.engine import Engine
+from llama.kv_cache import Slots
 from llama.sequence import Sequence
 
 
@@ -26,6 +27,7 @@ class SharedEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.n_steps = 0
+        self.model_is_held = False  # by somebody who may change it, or run it, between two calls
         self.lock = threading.RLock()
         self.owners: dict[Sequence, Call] = {}
         self.driver: int | None = None  # the thread that runs a step
@@ -82,6 +84,9 @@ class Call:
                     f"{dist.get_world_size()} processes: expected calls from one thread, the same ones in each process"
                 )
             shared.only_thread = here
+        if shared.model_is_held:
+            with shared.lock:
+                shared.change(Slots.outdate, shared.engine.slots)
         self.shared = shared
         self.news = threading.Condition(shared.lock)
         self._open: dict[Sequence, None] = {}
@@ -93,7 +98,7 @@ class Call:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _interrupts_held(), self.shared.lock:
+        with _HeldInterrupts(), self.shared.lock:
             for sequence in self._open:
                 del self.shared.owners[sequence]
             if self._open:
@@ -112,7 +117,7 @@ class Call:
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the engine's queue, behind those of every caller."""
-        with _interrupts_held(), self.shared.lock:
+        with _HeldInterrupts(), self.shared.lock:
             self.shared.owners[sequence] = self
             self._open[sequence] = None
             self._n_slots += sequence.n_slots
@@ -130,7 +135,7 @@ class Call:
                 progress have failed then.
         """
         shared = self.shared
-        with _interrupts_held() as held, shared.lock:
+        with _HeldInterrupts() as held, shared.lock:
             n_steps = shared.n_steps
             try:
                 while self._open and not self._ended and not (every and shared.n_steps > n_steps) and not held.came:
@@ -157,7 +162,7 @@ class Call:
         self._ended.append(sequence)
         self._n_slots -= sequence.n_slots
 
-    def _sleep(self, every: bool, held: "_interrupts_held") -> None:
+    def _sleep(self, every: bool, held: "_HeldInterrupts") -> None:
         """Waits until another thread has news for this call, or leaves it the wheel."""
         self._wants_steps = every
         self.shared.sleepers[self] = None
@@ -169,7 +174,7 @@ class Call:
             del self.shared.sleepers[self]
 
 
-class _interrupts_held:
+class _HeldInterrupts:
     """Holds Ctrl-C back while the main thread changes what all callers share, and raises it afterwards.
 
     A second Ctrl-C is raised at once, and so is the first while `waits` is set. In other threads, and where the program
@@ -181,7 +186,7 @@ class _interrupts_held:
         is_main = threading.current_thread() is threading.main_thread()
         self._holds = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    def __enter__(self) -> "_interrupts_held":
+    def __enter__(self) -> "_HeldInterrupts":
         if self._holds:
             signal.signal(signal.SIGINT, self._hold)
         return self

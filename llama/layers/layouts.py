@@ -1,8 +1,8 @@
-"""Matrices laid out for fast products: side by side, packed by oneDNN, in 8 bits, in 4 bits.
+"""Matrices laid out for fast multiplication: side by side, packed by oneDNN, in 8 bits, in 4 bits.
 
-Decoding reads each matrix once a token, so what counts is how many bytes it has and how fast they are read. A layout is
-called with x [..., in_features] and gives [..., out_features]. Knows nothing of models, processes or files. The kernels
-are PyTorch's; here is which to take when, and what they need.
+Decoding reads each matrix once for each token, so its size in bytes and the speed of reading them decide. A layout is
+called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's; this file chooses among
+them and prepares what they need. Knows nothing of models, processes or files.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from llama.layers.quantization import ROWS_AT_A_TIME, Quantized, quantize, stacked
 
-# From so many rows on, turning weights back into bfloat16 and a plain product are faster than the kernels for a few.
+# For this many rows and more, turning weights back into bfloat16 and a plain product beat the kernels for few rows.
 MANY_ROWS = 192
 
 

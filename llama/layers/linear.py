@@ -75,8 +75,31 @@ def products(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
 
     Each is called as usual where somebody would notice otherwise: it has hooks or a patched forward, or is another's.
     """
+<<<<<<< HEAD
     pack = getattr(linears[0], "pack", None)
     if pack is None or len(pack.rows) != len(linears) or not pack.serves(x) or has_global_hook():
+=======
+
+    weight: nn.Parameter | None
+    layout: Layout | None = None  # may hold other matrices too,
+    rows: slice | None = None  # and these are this one's,
+    widths: tuple[int, ...] = ()  # of all of them
+
+    def dense(self) -> torch.Tensor:
+        """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
+        return self.weight.detach() if self.layout is None else self.layout.to_dense()[self.rows]
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout is not None:
+            destination[prefix + "weight"] = self.dense()
+
+
+def multiply_together(x: torch.Tensor, *linears: "ColumnParallelLinear") -> tuple[torch.Tensor, ...]:
+    """What each of several matrices makes of one input: a single product, once they are laid out together."""
+    layout = linears[0].layout
+    if layout is None or layout is not linears[-1].layout:
+>>>>>>> main
         return tuple(linear(x) for linear in linears)
     for linear, rows in zip(linears, pack.rows):
         if getattr(linear, "rows", None) is not rows or not is_plain(linear, COLUMN_FORWARD):

@@ -72,7 +72,7 @@ def _rounded(weight: torch.Tensor, kind: str) -> Quantized:
 
 
 def _checked(scales: torch.Tensor) -> torch.Tensor:
-    if not bool(scales.isfinite().all()):  # as none is where a weight is not
+    if not bool(scales.isfinite().all()):  # a scale is not finite when a weight is not
         raise ValueError("a matrix has NaN or infinite values: look for damaged weights with `llama verify`")
     return scales.clamp(min=1e-12).bfloat16().float()
 

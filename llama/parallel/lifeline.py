@@ -41,13 +41,13 @@ class Lifeline:
         self._told, self._heard = threading.Event(), False
         self._link = socket.create_connection(address[:2], timeout=30)
         self._link.settimeout(None)
-        self._send([rank, address[2]])
+        _send(self._link, [rank, address[2]])
         threading.Thread(target=self._listen, name="lifeline", daemon=True).start()
         atexit.register(self._leave)
 
     def warn(self, meeting: int, message: str) -> None:
         """Tells the others of an exception early: they find it in `warnings`, and go on."""
-        self._send({"warning": message, "meeting": meeting})
+        _send(self._link, {"warning": message, "meeting": meeting})
 
     def report(self, message: str, kind: int = FAILED) -> str | None:
         """Reports that this rank has raised, and waits for the verdict: the message of the rank that is the cause.
@@ -56,16 +56,12 @@ class Lifeline:
         """
         self._told.clear()
         self._verdict = None if self.lost is None else self._verdict
-        self._send({"kind": kind, "message": message})
+        _send(self._link, {"kind": kind, "message": message})
         if self.lost is None:
             self._told.wait(GRACE + PATIENCE)
         self._heard = True
         verdict = self._verdict or {"rank": self.rank}
         return None if verdict["rank"] in (self.rank, None) else verdict["message"]
-
-    def _send(self, message: object) -> None:
-        with contextlib.suppress(OSError):  # rank 0 is gone: _listen says so
-            self._link.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self) -> None:
         """Waits for messages of the hub as long as this process lives."""
@@ -95,12 +91,12 @@ class Lifeline:
     def _leave(self) -> None:
         """At exit: says goodbye, or reports the exception that ends this process."""
         raised = getattr(sys, "last_value", None)  # what the interpreter has printed a traceback of
-        if raised is not None and not self._heard:
-            self.report(f"{type(raised).__name__}: {raised}")
-        elif raised is None:
-            self._send("bye")
+        if raised is None:
+            _send(self._link, "bye")
             if self._hub is not None:
                 self._hub.say("bye")
+        elif not self._heard:
+            self.report(f"{type(raised).__name__}: {raised}")
 
 
 class Hub:
@@ -118,8 +114,7 @@ class Hub:
 
     def say(self, news: object) -> None:
         for rank in sorted(self._links, reverse=True):  # rank 0, which may exit at the news, last
-            with contextlib.suppress(OSError):  # that rank is already gone
-                self._links[rank].sendall(json.dumps(news).encode() + b"\n")
+            _send(self._links[rank], news)
 
     def _accept(self) -> None:
         while True:
@@ -161,6 +156,11 @@ class Hub:
         _, rank, message = min(reports.values())
         together = len(reports) == self.n_ranks and all(kind == FAILED for kind, _, _ in reports.values())
         self.say({"rank": None if together else rank, "message": message})
+
+
+def _send(link: socket.socket, message: object) -> None:
+    with contextlib.suppress(OSError):  # the other is gone: who listens to it says so
+        link.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _lines(link: socket.socket) -> Iterator:

@@ -22,9 +22,7 @@ MAX_FILE_BYTES = 64 << 20  # Llama 3's tokenizer.json has 17 MB
 class Tokenizer:
     """Text to token ids and back, alike for Llama 3 (tiktoken) and Llama 2 (SentencePiece).
 
-    Args:
-        model_path: a `tokenizer.model`, or Hugging Face's `tokenizer.json` of Llama 3. The contents tell which, not
-            the name.
+    `model_path` is a `tokenizer.model`, or Hugging Face's `tokenizer.json` of Llama 3; the contents tell which.
 
     Attributes:
         kind: `"llama3"` or `"llama2"`.
@@ -40,8 +38,6 @@ class Tokenizer:
         FileNotFoundError: there is no such file.
         ValueError: the file is of neither kind, or is damaged.
         ImportError: it is a SentencePiece model and the sentencepiece package is not installed.
-
-    Formats: github.com/openai/tiktoken; SentencePiece, arXiv:1808.06226.
     """
 
     def __init__(self, model_path: str | os.PathLike):
@@ -163,8 +159,8 @@ def _read_model(path: Path) -> RankFile | SentencePieceFile:
         raise ValueError(f"{path} is a directory, expected a tokenizer file (such as {path / 'tokenizer.model'})")
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer file {path}")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes: expected a tokenizer file, of at most {MAX_FILE_BYTES:,}")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: expected a tokenizer file")
     data = path.read_bytes()
     head = data[:4096]
     if re.match(rb"\S+ \d+\s*?(\n|$)", head):

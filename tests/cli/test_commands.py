@@ -193,7 +193,7 @@ def test_a_line_that_is_no_call_is_explained_in_a_few_lines(words, expected, not
     ("words", "expected"),
     [
         ("chat --temperature -1", "--temperature = -1.0: expected a number of at least 0"),
-        ("complete hi --min-p 2", "--min_p = 2.0: expected a number in [0, 1]"),
+        ("complete hi --min-p 2", "--min_p = 2.0: expected a number of at most 1"),
         ("complete hi --stop=", "--stop = '': expected strings that are not empty"),
         ("chat --ckpt_dir /nowhere", "/nowhere"),
         ("chat --ckpt_dir CKPT --max_seq_len 0", "--max_seq_len = 0: expected an integer of at least 1"),
@@ -262,7 +262,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command):
     with subprocess.Popen([*LLAMA, *command], env=env, stdout=writer, stderr=subprocess.PIPE) as process:
         os.close(writer)
         os.close(reader)
-        shown = process.communicate(timeout=60)[1].decode()
+        shown = process.communicate(timeout=180)[1].decode()
     assert process.returncode == 0
     assert re.fullmatch(r"(Loaded .*\n)?", shown)
 
@@ -275,7 +275,7 @@ def test_ctrl_c_ends_a_command_with_130_and_no_traceback():
     with subprocess.Popen([*command, "--max_seq_len", "100000"], env=ENV, **pipes, **default) as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        shown = process.communicate(timeout=60)[1].decode()
+        shown = process.communicate(timeout=180)[1].decode()
         assert process.returncode == 130
     assert re.fullmatch(r"Loaded .*\n", shown)
 

@@ -68,7 +68,7 @@ metric_list: [{metric: exact_match}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The tasks, and the embedded checkpoint in Hugging Face's format with a tokenizer that Transformers opens."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'llama[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
     root = tmp_path_factory.mktemp("evaluation")
     convert(DEMO, root / "hf", "hf", dtype="float32")
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|end_of_text|>"}
@@ -172,7 +172,7 @@ def test_without_the_harness_the_error_says_what_to_install():
     code = "import sys; sys.modules['lm_eval'] = None; import llama.cli.lm_eval"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert "pip install 'llama[eval]'" in result.stderr.splitlines()[-1]
+    assert "pip install '.[eval]'" in result.stderr.splitlines()[-1]
 
 
 def test_a_mistake_in_the_models_arguments_is_one_line(folder, monkeypatch):

@@ -58,7 +58,7 @@ class Terminal:
         command = [*self.tmux, "capture-pane", "-p", "-J"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    def wait(self, pattern: str, timeout: float = 60) -> str:
+    def wait(self, pattern: str, timeout: float = 180) -> str:
         """The screen, once it matches; from the start to the end where the pattern says so, blank lines aside."""
         deadline = time.monotonic() + timeout
         while not re.search(pattern, (screen := self.screen()).rstrip(), re.S):

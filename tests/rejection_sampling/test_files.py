@@ -419,7 +419,7 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file of what a"),
         (["--plot", "nope/x.png"], "--plot nope/x.png: there is no directory nope: expected one that is there"),
         (["--plot", "."], "--plot .: it is a directory: expected a PNG to write"),
-        (["in.jsonl -> in.jsonl/out.jsonl"], "in.jsonl is a file: expected a directory for out.jsonl"),
+        (["out.jsonl -> in.jsonl/out.jsonl"], "in.jsonl is a file: expected a directory for out.jsonl"),
         (["in.jsonl -> scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
     ],
 )
