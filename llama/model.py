@@ -216,14 +216,10 @@ class Transformer(nn.Module):
             tokens: ids, [B, T]. Row b goes into row b of the cache, if there is one.
             start_pos: the position of the first column, one for all rows or one for each, [B], as a list or a tensor
                 (a list saves reading it back from the device). Positions before it are read from the cache. A row
-                shorter than T is padded on the right, with any id: what its padding writes lies after its own end,
-                where none of its queries looks and its next token overwrites.
+                shorter than T is padded on the right, with any id: its next token overwrites what the padding writes.
 
-        Returns:
-            float32 [B, T, vocab_size].
-
-        Raises:
-            ValueError: more rows or positions than there is room for, or a start without a cache.
+        Returns float32 [B, T, vocab_size]. Raises ValueError for more rows or positions than there is room for, or a
+        start without a cache.
         """
         return self.logits(self.hidden_states(tokens, start_pos))
 
