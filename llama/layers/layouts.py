@@ -8,6 +8,7 @@ them and prepares what they need. Knows nothing of models, processes or files.
 import functools
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ from llama.layers.quantization import ROWS_AT_A_TIME, Quantized, quantize, stack
 MANY_ROWS = 192
 
 
-class Layout:
+class Layout(ABC):
     """A matrix [out_features, in_features] in some form; `layout(x)` is x times its transpose."""
 
     out_features: int
@@ -30,12 +31,12 @@ class Layout:
         """What a product reads."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...  # [..., in_features] -> [..., out_features]
 
+    @abstractmethod
     def to_dense(self) -> torch.Tensor:
         """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
-        raise NotImplementedError
 
     def columns(self, indices: torch.Tensor) -> torch.Tensor:
         """Some columns of `to_dense`, [out_features, n]."""
