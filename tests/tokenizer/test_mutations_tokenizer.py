@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import shared, write_byte_tokenizer
 from mutate import count_refused, damaged, damaged_json, is_refused, memory_limit
+from test_tokenizer_json import small_content
 
 from llama.tokenizer import Tokenizer
-from llama.tokenizer.rank_file import LLAMA3_PATTERN
-from llama.tokenizer.tokenizer_json import tokenizer_json
 
 TEXT = "Hello  wörld, it's 1234567!\n\n the end 👍 the the"
 
@@ -27,14 +26,6 @@ def read(path: Path) -> None:
     assert len(tokenizer.digest) == 16
 
 
-def content() -> dict:
-    """A small tokenizer.json."""
-    tokens = [bytes([i]) for i in range(256)] + [b"th", b"he", b"the", b"the the"]
-    special = {"<|begin_of_text|>": 260, "<|end_of_text|>": 261, "<|extra|>": 262}
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    return json.loads(tokenizer_json(ranks, special, "<|begin_of_text|>", LLAMA3_PATTERN))
-
-
 def test_a_damaged_rank_file(tmp_path):
     path = tmp_path / "tokenizer.model"
     write_byte_tokenizer(path, 400)
@@ -43,7 +34,7 @@ def test_a_damaged_rank_file(tmp_path):
 
 def test_a_damaged_tokenizer_json(tmp_path):
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(content()))
+    path.write_text(json.dumps(small_content()))
     assert 100 < count_refused(path, damaged_json, lambda: read(path), 400) < 400
 
 
@@ -60,22 +51,22 @@ def test_a_damaged_sentencepiece_model(tmp_path):
 
 
 def with_model(**changes: object) -> dict:
-    return content() | {"model": content()["model"] | changes}
+    return small_content() | {"model": small_content()["model"] | changes}
 
 
 NOT_A_TOKENIZER = {
     "a list for a vocabulary": with_model(vocab=[["a", 0]]),
     "no vocabulary": with_model(vocab=None),
-    "ids that are no integers": with_model(vocab={t: float(i) for t, i in content()["model"]["vocab"].items()}),
-    "ids that are true and false": with_model(vocab=content()["model"]["vocab"] | {"!": False, '"': True}),
+    "ids that are no integers": with_model(vocab={t: float(i) for t, i in small_content()["model"]["vocab"].items()}),
+    "ids that are true and false": with_model(vocab=small_content()["model"]["vocab"] | {"!": False, '"': True}),
     "merges of one": with_model(merges=["th"]),
     "merges of numbers": with_model(merges=[[1, 2]]),
-    "a long token": with_model(vocab=content()["model"]["vocab"] | {"a" * 2000: 260}),
-    "a pattern of another kind": content() | {"pre_tokenizer": "ByteLevel"},
-    "steps of another kind": content() | {"pre_tokenizer": {"pretokenizers": [1, 2]}},
-    "an added token without a name": content() | {"added_tokens": [{"content": "", "id": 260}]},
-    "an added token that is half a character": content() | {"added_tokens": [{"content": "\ud800", "id": 260}]},
-    "an added token that is a number": content() | {"added_tokens": [{"content": 5, "id": 260}]},
+    "a long token": with_model(vocab=small_content()["model"]["vocab"] | {"a" * 2000: 260}),
+    "a pattern of another kind": small_content() | {"pre_tokenizer": "ByteLevel"},
+    "steps of another kind": small_content() | {"pre_tokenizer": {"pretokenizers": [1, 2]}},
+    "an added token without a name": small_content() | {"added_tokens": [{"content": "", "id": 260}]},
+    "an added token that is half a character": small_content() | {"added_tokens": [{"content": "\ud800", "id": 260}]},
+    "an added token that is a number": small_content() | {"added_tokens": [{"content": 5, "id": 260}]},
     "a number": 5 * 10**18,
     "too deep": None,
 }
