@@ -201,16 +201,17 @@ class Answerer:
     def _stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
         sequence = self.sequence(Job(None, prompt, option), 0)
         text = AnswerText(self.tokenizer, option.stop_strings)
-        n_sent = 0
+        n_seen = n_sent = 0
         with parallel.fail_at_once(), Call(self.shared) as call:
             call.add(sequence)
             while call.n_open:
                 call.step(every=True)
-                text.follow(sequence.tokens)
-                decided = text.decided
-                if len(decided) > n_sent and sequence.finish_reason is None:
-                    yield decided[n_sent:]
-                    n_sent = len(decided)
+                for token in sequence.tokens[n_seen:]:  # several, where another thread has run steps meanwhile
+                    text.push(token)
+                    n_seen += 1
+                    if len(decided := text.decided) > n_sent:
+                        yield decided[n_sent:]
+                        n_sent = len(decided)
         if sequence.error is not None:
             raise GenerationError(sequence.error, [[self.answer_of(sequence, [])]]) from sequence.cause
         if rest := text.finish()[n_sent:]:

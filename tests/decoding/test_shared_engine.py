@@ -119,6 +119,17 @@ def test_six_threads_of_every_kind_of_call_get_what_each_call_gets_alone(make):
     assert llama.answerer.shared.n_steps < 0.6 * alone.answerer.shared.n_steps
 
 
+def test_the_pieces_of_a_stream_are_those_it_has_alone_however_far_others_have_driven_it(make):
+    llama = make()
+    llama.tokenizer.stop_tokens = set()
+    options = {"temperature": 1.0, "seed": 3, "max_gen_len": 40}
+    alone = list(llama.stream_text("ab", **options))
+    stream = llama.stream_text("ab", **options)
+    pieces = [next(stream)]
+    llama.generate([[1]], 20, temperature=0)  # runs twenty steps, and the stream's sequence goes along
+    assert pieces + list(stream) == alone
+
+
 def test_asyncio_through_threads_gets_the_same(make):
     alone, llama = make(), make()
     numbers = list(range(40))
@@ -182,7 +193,8 @@ def test_cancelling_frees_the_slot_within_one_step(make):
         return step()
 
     engine.step = closing
-    next(streams[2])
+    while not cancelled_during_a_step:  # the first pieces are of steps that the other streams have run
+        next(streams[2])
     engine.step = step
     assert cancelled_during_a_step == [2]
     assert engine.n_free == 3  # once that step had ended
