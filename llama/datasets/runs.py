@@ -67,7 +67,10 @@ class Run(ABC):
         waiting: dict[int, tuple[Row, Task]] = {}
         no_jobs = contextlib.nullcontext(SimpleNamespace(n_open=0, has_room=True))
         open_jobs = no_jobs if self.llama is None else self.llama.open_jobs()
-        with TaskQueue(self._tasks(rows, waiting)) as queue, open_jobs as jobs:
+        queue = TaskQueue(
+            self._tasks(rows, waiting), ahead=1 if self.llama is None else self.llama.answerer.max_batch_size
+        )
+        with open_jobs as jobs:
             more = True
             while more or jobs.n_open:
                 if more and jobs.has_room:

@@ -1,19 +1,13 @@
-"""Tasks for replicas, one at a time as they ask, and the results brought back to rank 0.
+"""Tasks of one run for several replicas: rank 0 hands them out, each replica takes one whenever it has room.
 
-A slow task holds up nobody, and one process alone reads the input and writes the output. The ranks of one replica must
-do the same in the same order, so its first rank tells the others which task comes next. Knows nothing of what a task
-is, except that it is JSON.
+What is waiting, and what was answered, lies in queues of torch's own store, which torchrun has made; no other port is
+opened. Knows nothing of what a task is, except that it and its result are JSON.
 """
 
-import contextlib
 import json
-import os
-import queue
-import secrets
-import socket
-import threading
+import time
+from collections import deque
 from collections.abc import Iterator
-from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
@@ -21,108 +15,125 @@ import torch.distributed as dist
 
 from llama import parallel
 
+# The store takes messages of up to 8 MiB; longer ones are cut.
+LONGEST = 4 * 2**20
+POLL_SECONDS = 0.02
 
-class TaskQueue(contextlib.AbstractContextManager):
-    """One process's end of the queue; all make one together. Rank 0's tasks are taken one at a time, others ignored."""
+_n_queues = 0  # made in this process, the same number on each rank: each queue has names of its own in the store
 
-    def __init__(self, tasks: Iterator[Any]):
-        self._tasks = tasks
-        self._results: queue.SimpleQueue = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        # On rank 0: tasks whose results have not been collected, and replicas not told that there are no more tasks.
-        self._n_open = parallel.n_replicas() - 1 if dist.get_rank() == 0 else 0
-        self._connections = contextlib.ExitStack()
+
+class TaskQueue:
+    """One process's end of the queue; all make one together.
+
+    Args:
+        tasks: rank 0's are taken one at a time, others' are ignored.
+        ahead: how many tasks lie ready for each replica, such as the number of its slots.
+
+    Raises:
+        ValueError: the caller has made the process group with a store that has no queues.
+    """
+
+    def __init__(self, tasks: Iterator[Any], ahead: int = 1):
+        global _n_queues
+        _n_queues += 1
+        self._tasks, self._has_more = tasks, True
+        self._error: Exception | None = None  # of the tasks; raised once all before it have their results
+        self._own: deque[Any] = deque()  # rank 0's results
         self._is_first = dist.get_rank() % fairscale_groups.get_model_parallel_world_size() == 0
-        if parallel.n_replicas() > 1:
-            self._connect()
-
-    def __exit__(self, *_: object) -> None:
-        self._connections.close()
+        self._n_others = parallel.n_replicas() - 1
+        self._ahead = parallel.n_replicas() * ahead
+        self._n_open = 0  # on rank 0: tasks whose results have not been collected
+        if self._n_others:
+            store = dist.distributed_c10d._get_default_store()
+            if not store.has_extended_api():
+                found = f"the process group's store is a {type(store).__name__}"
+                raise ValueError(f"{found}: expected a TCPStore, as torchrun makes it, for several replicas")
+            self._store = dist.PrefixStore(f"llama/tasks {_n_queues}", store)
 
     def take(self) -> Any:
         """The next task for this replica, None after the last. All its ranks call this together."""
         task = [None]
         if self._is_first:
-            task = [self._hand_out() if parallel.replica() == 0 else self._ask()]
+            self._post()
+            task = [self._receive("tasks") if self._n_others else self._next()]
+            if task == [None] and dist.get_rank() > 0:
+                self._send("results", None)
         if fairscale_groups.get_model_parallel_world_size() > 1:
             source = fairscale_groups.get_model_parallel_src_rank()
             dist.broadcast_object_list(task, src=source, group=fairscale_groups.get_model_parallel_group())
         return task[0]
 
     def give(self, result: Any) -> None:
-        """Sends a task's result to rank 0. Each rank of a replica calls this; the first one's counts."""
-        if self._is_first and parallel.replica() == 0:
-            self._results.put(result)
+        """Hands in a task's result. Each rank of a replica calls this; the first one's counts."""
+        if dist.get_rank() == 0:
+            self._own.append(result)
         elif self._is_first:
-            self._link.send_bytes(json.dumps(result).encode())
+            self._send("results", result)
 
     def results(self, wait: bool = False) -> Iterator[Any]:
         """On rank 0, the results that have arrived, from all replicas; with `wait`, until every task has its own.
 
         Raises:
             RankFailed: another rank failed while this one waited.
+            Exception: whatever the tasks raised, or TypeError for one that is not JSON.
         """
-        while self._n_open:
-            try:
-                result = self._results.get(timeout=0.5) if wait else self._results.get_nowait()
-            except queue.Empty:
-                if not wait:
-                    return
-                parallel.raise_if_a_rank_failed()
-                continue
-            if isinstance(result, Exception):
-                raise result
-            with self._lock:
+        while dist.get_rank() == 0:
+            self._post()
+            while self._own or (self._n_others and self._store.queue_len("results")):
                 self._n_open -= 1
-            if result is not None:  # as it is when a replica was told that there are no more tasks
-                yield result
+                result = self._own.popleft() if self._own else self._receive("results")
+                if result is not None:  # as it is when a replica has seen that there are no more tasks
+                    yield result
+            if not wait or self._n_open == 0:
+                break
+            parallel.raise_if_a_rank_failed()
+            time.sleep(POLL_SECONDS)
+        if wait and self._error is not None:
+            raise self._error
 
-    def _hand_out(self) -> Any:
-        with self._lock:
-            task = next(self._tasks, None)
-            self._n_open += task is not None
-            return task
-
-    def _ask(self) -> Any:
+    def _next(self) -> Any:
+        """The next of rank 0's tasks, None after the last. The exception of one that fails is kept for the end."""
         try:
-            self._link.send_bytes(b"null")
-            return json.loads(self._link.recv_bytes())
-        except EOFError:
-            raise ConnectionError("the connection to rank 0, which hands out the tasks, was lost") from None
+            task = next(self._tasks, None)
+            json.dumps(task if self._n_others else None)
+        except Exception as error:
+            task, self._error = None, error
+        self._n_open += task is not None
+        return task
 
-    def _connect(self) -> None:
-        """Connects the first rank of each other replica to rank 0."""
-        address: list = [None]
-        if dist.get_rank() == 0:
-            key = secrets.token_hex()  # the port is open to the network
-            listener = Listener(("", 0), backlog=parallel.n_replicas(), authkey=key.encode())
-            self._connections.enter_context(listener)
-            host = os.environ.get("MASTER_ADDR") or socket.gethostname()
-            address = [(host, listener.address[1], key)]
-            threading.Thread(target=self._accept, args=(listener,), name="task queue", daemon=True).start()
-        dist.broadcast_object_list(address, src=0)
-        if self._is_first and parallel.replica() > 0:
-            host, port, key = address[0]
-            self._link = self._connections.enter_context(Client((host, port), authkey=key.encode()))
+    def _post(self) -> None:
+        """On rank 0, keeps tasks ready in the store; in the end a None for each replica."""
+        while self._has_more and self._n_others and dist.get_rank() == 0:
+            if self._store.queue_len("tasks") >= self._ahead:
+                return
+            task = self._next()
+            self._has_more = task is not None
+            for _ in range(1 if self._has_more else self._n_others + 1):
+                self._send("tasks", task)
+            self._n_open += 0 if self._has_more else self._n_others  # who answer that they have seen it
 
-    def _accept(self, listener: Listener) -> None:
-        while listener._listener is not None:  # until it is closed
-            with contextlib.suppress(Exception):  # it is closed, or a stranger came without the key
-                link = self._connections.enter_context(listener.accept())
-                threading.Thread(target=self._serve, args=(link,), name="task queue", daemon=True).start()
+    def _send(self, queue: str, message: Any) -> None:
+        text = json.dumps(message)
+        if len(text) > LONGEST:
+            number = self._store.add("long messages", 1)
+            parts = [f"{number} {start}" for start in range(0, len(text), LONGEST)]
+            for part, start in zip(parts, range(0, len(text), LONGEST)):
+                self._store.set(part, text[start : start + LONGEST])
+            text = json.dumps({"parts": parts})
+        self._store.queue_push(queue, text)
 
-    def _serve(self, link: Connection) -> None:
-        """Hands tasks to one replica and takes its results, until it disconnects."""
-        with contextlib.suppress(EOFError, OSError):  # gone: if it was not done, the lifeline ends the run
-            while True:
-                if (result := json.loads(link.recv_bytes())) is not None:
-                    self._results.put(result)
-                    continue
-                message = b"null"
-                try:
-                    message = json.dumps(self._hand_out()).encode()
-                except Exception as error:  # the input's, or a task that is not JSON: rank 0 raises it
-                    self._results.put(error)
-                link.send_bytes(message)
-                if message == b"null":
-                    self._results.put(None)
+    def _receive(self, queue: str) -> Any:
+        """Waits for the next message of a queue."""
+        while True:
+            try:
+                message = json.loads(self._store.queue_pop(queue, False))
+                break
+            except dist.QueueEmptyError:
+                parallel.raise_if_a_rank_failed()
+                time.sleep(POLL_SECONDS)
+        if isinstance(message, dict) and message.keys() == {"parts"}:
+            text = b"".join(map(self._store.get, message["parts"]))
+            for part in message["parts"]:
+                self._store.delete_key(part)
+            message = json.loads(text)
+        return message
