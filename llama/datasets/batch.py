@@ -8,6 +8,8 @@ The record of a row is a function of the row, the run's seed and the options alo
 order, the number of processes, or what was done before the run was killed and started again.
 """
 
+import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from llama import parallel
 from llama.datasets.prompts import KEYS, KINDS, OPTIONS, check_names, kind_of, prompt_ids
 from llama.datasets.rows import Row, row_of, scan
-from llama.datasets.runs import Result, Run, Summary, Task, decoding_parameters
+from llama.datasets.runs import RemoteModel, Result, Run, Summary, Task, decoding_parameters
 from llama.datasets.task_template import Template, read_template
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
@@ -27,7 +29,13 @@ from llama.tokenizer.open_turns import OpenDialog
 
 
 def run_batch(
-    llama: Llama, lines: Iterable[dict], *, template: Any = None, logprobs: bool = False, **options: Any
+    llama: Llama | RemoteModel | str | dict[str, Any],
+    lines: Iterable[dict],
+    *,
+    template: Any = None,
+    logprobs: bool = False,
+    replicas: int | None = None,
+    **options: Any,
 ) -> Iterator[dict]:
     """Answers rows, and yields a record of each as it is done.
 
@@ -35,6 +43,8 @@ def run_batch(
     and their `lines` are ignored.
 
     Args:
+        llama: the model. With `replicas`, a checkpoint's directory or a dictionary of `Llama.build`'s arguments.
+        replicas: on how many replicas of a Ray cluster (`parallel.actors`) the rows are answered; none when None.
         lines: dictionaries as described above, taken one at a time, as there is room to answer them.
         template: the content of a template file (llama.datasets.task_template), or the file's path.
         logprobs: whether to record the log-probability of each token, for rows that do not say.
@@ -52,13 +62,17 @@ def run_batch(
         ValueError, TypeError: at once, if an option is out of range, the template is malformed, or two rows of a list
             have the same id. A row that is broken gives a record with an `error` instead.
     """
-    run = _Batch(llama, template, logprobs, options)
+    with contextlib.ExitStack() as closing:
+        if replicas is not None:
+            llama = closing.enter_context(_on_replicas(llama, replicas))
+        run = _batch(llama, template, logprobs, options)
+        still_open = closing.pop_all()
     with parallel.fail_together():
         if isinstance(lines, (list, tuple)) and dist.get_rank() == 0:
             scan(map(row_of, itertools.count(1), lines))
 
     def records() -> Iterator[dict]:  # a generator of its own, so that mistakes are raised at once
-        with parallel.fail_at_once():
+        with still_open, parallel.fail_at_once():
             yield from run.records(map(row_of, itertools.count(1), lines))
             parallel.gather_from_replicas([])  # none goes on before all are done
 
@@ -66,7 +80,7 @@ def run_batch(
 
 
 def run_batch_files(
-    llama: Llama,
+    llama: Llama | RemoteModel | str | dict[str, Any],
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
@@ -75,16 +89,44 @@ def run_batch_files(
     force: bool = False,
     retry: bool = False,
     progress: bool = False,
+    replicas: int | None = None,
     **options: Any,
 ) -> Summary | None:
     """`run_batch` from file to file, for the rows that have no record in the target yet. More is in `Run.write`.
 
     Whatever happens, the target has what was answered, and the same call goes on from there.
     """
-    run = _Batch(llama, template, logprobs, options)
+    if replicas is not None:
+        with _on_replicas(llama, replicas) as remote:
+            return run_batch_files(
+                remote,
+                source,
+                target,
+                template=template,
+                logprobs=logprobs,
+                force=force,
+                retry=retry,
+                progress=progress,
+                **options,
+            )
+    run = _batch(llama, template, logprobs, options)
     parameters = decoding_parameters(llama, run.options, run.seed)
     parameters |= {"logprobs": logprobs, "template": run.template and run.template.content}
     return run.write(source, target, parameters, force, retry, progress)
+
+
+def _on_replicas(model: Any, replicas: int) -> RemoteModel:
+    if not isinstance(model, (str, os.PathLike, dict)):
+        found = f"replicas = {replicas} with a {type(model).__name__} that is built here"
+        raise TypeError(f"{found}: expected the checkpoint's directory, or a dictionary of Llama.build's arguments")
+    return RemoteModel(model, replicas)
+
+
+def _batch(llama: Llama | RemoteModel, template: Any, logprobs: bool, options: dict[str, Any]) -> "_Batch":
+    run = _Batch(llama, template, logprobs, options)
+    content = run.template and run.template.content
+    run.remote = functools.partial(_Batch, template=content, logprobs=logprobs, options=options)
+    return run
 
 
 @dataclass(eq=False)

@@ -3,7 +3,9 @@
 A journal keeps the fingerprint of the model that began it: no file mixes the answers of two.
 """
 
+import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,13 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
     dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
     return {**args, "dtype": dtype, "weights": weights_digest(model), "tokenizer": tokenizer}
+
+
+@functools.cache
+def package_digest() -> str:
+    """A digest of this package's code, by which replicas see that they run the same."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 @torch.inference_mode()

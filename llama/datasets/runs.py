@@ -4,29 +4,32 @@ Rank 0 reads and writes; each replica takes a task whenever it has room. Knows n
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
-from llama.datasets.fingerprint import fingerprint
+from llama.datasets.fingerprint import fingerprint, package_digest
 from llama.datasets.journal import Journal
 from llama.datasets.prompts import KEYS, from_json
 from llama.datasets.rows import Row, Rows
 from llama.datasets.task_queue import TaskQueue
-from llama.decoding.answering import Answer, Job
+from llama.decoding.answering import Answer, Job, Jobs
 from llama.generation import Llama
 from llama.options import DecodingOptions
+from llama.parallel.actors import Replicas
 
 N_ERRORS_SHOWN = 10
 Task = dict[str, Any]  # JSON, with the `line` of its row; or with an `error`, if none could be made of the row
@@ -42,8 +45,9 @@ class Run(ABC):
     """
 
     as_json: Collection[str] = KEYS[1:]  # the columns of a CSV file that hold JSON
+    remote: Callable[[Llama | None], "Run"]  # makes this run on a replica, where `llama` is a RemoteModel
 
-    def __init__(self, llama: Llama | None = None, options: dict[str, Any] | None = None):
+    def __init__(self, llama: "Llama | RemoteModel | None" = None, options: dict[str, Any] | None = None):
         self.llama, self.options = llama, from_json(options or {})
         seed = self.options.pop("seed", None)
         if llama is not None:
@@ -65,26 +69,43 @@ class Run(ABC):
     def records(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
         """Answers tasks beside each other, on every process; on rank 0, yields the record of each row as it is done."""
         waiting: dict[int, tuple[Row, Task]] = {}
-        no_jobs = contextlib.nullcontext(SimpleNamespace(n_open=0, has_room=True))
-        open_jobs = no_jobs if self.llama is None else self.llama.open_jobs()
-        queue = TaskQueue(
-            self._tasks(rows, waiting), ahead=1 if self.llama is None else self.llama.answerer.max_batch_size
-        )
-        with open_jobs as jobs:
+        tasks = self._tasks(rows, waiting)
+        if isinstance(self.llama, RemoteModel):
+            for result in self.llama.replicas.results(self.remote, tasks, _budget):
+                yield self.record_of(*waiting.pop(result["line"]), result)
+            return
+        queue = TaskQueue(tasks, ahead=1 if self.llama is None else self.llama.answerer.max_batch_size)
+        with self.open_jobs() as jobs:
             more = True
             while more or jobs.n_open:
                 if more and jobs.has_room:
                     more = (task := queue.take()) is not None
-                    outcomes = [self._begin(task)] if more else []
+                    results = self.begin_all(jobs, [task] if more else [])
                 else:
-                    outcomes = [self.go_on(job, answers) for job, answers in jobs.step()]
-                for outcome in outcomes:
-                    if isinstance(outcome, Job):
-                        jobs.add(outcome)
-                    else:
-                        queue.give(outcome)
+                    results = self.step(jobs)
+                for result in results:
+                    queue.give(result)
                 for result in queue.results(wait=not more and not jobs.n_open):
                     yield self.record_of(*waiting.pop(result["line"]), result)
+
+    def open_jobs(self) -> contextlib.AbstractContextManager:
+        """Where the tasks' jobs are answered."""
+        no_jobs = contextlib.nullcontext(SimpleNamespace(n_open=0, has_room=True))
+        return no_jobs if self.llama is None else self.llama.open_jobs()
+
+    def begin_all(self, jobs: Jobs, tasks: Iterable[Task]) -> list[Result]:
+        """Begins tasks; returns the results of those that are done at once."""
+        return self._settle(jobs, [self._begin(task) for task in tasks])
+
+    def step(self, jobs: Jobs) -> list[Result]:
+        """Lets jobs run until some of them are done; returns the results of the tasks that are done by it."""
+        return self._settle(jobs, [self.go_on(job, answers) for job, answers in jobs.step()])
+
+    def _settle(self, jobs: Jobs, outcomes: list[Job | Result]) -> list[Result]:
+        for outcome in outcomes:
+            if isinstance(outcome, Job):
+                jobs.add(outcome)
+        return [outcome for outcome in outcomes if not isinstance(outcome, Job)]
 
     def write(
         self,
@@ -116,7 +137,7 @@ class Run(ABC):
         with journal or contextlib.nullcontext(), parallel.fail_at_once(), bar:
             for record in self.records(rows):
                 journal.append(record)
-                summary.add(record, bar)
+                summary.add(record, bar, f", {self.llama.replicas}" if isinstance(self.llama, RemoteModel) else "")
             if journal is not None:
                 journal.finish()
             parallel.gather_from_replicas([])  # none goes on before all are done
@@ -155,6 +176,78 @@ class Run(ABC):
         return {"id": row.id, "line": row.number, **task.get("row", {}), **result}
 
 
+class RemoteModel:
+    """A model that replicas on a Ray cluster hold, and not this process: what a run asks of a Llama before it begins.
+
+    Args:
+        build: makes the model in each replica; or a checkpoint's directory, or a dictionary of `Llama.build`'s
+            arguments.
+        replicas, size, address, device: as in `parallel.actors.Replicas`, which also says what is raised.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Llama | None] | str | os.PathLike | dict[str, Any],
+        replicas: int | None = None,
+        size: int = 1,
+        address: str | None = None,
+        device: str | None = None,
+    ):
+        if not callable(build):
+            arguments = build if isinstance(build, dict) else {"ckpt_dir": build}
+            size, device = arguments.get("model_parallel_size") or size, arguments.get("device", device)
+            build = functools.partial(Llama.build, **arguments)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("replicas are started by Ray: expected one process, without torchrun")
+        parallel.initialize(1, torch.device("cpu"))  # this process's own groups, of one
+        expected = {"package": package_digest()}
+        self.replicas = Replicas(functools.partial(_Worker, build), replicas, size, address, device, expected)
+        self.seed = time.time_ns() % 2**32
+        self.answerer = self  # of which a run asks the seed, and to check options
+
+    def check_option(self, option: DecodingOptions, name: str = "") -> None:
+        """As `Answerer.check_option`."""
+        option.check_model(self.replicas.facts["vocab_size"], self.replicas.facts["max_batch_size"], name)
+
+    def __enter__(self) -> "RemoteModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.replicas.close()
+
+
+class _Worker:
+    """A rank of a replica, as `parallel.actors.Worker` describes it."""
+
+    def __init__(self, build: Callable[[], Llama | None]):
+        self.llama = build()
+        self.open_runs = contextlib.ExitStack()
+
+    def facts(self) -> dict[str, Any]:
+        facts = {"package": package_digest(), "room": 16}
+        if self.llama is not None:
+            names = ("vocab_size", "max_batch_size", "max_seq_len")
+            facts |= {name: getattr(self.llama.answerer, name) for name in names}
+            facts |= {"model": fingerprint(self.llama), "room": facts["max_batch_size"]}
+        return facts
+
+    def open(self, make: Callable[[Llama | None], Run]) -> None:
+        self.open_runs.close()
+        self.run = make(self.llama)
+        self.jobs = self.open_runs.enter_context(self.run.open_jobs())
+
+    def work(self, tasks: list[Task]) -> list[Result]:
+        results = self.run.begin_all(self.jobs, tasks)
+        while not results and self.jobs.n_open:
+            results = self.run.step(self.jobs)
+        return results
+
+
+def _budget(task: Task) -> float:
+    """How many tokens a task may take, where that is known."""
+    return task.get("options", {}).get("max_gen_len") or 0
+
+
 @dataclass
 class Summary:
     """What a run over files has done."""
@@ -168,8 +261,8 @@ class Summary:
     seconds: float = 0.0  # from its beginning to its last record
     started: float = field(default_factory=time.perf_counter, repr=False)
 
-    def add(self, record: dict[str, Any], bar: tqdm) -> None:
-        """Counts a record, and shows on the bar how far the run is and why the first rows failed."""
+    def add(self, record: dict[str, Any], bar: tqdm, note: str = "") -> None:
+        """Counts a record, and shows on the bar how far the run is, with a note, and why the first rows failed."""
         self.n_done += 1
         self.n_tokens += record.get("answer_tokens", 0)
         self.seconds = time.perf_counter() - self.started
@@ -179,7 +272,7 @@ class Summary:
                 more = " (failures after this one are not shown)" if self.n_failed == N_ERRORS_SHOWN else ""
                 tqdm.write(f"line {record['line']}: {record['error']}{more}", file=sys.stderr)
         rate = f", {self.n_tokens / self.seconds:.0f} tokens/s" if self.n_tokens else ""
-        bar.set_postfix_str(f"{self.n_failed} failed{rate}", refresh=False)
+        bar.set_postfix_str(f"{self.n_failed} failed{rate}{note}", refresh=False)
         bar.update()
 
     def __str__(self) -> str:
@@ -196,7 +289,8 @@ def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dic
     options = {name: value for name, value in vars(DecodingOptions(**options)).items() if name != "seed"}
     if (processor := options.pop("logits_processor")) is not None:
         options["logits_processor"] = getattr(processor, "__qualname__", type(processor).__qualname__)
-    return {"model": fingerprint(llama), "options": options, "seed": seed}
+    model = llama.replicas.facts["model"] if isinstance(llama, RemoteModel) else fingerprint(llama)
+    return {"model": model, "options": options, "seed": seed}
 
 
 def line_seed(seed: int, id: str | int | None) -> int:
