@@ -4,6 +4,7 @@ tyro reads these classes: a field is a flag, and its comment or docstring is the
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -16,9 +17,11 @@ from tyro.conf import Suppress, UsePythonSyntaxForLiteralCollections
 from tyro.constructors import PrimitiveConstructorSpec
 
 from llama import DecodingOptions, GenerationError, Llama, parallel
+from llama.datasets.runs import RemoteModel
+from llama.parallel.actors import ReplicaFailed
 
 # A user's mistakes: the message is enough. Any other exception is the package's mistake and shows a traceback.
-MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed)
+MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed, ReplicaFailed)
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
 DEMO_SEQ_LEN = 256  # the embedded model was trained on no more positions
@@ -107,7 +110,8 @@ class Loading:
                 "pass --ckpt_dir DIR, a directory with a checkpoint"
             )
         defaults = {"ckpt_dir": DEMO, "max_seq_len": 2048 if self.ckpt_dir else DEMO_SEQ_LEN}
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        names = [field.name for field in fields(Loading)]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         with contextlib.redirect_stdout(sys.stderr):
             llama = Llama.build(**defaults | given)
         parallel.silence_other_ranks()  # again: the end of the redirection undid it
@@ -123,3 +127,23 @@ class BatchLoading(Loading):
     """How the model is loaded."""
 
     max_batch_size: int = 16  # how many sequences run at a time, on each replica
+    replicas: int | None = None  # answers on so many replicas of a Ray cluster, each of model_parallel_size processes
+    ray: str | None = None  # the cluster's address; without it and RAY_ADDRESS, this machine is one
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether replicas on a Ray cluster hold the model, and not this process."""
+        return self.replicas is not None or self.ray is not None
+
+    def remote(self, decoding: Decoding | None = None, has_model: bool = True) -> RemoteModel:
+        """Replicas of the model, once the options are checked. Raises as `build` and `parallel.actors.Replicas`."""
+        options = DecodingOptions(**decoding.given() if decoding is not None else {})
+        build = functools.partial(_build_on_replica, self if has_model else None)
+        model = RemoteModel(build, self.replicas, self.model_parallel_size or 1, self.ray, self.device)
+        if has_model:
+            model.check_option(options)
+        return model
+
+
+def _build_on_replica(loading: BatchLoading | None) -> Llama | None:
+    return None if loading is None else loading.build()

@@ -22,10 +22,11 @@ from llama.datasets.batch import run_batch_files
 from llama.datasets.fingerprint import fingerprint as fingerprint_of
 from llama.datasets.journal import check_target
 from llama.datasets.rows import Rows
+from llama.datasets.runs import RemoteModel
 from llama.datasets.task_template import read_template
 from llama.rejection_sampling.best_of_n import Summary, require_matplotlib
 from llama.rejection_sampling.draw import Plan, check_option
-from llama.rejection_sampling.files import rescore_files, sample_files
+from llama.rejection_sampling.files import RemoteScorer, rescore_files, sample_files
 from llama.rejection_sampling.scorers import JUDGE_TEMPLATE, Scorer, check_spec, is_judge, load_scorer
 from llama.tokenizer import Tokenizer
 
@@ -73,9 +74,8 @@ def batch(
     files.check()
     if template is not None and is_first_rank():
         read_template(template)
-    llama = loading.build(decoding)
     options = {"template": template, "logprobs": logprobs, "force": files.force, "retry": files.retry}
-    with files.interruptible():
+    with _model(loading, decoding) as llama, files.interruptible():
         summary = run_batch_files(llama, files.source, files.target, progress=True, **options, **decoding.given())
     if summary is not None:
         print(summary, file=sys.stderr)
@@ -125,6 +125,13 @@ class Scoring:
         parallel.silence_other_ranks()
         return scorer
 
+    def scorer_for(self, llama: Llama | RemoteModel | None, loading: BatchLoading) -> Scorer | RemoteScorer:
+        """The scorer, or what loads it in each replica."""
+        if not isinstance(llama, RemoteModel):
+            return self.load(llama, loading)
+        reads_prompt = ":" not in self.scorer or self.scorer.startswith(("reward:", "judge:"))
+        return RemoteScorer(functools.partial(self.load, loading=loading), reads_prompt)
+
     def run(self, score: Callable[..., Summary | None], files: Files, *args: Any, **options: Any) -> None:
         """Scores with sample_files or rescore_files; shows the summary, and draws it for --plot."""
         with files.interruptible():
@@ -165,9 +172,9 @@ def sample(files: Files, loading: BatchLoading, decoding: OneAnswer, scoring: Sc
     check_option(DecodingOptions(**decoding.given()), plan)
     files.check()
     scoring.check()
-    llama = loading.build(decoding)
-    arguments = (llama, files.source, files.target, scoring.load(llama, loading), plan, scoring.fingerprint)
-    scoring.run(sample_files, files, *arguments, **decoding.given())
+    with _model(loading, decoding) as llama:
+        arguments = (llama, files.source, files.target, scoring.scorer_for(llama, loading), plan, scoring.fingerprint)
+        scoring.run(sample_files, files, *arguments, **decoding.given())
 
 
 def rescore(
@@ -182,12 +189,26 @@ def rescore(
     plan = Plan(sys.maxsize, keep)
     files.check(prompts)
     scoring.check()
-    llama, fingerprint = None, scoring.fingerprint
-    if scoring.scorer in ("logprob", "mean_logprob", "judge"):  # the others do not use the model
-        llama = loading.build()
-        fingerprint["model"] = fingerprint_of(llama)
-    arguments = (files.source, files.target, scoring.load(llama, loading), plan, fingerprint)
-    scoring.run(rescore_files, files, *arguments, prompts=prompts)
+    fingerprint = scoring.fingerprint
+    has_model = scoring.scorer in ("logprob", "mean_logprob", "judge")  # the others do not use the model
+    with _model(loading, None, has_model) as llama:
+        if has_model:
+            fingerprint["model"] = fingerprint_of(llama)
+        arguments = (files.source, files.target, scoring.scorer_for(llama, loading), plan, fingerprint)
+        remote = {"llama": llama} if loading.is_remote else {}
+        scoring.run(rescore_files, files, *arguments, prompts=prompts, **remote)
+
+
+@contextlib.contextmanager
+def _model(
+    loading: BatchLoading, decoding: Decoding | None, has_model: bool = True
+) -> Iterator[Llama | RemoteModel | None]:
+    """The model of a command: of this process, or of replicas that live as long as the command."""
+    if loading.is_remote:
+        with loading.remote(decoding, has_model) as remote:
+            yield remote
+    else:
+        yield loading.build(decoding) if has_model else None
 
 
 def _check_plot(path: Path) -> None:

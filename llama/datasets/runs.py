@@ -203,6 +203,7 @@ class RemoteModel:
         expected = {"package": package_digest()}
         self.replicas = Replicas(functools.partial(_Worker, build), replicas, size, address, device, expected)
         self.seed = time.time_ns() % 2**32
+        self.fingerprint = self.replicas.facts.get("model")
         self.answerer = self  # of which a run asks the seed, and to check options
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
@@ -289,8 +290,7 @@ def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dic
     options = {name: value for name, value in vars(DecodingOptions(**options)).items() if name != "seed"}
     if (processor := options.pop("logits_processor")) is not None:
         options["logits_processor"] = getattr(processor, "__qualname__", type(processor).__qualname__)
-    model = llama.replicas.facts["model"] if isinstance(llama, RemoteModel) else fingerprint(llama)
-    return {"model": model, "options": options, "seed": seed}
+    return {"model": fingerprint(llama), "options": options, "seed": seed}
 
 
 def line_seed(seed: int, id: str | int | None) -> int:

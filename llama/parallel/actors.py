@@ -328,10 +328,8 @@ def _join(ray: ModuleType, address: str | None) -> bool:
     """Joins a cluster, or starts one on this machine; False if the caller has done it. Raises ConnectionError."""
     if ray.is_initialized():
         return False
-    paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {"env_vars": {"PYTHONPATH": paths}}  # modules of the driver's, such as a scorer's
     try:
-        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     except ConnectionError as error:
         found = address or os.environ.get("RAY_ADDRESS")
         hint = "expected HOST:PORT of a head that `ray start --head` has started"

@@ -3,8 +3,11 @@
 Rows and their seeds are those of `llama.datasets.batch`; the output is locked, and a killed run goes on where it was.
 """
 
+import functools
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from llama import parallel
 from llama.datasets.journal import check_target
 from llama.datasets.prompts import KEYS, KINDS, OPTIONS, check_names, kind_of
 from llama.datasets.rows import Row, Rows, scan
-from llama.datasets.runs import Result, Run, Task, decoding_parameters
+from llama.datasets.runs import RemoteModel, Result, Run, Task, decoding_parameters
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
 from llama.rejection_sampling.best_of_n import Summary
@@ -30,11 +33,29 @@ PROMPT_KEYS = (*KINDS, "metadata")  # the fields of a row that its record repeat
 ANSWER_KEYS = ("text", "finish_reason", "answer_tokens", "token_ids", "tokens", "logprobs", "top_logprobs")
 
 
+@dataclass(frozen=True)
+class RemoteScorer:
+    """A scorer that each replica of a `RemoteModel` loads for itself."""
+
+    load: Callable[[Llama | None], Scorer]  # called with the replica's model
+    reads_prompt: bool = True  # whether it refuses rows without a prompt
+
+    @classmethod
+    def sampling(cls, llama: Llama, options: dict[str, Any], scorer: "RemoteScorer", plan: Plan) -> "_Sampling":
+        """The run on a replica."""
+        return _Sampling(llama, options, scorer.load(llama), plan)
+
+    @classmethod
+    def rescoring(cls, llama: Llama | None, scorer: "RemoteScorer", plan: Plan) -> "_Rescoring":
+        """The run on a replica."""
+        return _Rescoring(scorer.load(llama), plan, None)
+
+
 def sample_files(
-    llama: Llama,
+    llama: Llama | RemoteModel,
     source: str | os.PathLike,
     target: str | os.PathLike,
-    scorer: Scorer,
+    scorer: Scorer | RemoteScorer,
     plan: Plan,
     scorer_name: Any,
     *,
@@ -51,11 +72,13 @@ def sample_files(
 
     Args:
         source, target, force, progress: as in `Run.write`, which also says what is raised.
+        scorer: as in `rejection_sample`; a RemoteScorer where `llama` is a RemoteModel.
         scorer_name: what identifies the scorer, as JSON; a target of another one is refused.
         retry: whether rows that failed, or have an answer without a score, are done again.
         options: the decoding options of rows that have none of their own; `seed` is the run's.
     """
     run = _Sampling(llama, options, scorer, plan)
+    run.remote = functools.partial(RemoteScorer.sampling, options=options, scorer=scorer, plan=plan)
     parameters = decoding_parameters(llama, run.options, run.seed) | {"plan": vars(plan), "scorer": scorer_name}
     written = run.write(source, target, parameters, force, retry, progress)
     return written and _summary(written.path, plan)
@@ -64,10 +87,11 @@ def sample_files(
 def rescore_files(
     source: str | os.PathLike,
     target: str | os.PathLike,
-    scorer: Scorer,
+    scorer: Scorer | RemoteScorer,
     plan: Plan,
     scorer_name: Any,
     *,
+    llama: RemoteModel | None = None,
     prompts: str | os.PathLike | None = None,
     force: bool = False,
     retry: bool = False,
@@ -80,12 +104,14 @@ def rescore_files(
     row in the source. If it has only the best of the answers that were drawn, `n_drawn` says how many there were.
 
     Args:
+        llama: on whose replicas a RemoteScorer scores.
         source: rows with `answers`, each an object with its `text`, or with the `text` of one answer.
         prompts: the file with the rows that were answered, found by their ids, for a source that does not repeat them,
             such as the output of `llama batch`.
     """
     parameters = {"scorer": scorer_name, "keep": plan.keep}
-    run = _Rescoring(scorer, plan, prompts)
+    run = _Rescoring(scorer, plan, prompts, llama)
+    run.remote = functools.partial(RemoteScorer.rescoring, scorer=scorer, plan=plan)
     with parallel.fail_together():
         if prompts is not None and dist.get_rank() == 0:
             check_target(target, prompts)
@@ -129,8 +155,17 @@ class _Rescoring(Run):
 
     as_json = ("answers", "scores", "n_drawn", "turns", "seed", *PROMPT_KEYS[1:], *ANSWER_KEYS[2:])
 
-    def __init__(self, scorer: Scorer, plan: Plan, prompts: str | os.PathLike | None):
+    def __init__(
+        self,
+        scorer: Scorer | RemoteScorer,
+        plan: Plan,
+        prompts: str | os.PathLike | None,
+        llama: RemoteModel | None = None,
+    ):
         super().__init__()
+        self.llama = llama
+        # What a function of the caller's reads, nobody knows.
+        self.reads_prompt = getattr(scorer, "reads_prompt", isinstance(scorer, (Logprob, Reward, Judge)))
         self.scorer, self.plan, self.prompts = scorer, plan, prompts
         self.asked: dict[str, dict] = {}  # the rows of `prompts` by their ids
 
@@ -141,7 +176,7 @@ class _Rescoring(Run):
             raise ValueError(f"{self.prompts} has no line with the id {row.id!r}")
         prompt = _prompt_of_answers(row.fields, self.asked.get(str(row.id)))
         try:
-            if isinstance(self.scorer, (Logprob, Reward, Judge)):  # what a function of the caller's reads, nobody knows
+            if self.reads_prompt:
                 kind_of(prompt)
         except ValueError as error:
             hint = "pass the file with the lines that were answered as --prompts"
