@@ -245,7 +245,7 @@ class _Replica:
         for rank in range(size):
             place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self.group, rank)
             options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": place}
-            self.actors.append(ray.remote(_Rank).options(**options).remote(rank))
+            self.actors.append(ray.remote(_Rank).options(**options).remote(rank, sys.path))
         self._call("start", self.owner._build, size, self.actors[0].address.remote())
 
     def end(self) -> None:
@@ -285,8 +285,9 @@ class _Replica:
 class _Rank:
     """One rank of a replica, in a process of its own."""
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: int, paths: list[str]):
         self.rank = rank
+        sys.path += [path for path in paths if path not in sys.path]  # the driver's modules, such as a scorer's
 
     def address(self) -> tuple[str, int]:
         """Where its ranks meet: this machine's address, and a port that is free."""
