@@ -145,7 +145,9 @@ class Replicas:
     def _wait(self) -> Iterator[tuple["_Replica", list[Result], list[Task]]]:
         """Waits until replicas have news: what they have done, or the tasks they died of."""
         by_call = {call: replica for replica in self._replicas for call in replica.calls}
-        news, _ = self._ray.wait(list(by_call), num_returns=1, timeout=POLL_SECONDS) if by_call else ([], [])
+        calls, news = list(by_call), []
+        if calls and self._ray.wait(calls, num_returns=1, timeout=POLL_SECONDS)[0]:
+            news = self._ray.wait(calls, num_returns=len(calls), timeout=0)[0]  # all of them: nobody comes last always
         for call in news:
             replica = by_call[call]
             if call not in replica.calls:  # of a replica that another call of this round has ended
@@ -329,10 +331,13 @@ def _join(ray: ModuleType, address: str | None) -> bool:
     """Joins a cluster, or starts one on this machine; False if the caller has done it. Raises ConnectionError."""
     if ray.is_initialized():
         return False
+    found = address or os.environ.get("RAY_ADDRESS") or "local"
+    host, _, port = found.rpartition(":")
     try:
+        if host and port.isdigit() and "/" not in found:  # Ray itself takes minutes to say that nobody answers
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    except ConnectionError as error:
-        found = address or os.environ.get("RAY_ADDRESS")
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:
         hint = "expected HOST:PORT of a head that `ray start --head` has started"
-        raise ConnectionError(f"there is no Ray cluster at {found}: {hint}") from error
+        raise ConnectionError(f"there is no Ray cluster at {found} ({error}): {hint}") from error
     return True

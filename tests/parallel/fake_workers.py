@@ -1,0 +1,56 @@
+"""Workers for replicas that answer at once, fail to start, or die of a task: nothing of a model."""
+
+import os
+import signal
+from collections.abc import Callable
+
+
+class Echo:
+    """Returns what it is given; a task that is `poison` kills its process."""
+
+    room = 4
+
+    def __init__(self):
+        self.n_calls = 0
+
+    def facts(self) -> dict:
+        return {"room": self.room, "package": 1}
+
+    def open(self, make: Callable) -> None:
+        self.made = make()
+
+    def work(self, tasks: list[dict]) -> list[dict]:
+        self.n_calls += 1
+        if any(task.get("poison") for task in tasks):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [{"line": task["line"], "made": self.made, "pid": os.getpid()} for task in tasks]
+
+
+class Unsure(Echo):
+    """No two of its processes say the same of themselves."""
+
+    def facts(self) -> dict:
+        return super().facts() | {"model": os.getpid()}
+
+
+class DiesOnce(Echo):
+    """Its first process, and with it a file of its own, is killed by its second call."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = folder
+
+    def work(self, tasks: list[dict]) -> list[dict]:
+        marks = os.path.join(self.folder, "died")
+        if self.n_calls == 1 and not os.path.exists(marks):
+            open(marks, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().work(tasks)
+
+
+def cannot_start() -> None:
+    raise FileNotFoundError("ckpt_dir /nowhere does not exist")
+
+
+def made() -> str:
+    return "made"

@@ -1,0 +1,111 @@
+"""Replicas on a Ray cluster of real processes: what they do, how they die, and what is refused."""
+
+import functools
+import itertools
+import sys
+from collections import Counter
+
+import fake_workers
+import pytest
+
+from llama.parallel import actors
+from llama.parallel.actors import Replicas
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One of this machine alone, for all tests of the file: two made-up cores."""
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def start():
+    started = []
+
+    def make(*args, **kwargs) -> Replicas:
+        started.append(Replicas(*args, **kwargs))
+        return started[-1]
+
+    yield make
+    for replicas in started:
+        replicas.close()
+
+
+def lines(n: int):
+    return ({"line": i} for i in range(n))
+
+
+def test_each_task_is_done_once_and_a_second_run_uses_the_same_processes(start):
+    replicas = start(fake_workers.Echo, 2)
+    first = list(replicas.results(fake_workers.made, lines(200)))
+    assert Counter(result["line"] for result in first) == Counter(range(200))
+    assert {result["made"] for result in first} == {"made"}
+    second = list(replicas.results(functools.partial(int, 7), lines(50)))
+    assert Counter(result["line"] for result in second) == Counter(range(50)) and second[0]["made"] == 7
+    assert len({result["pid"] for result in first + second}) <= 2
+
+
+def test_the_dearest_of_those_taken_are_done_first(start):
+    replicas = start(fake_workers.Echo, 1)
+    found = replicas.results(fake_workers.made, ({"line": i} for i in range(6)), cost=lambda task: task["line"])
+    assert [result["line"] for result in found] == [5, 4, 3, 2, 1, 0]
+
+
+def test_a_killed_process_is_replaced_and_its_tasks_are_done_again(start, tmp_path):
+    replicas = start(functools.partial(fake_workers.DiesOnce, str(tmp_path)), 1)
+    found = list(replicas.results(fake_workers.made, lines(40)))
+    assert Counter(result["line"] for result in found) == Counter(range(40))
+    assert not any("error" in result for result in found)
+    assert replicas.restarts == 1 and str(replicas) == "1 replica, 1 restart"
+
+
+def test_a_task_that_three_workers_died_of_gets_an_error_and_no_other_task_does(start):
+    replicas = start(fake_workers.Echo, 1)
+    found = list(replicas.results(fake_workers.made, ({"line": i, "poison": i == 5} for i in range(20))))
+    assert Counter(result["line"] for result in found) == Counter(range(20))
+    failed = {result["line"]: result["error"] for result in found if "error" in result}
+    assert failed.keys() == {5} and failed[5].startswith("its worker died 3 times, the last time of: ActorDiedError")
+    assert replicas.restarts == 3
+
+
+def test_what_the_first_replica_raises_is_raised(start):
+    with pytest.raises(FileNotFoundError, match="ckpt_dir /nowhere does not exist"):
+        start(fake_workers.cannot_start, 1)
+
+
+def test_replicas_that_differ_are_refused(start):
+    with pytest.raises(ValueError, match=r"the replica on .* differs from the others: model is \d+, and not \d+"):
+        replicas = start(fake_workers.Unsure, 2)
+        list(replicas.results(fake_workers.made, ({"line": i} for i in itertools.count())))
+    with pytest.raises(ValueError, match="package is 1, and not 2: expected the same everywhere"):
+        start(fake_workers.Echo, 1, expected={"package": 2})
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"n": 3}, "the cluster has 2 CPU cores: 3 replicas of 1 rank need 3, one for each rank at least"),
+        ({"n": 1, "size": 4}, "the cluster has 2 CPU cores: 1 replica of 4 ranks need 4"),
+        ({"n": 1, "device": "cuda"}, "the cluster has 0 GPUs: 1 replica of 1 rank need 1, one for each rank"),
+        ({"n": 0}, "replicas = 0: expected an integer of at least 1"),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_said_before_anything_starts(asked, message):
+    with pytest.raises(ValueError, match=message):
+        Replicas(fake_workers.cannot_start, **asked)
+
+
+def test_without_ray_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"need Ray, which is not installed: pip install '\.\[ray\]'"):
+        actors.import_ray()
+
+
+def test_an_old_ray_is_refused(monkeypatch):
+    monkeypatch.setattr(ray, "__version__", "2.9.3")
+    with pytest.raises(ImportError, match=r"Ray 2\.9\.3 is too old: expected 2\.40 or newer"):
+        actors.import_ray()
