@@ -95,6 +95,6 @@ def test_an_address_where_no_cluster_is_and_torchrun_are_refused(write_checkpoin
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     arguments = ["batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", f"--ckpt_dir={write_checkpoint()}"]
     result = run_python(COMMAND, *arguments, "--ray=127.0.0.1:1")
-    assert result.returncode == 1 and "there is no Ray cluster at 127.0.0.1:1" in result.stderr
+    assert result.returncode == 2 and "there is no Ray cluster at 127.0.0.1:1" in result.stderr
     result = run_python(COMMAND, *arguments, "--replicas=2", WORLD_SIZE="2", RANK="0")
-    assert result.returncode == 1 and "expected one process, without torchrun" in result.stderr
+    assert result.returncode == 2 and "expected one process, without torchrun" in result.stderr

@@ -79,8 +79,9 @@ def test_what_the_first_replica_raises_is_raised(start):
 
 def test_replicas_that_differ_are_refused(start):
     with pytest.raises(ValueError, match=r"the replica on .* differs from the others: model is \d+, and not \d+"):
-        replicas = start(fake_workers.Unsure, 2)
-        list(replicas.results(fake_workers.made, ({"line": i} for i in itertools.count())))
+        unsure = start(fake_workers.Unsure, 2)
+        list(unsure.results(fake_workers.made, ({"line": i} for i in itertools.count())))
+    unsure.close()
     with pytest.raises(ValueError, match="package is 1, and not 2: expected the same everywhere"):
         start(fake_workers.Echo, 1, expected={"package": 2})
 
