@@ -62,7 +62,7 @@ class DecodeStep:
             return self._replay(tokens, positions, spare)
         if not self.compiled:
             rows = torch.tensor(tokens, device=self.device)[:, None]
-            return self.model.logits(self.model.hidden_states(rows, positions)[:, -1])
+            return self.model.run(rows, positions)[:, -1]
         return self._step(*self._inputs(tokens, positions), exact=len(tokens) == 1 and positions[0] > 0)
 
     def warm_up(self) -> str:

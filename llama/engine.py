@@ -13,7 +13,9 @@ import torch
 
 from llama.decode_step import DecodeStep
 from llama.kv_cache import Slots, shared_prefix
+from llama.layers.hooks import Logits
 from llama.layers.packing import pack
+from llama.meta_names import has_foreign_blocks
 from llama.model import Transformer
 from llama.sequence import Counters, Search, Sequence, choose, score_prompt
 
@@ -108,9 +110,18 @@ class Engine:
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         first_slot, n_free = len(self.running), self.n_free
         group, starts, stops, width = [], [], [], 0
+        # Blocks put in place of ours may keep a past of their own, by rows: one sequence at a time, from its beginning.
+        if alone := has_foreign_blocks(self.model.layers):
+            n_free = min(n_free, 1 - first_slot)
+            if self.waiting[0].n_slots > 1:
+                self._ended.append(self.waiting.popleft())
+                self._ended[-1].fail(
+                    "beams share keys, which blocks put in place of Llama's own do not: use num_beams=1"
+                )
+                return None
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
-            limit = sequence.n_reusable if self.reuse_prefixes else 0
+            limit = sequence.n_reusable if self.reuse_prefixes and not alone else 0
             source, shared = self.slots.find(sequence.prompt, limit)
             # One that begins like a prompt of this group waits until that one's keys are there.
             if group and any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
@@ -162,13 +173,14 @@ class Engine:
         texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
         if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
             self._pack()
-        hidden, at = run_rows(self.model, texts, starts, first_slot)
+        logits, at = run_rows(self.model, texts, starts, first_slot)
         whole, last = [], []  # the rows that get a token now, and their last columns
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
             self.counters.prefilled += stop - start
             self.slots.record(first_slot + row, start, sequence.prompt[start:stop])
             if sequence.score_from is not None and sequence.finish_reason is None:
-                score_prompt(sequence, hidden[row, at[row] :], start, stop, self.model.logits)
+                column = at[row] - start  # of position 0
+                score_prompt(sequence, lambda a, b, r=row, c=column: logits[r, a + c : b + c], stop)
             if stop == sequence.n_prefill and sequence.finish_reason is None:
                 if sequence.max_new_tokens == 0:
                     sequence.finish_reason = "length"
@@ -176,7 +188,7 @@ class Engine:
                     whole.append(row)
                     last.append(at[row] + stop - start - 1)
         if whole:
-            self._choose([group[row] for row in whole], self.model.logits(hidden[whole, last]))
+            self._choose([group[row] for row in whole], logits[whole, last])
 
     # Decode
 
@@ -194,10 +206,9 @@ class Engine:
         self._choose(self.running, logits)
 
     def _pack(self) -> None:
-        """Lays the matrices out for fast decoding, once: not while loading, for the sake of the first token."""
-        if not self.packed:
-            pack(self.model)
-            self.packed = True
+        """Packs the matrices for fast decoding: not while loading, for the sake of the first token."""
+        pack(self.model)
+        self.packed = True
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Gives each sequence its next token, from the logits after its last [B, vocab_size]; a search its beams."""
@@ -282,11 +293,11 @@ class Engine:
 
 def run_rows(
     model: Transformer, texts: list[list[int]], starts: list[int], first_slot: int
-) -> tuple[torch.Tensor, list[int]]:
+) -> tuple[Logits, list[int]]:
     """Runs text[start:] of each of B texts, whose earlier keys are in its slot, right-padded to one width.
 
     Rows whose padding would leave the cache start earlier instead, and write again what is there already. Returns the
-    hidden states [B, T, dim], and the column at which text[start] is in each row.
+    logits [B, T, vocab_size], and the column at which text[start] is in each row.
     """
     width = max(map(int.__sub__, map(len, texts), starts))
     rows, firsts, columns = [], [], []
@@ -296,4 +307,4 @@ def run_rows(
         firsts.append(first)
         columns.append(start - first)
     tokens = torch.tensor(rows, device=model.rotary.device)
-    return model.hidden_states(tokens, firsts, slice(first_slot, first_slot + len(rows))), columns
+    return model.run(tokens, firsts, slice(first_slot, first_slot + len(rows))), columns

@@ -66,13 +66,14 @@ class CacheView:
     positions: slice | torch.Tensor  # where in its row each new position goes: of all rows, or [B, T]
     length: int  # how many positions of each row are read: the longest row's, counting the new ones
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a layer's new keys and values, [B, n_kv_heads, T, head_dim].
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes new keys and values, [B, n_kv_heads, T, head_dim], to those of a layer.
 
         Returns:
             all of its keys and values up to `length`, [B, n_kv_heads, length, head_dim].
         """
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
         if isinstance(self.positions, slice):
             keys[self.slots, :, self.positions] = k
             values[self.slots, :, self.positions] = v

@@ -174,20 +174,17 @@ def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> tor
     return next_tokens(logits, torch.tensor(seeds, device=logits.device), *columns)
 
 
-def score_prompt(
-    sequence: Sequence, hidden: torch.Tensor, start: int, stop: int, logits_of: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    """Scores the tokens of a prompt that follow positions [start, stop) and have no score yet.
+def score_prompt(sequence: Sequence, logits_of: Callable[[int, int], torch.Tensor], stop: int) -> None:
+    """Scores the tokens of a prompt that follow the positions before `stop`, which have run, and have no score yet.
 
-    `hidden` are the hidden states of these positions, [at least stop - start, dim]; `logits_of` makes [T, vocab_size]
-    logits of [T, dim] of them.
+    `logits_of(a, b)` are the logits [b - a, vocab_size] after the positions [a, b).
     """
     first = sequence.score_from + len(sequence.prompt_token_logprobs)
-    following = torch.tensor(sequence.prompt[first : stop + 1], device=hidden.device)
-    hidden = hidden[first - 1 - start :]
-    for i in range(0, len(following), LOGITS_CHUNK):
-        targets = following[i : i + LOGITS_CHUNK]
-        logits = logits_of(hidden[i : i + len(targets)])
+    n_targets = len(sequence.prompt[first : stop + 1])
+    for i in range(first, first + n_targets, LOGITS_CHUNK):
+        ids = sequence.prompt[i : min(i + LOGITS_CHUNK, first + n_targets)]
+        logits = logits_of(i - 1, i - 1 + len(ids))
+        targets = torch.tensor(ids, device=logits.device)
         if not bool(logits.amax(dim=-1).isfinite().all()):
             sequence.fail(UNUSABLE_LOGITS)
             return

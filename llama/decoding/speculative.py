@@ -27,6 +27,7 @@ import torch
 from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.engine import PREFILL_TOKENS, Engine, run_rows
 from llama.kv_cache import Slots
+from llama.layers.hooks import Logits
 from llama.layers.packing import pack
 from llama.model import Transformer
 from llama.sampling import process_logits
@@ -88,10 +89,10 @@ class SpeculativeEngine(Engine):
         sequences = list(self.running)
         n_held = [len(s.prompt) + len(s.tokens) - 1 for s in sequences]
         texts = [s.prompt + s.tokens + proposal for s, proposal in zip(sequences, proposals)]
-        hidden, at = run_rows(self.model, texts, n_held, 0)
-        logits = self.model.logits(
-            torch.cat([rows[first : first + 1 + len(p)] for rows, first, p in zip(hidden, at, proposals)])
-        )
+        found, at = run_rows(self.model, texts, n_held, 0)
+        rows = [row for row, proposal in enumerate(proposals) for _ in range(1 + len(proposal))]
+        columns = [first + i for first, proposal in zip(at, proposals) for i in range(1 + len(proposal))]
+        logits = found[rows, columns]
         firsts = [0, *itertools.accumulate(1 + len(proposal) for proposal in proposals)]
         accepted = [0] * len(sequences)
         alive = [row for row, sequence in enumerate(sequences) if sequence.search is None]
@@ -190,7 +191,7 @@ class DraftModel:
         self._lengths: dict[Sequence, int] = {}  # those of last time, in the order of their slots, and their ids then
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
-        pack(self.model)  # once
+        pack(self.model)
         texts = [s.prompt + s.tokens for s in sequences]
         self._place(sequences, texts)
         self._prefill(texts)
@@ -201,8 +202,9 @@ class DraftModel:
         for ahead in range(max(limits)):
             if not wanted:
                 break
-            logits = self.model.logits(self._run(wanted))
-            tokens = self._draw([sequences[slot] for slot in wanted], [texts[slot] for slot in wanted], logits, ahead)
+            found, rows, columns = self._run(wanted)
+            some, theirs = [sequences[slot] for slot in wanted], [texts[slot] for slot in wanted]
+            tokens = self._draw(some, theirs, found[rows, columns], ahead)
             for slot, token in zip(wanted, tokens):
                 proposals[slot].append(token)
                 texts[slot].append(token)
@@ -248,19 +250,19 @@ class DraftModel:
     def _lacks(self, slot: int, text: list[int]) -> list[int]:
         return text[len(self.slots.tokens[slot]) :]
 
-    def _run(self, wanted: dict[int, list[int]]) -> torch.Tensor:
-        """Runs ids behind what their slots hold; the hidden states after the last of each, [len(wanted), dim].
+    def _run(self, wanted: dict[int, list[int]]) -> tuple[Logits, list[int], list[int]]:
+        """Runs ids behind what their slots hold; the logits, and the row and column of the last id of each.
 
         Slots in between that want nothing are run along on padding, which is written behind what they hold.
         """
         first, last = min(wanted), max(wanted)
         held = self.slots.tokens[first : last + 1]
         texts = [tokens + wanted.get(slot, []) for slot, tokens in enumerate(held, first)]
-        hidden, at = run_rows(self.model, texts, list(map(len, held)), first)
+        logits, at = run_rows(self.model, texts, list(map(len, held)), first)
         columns = [at[slot - first] + len(ids) - 1 for slot, ids in wanted.items()]
         for slot, ids in wanted.items():
             self.slots.record(slot, len(self.slots.tokens[slot]), ids)
-        return hidden[[slot - first for slot in wanted], columns]
+        return logits, [slot - first for slot in wanted], columns
 
     def _draw(self, sequences: list[Sequence], texts: list[list[int]], logits: torch.Tensor, ahead: int) -> list[int]:
         """The token that each sequence would get if this were its model."""
