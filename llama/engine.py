@@ -10,12 +10,13 @@ others, and leave their slot to the next.
 from collections import deque
 
 import torch
+from torch import nn
 
-from llama.decode_step import DecodeStep
+from llama.decode_step import DecodeStep, run_rows
 from llama.kv_cache import Slots, shared_prefix
-from llama.layers.hooks import Logits
+from llama.layers.hooks import check_hooks
 from llama.layers.packing import pack
-from llama.meta_names import has_foreign_blocks
+from llama.meta_names import ForwardOnly, runnable
 from llama.model import Transformer
 from llama.sequence import Counters, Search, Sequence, choose, score_prompt
 
@@ -39,22 +40,39 @@ class Engine:
     """
 
     def __init__(self, model: Transformer):
-        self.model = model
+        self.opened, self.model = model, runnable(model)  # what users see, and how it is run
+        self.model_is_held = False  # by somebody who may change it, or run it, at any time
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how much of its prompt is done
-        self.slots = Slots(model.cache)
+        self.slots = Slots(self.model.cache)
         self.counters = Counters()
-        self.decode_step = DecodeStep(model)
+        self.decode_step = DecodeStep(self.model)
         self.reuse_prefixes = True
         self.packed = False
         self._ended: list[Sequence] = []  # since the last step returned
 
     def compile(self) -> str:
         """Compiles the decoding step, with the matrices as they will be then; returns how long it took."""
+        check_hooks(self.opened)
         self._pack()
         self.decode_step = DecodeStep(self.model, compile=True)
         return self.decode_step.warm_up()
+
+    def check(self, model: nn.Module) -> "Transformer | ForwardOnly":
+        """How a model would be run. Raises ValueError or TypeError if it cannot be, or not in a compiled step."""
+        if self.decode_step.compiled:
+            check_hooks(model)
+        return runnable(model)
+
+    def look_again(self) -> None:
+        """Runs the model as it is now; what was in progress in another has failed. Raises as `check`."""
+        now = self.check(self.opened)
+        if now is not self.model and getattr(self.model, "module", None) is not self.opened:
+            self._give_up("the model was exchanged for another, or runs one sequence at a time from now on")
+            self.model, self.slots = now, Slots(now.cache)
+            self.decode_step = DecodeStep(now, self.decode_step.compiled)
+        self.model.allocate_cache()  # the cache follows casts, and modules that were exchanged
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of those that wait for a slot; `step` returns it once it has ended."""
@@ -89,6 +107,8 @@ class Engine:
         of memory: all sequences in progress have failed then, for their keys may be half written; the others wait on.
         """
         try:
+            if self.model_is_held:
+                self.look_again()
             if self.partial is not None:
                 self._prefill(*self._next_piece())
             elif self.waiting and (batch := self._admit()) is not None:
@@ -110,18 +130,9 @@ class Engine:
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         first_slot, n_free = len(self.running), self.n_free
         group, starts, stops, width = [], [], [], 0
-        # Blocks put in place of ours may keep a past of their own, by rows: one sequence at a time, from its beginning.
-        if alone := has_foreign_blocks(self.model.layers):
-            n_free = min(n_free, 1 - first_slot)
-            if self.waiting[0].n_slots > 1:
-                self._ended.append(self.waiting.popleft())
-                self._ended[-1].fail(
-                    "beams share keys, which blocks put in place of Llama's own do not: use num_beams=1"
-                )
-                return None
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
-            limit = sequence.n_reusable if self.reuse_prefixes and not alone else 0
+            limit = sequence.n_reusable if self.reuse_prefixes and self.model is self.opened else 0
             source, shared = self.slots.find(sequence.prompt, limit)
             # One that begins like a prompt of this group waits until that one's keys are there.
             if group and any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
@@ -194,21 +205,22 @@ class Engine:
 
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
-        self._pack()
-        tokens, positions = [], []
+        packed, tokens, positions = self._pack(), [], []
         for sequence in self.running:
             tokens.append(sequence.tokens[-1])
             positions.append(len(sequence.prompt) + len(sequence.tokens) - 1)
-        logits = self.decode_step(tokens, positions, self.slots.spare_position)
+        step = self.decode_step.of_the_model_as_it_is() if packed and self.model_is_held else self.decode_step
+        self.decode_step = step or self.decode_step
+        logits = self.decode_step(tokens, positions, self.slots.spare_position, not packed or step is None)
         for slot, (token, position) in enumerate(zip(tokens, positions)):
             self.slots.record(slot, position, [token])
         self.counters.decoded += len(self.running)
         self._choose(self.running, logits)
 
-    def _pack(self) -> None:
+    def _pack(self) -> bool:
         """Packs the matrices for fast decoding: not while loading, for the sake of the first token."""
-        pack(self.model)
         self.packed = True
+        return pack(self.model)
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Gives each sequence its next token, from the logits after its last [B, vocab_size]; a search its beams."""
@@ -289,22 +301,3 @@ class Engine:
             self._ended.append(sequence)
         self.running, self.partial = [], None
         self.slots.forget()
-
-
-def run_rows(
-    model: Transformer, texts: list[list[int]], starts: list[int], first_slot: int
-) -> tuple[Logits, list[int]]:
-    """Runs text[start:] of each of B texts, whose earlier keys are in its slot, right-padded to one width.
-
-    Rows whose padding would leave the cache start earlier instead, and write again what is there already. Returns the
-    logits [B, T, vocab_size], and the column at which text[start] is in each row.
-    """
-    width = max(map(int.__sub__, map(len, texts), starts))
-    rows, firsts, columns = [], [], []
-    for text, start in zip(texts, starts):
-        first = min(start, model.args.max_seq_len - width)
-        rows.append(text[first:] + [0] * (width - len(text) + first))
-        firsts.append(first)
-        columns.append(start - first)
-    tokens = torch.tensor(rows, device=model.rotary.device)
-    return model.run(tokens, firsts, slice(first_slot, first_slot + len(rows))), columns

@@ -94,7 +94,7 @@ class Llama:
     ):
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
-        if model.cache is None:
+        if getattr(model, "cache", None) is None and isinstance(model, Transformer):
             model.allocate_cache()
         self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
         if compile:
@@ -107,8 +107,12 @@ class Llama:
     @property
     def model(self) -> Transformer:
         """The network. Who holds it may run or change it, so later calls take no keys that were made before them."""
-        self.answerer.shared.model_is_held = True
-        return self._engine.model
+        self._engine.model_is_held = True
+        return self._engine.opened
+
+    @model.setter
+    def model(self, model: torch.nn.Module) -> None:
+        self.answerer.shared.exchange(model)
 
     @property
     def args(self) -> ModelArgs:

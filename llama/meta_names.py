@@ -5,15 +5,17 @@ are `forward(tokens, start_pos)`, blocks called as `block(x, start_pos, freqs_ci
 caches that attention modules own. Interface: github.com/meta-llama/llama3, llama/model.py and llama/generation.py.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from llama.kv_cache import CacheView, KVCache
-from llama.layers.attention import Place, causal_mask
-from llama.layers.hooks import is_ours
+from llama.kv_cache import KVCache
+from llama.layers.attention import CacheView, Place, causal_mask
+from llama.layers.hooks import has_global_hook, has_hooks, is_ours
+from llama.layers.packable import Packable
 from llama.layers.rotary import apply_rotary, rotary_table
 from llama.sampling import filtered
 
@@ -144,7 +146,7 @@ class OwnCache(nn.Module):
             return k, v
         if not isinstance(place, CacheView):
             n_rows, n_new = k.shape[0], k.shape[2]
-            place = CacheView(None, slice(0, n_rows), slice(place, place + n_new), place + n_new)
+            place = CacheView(slice(0, n_rows), slice(place, place + n_new), place + n_new)
         if self.keys is None or self.values is None:
             self.allocate_cache(k.dtype, k.device)
         if self.keys.dtype != k.dtype:  # inside torch.autocast
@@ -166,6 +168,10 @@ class RotaryAsComplex(nn.Module):
     rotary: torch.Tensor  # [max_seq_len, head_dim / 2, 2]
 
     @property
+    def device(self) -> torch.device:
+        return self.rotary.device
+
+    @property
     def freqs_cis(self) -> torch.Tensor:
         """complex64 [max_seq_len, head_dim / 2], the memory of the table."""
         return torch.view_as_complex(self.rotary)
@@ -181,30 +187,61 @@ class RotaryAsComplex(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         rotary = self.rotary
+        for module in self.modules():
+            if isinstance(module, Packable):  # all are asked before the first is cast
+                module.check_cast(fn)
         super()._apply(fn, recurse)
         self.rotary = rotary.to(self.rotary.device)
         return self
 
 
 class ForwardOnly:
-    """Any module with Meta's `forward(tokens, start_pos)` in the place of a `Transformer`: a wrapper, a compiled model.
+    """A module that is only called as Meta's code would, `module(tokens, start_pos)`, in the place of a `Transformer`.
 
-    It keeps its own past, by rows. So it runs one sequence at a time in row 0, from its first position to its last.
+    Such are wrappers, compiled models, and a `Transformer` with hooks of its own or with somebody's own blocks. They may
+    keep their own past, by rows. So one sequence runs at a time, in row 0, from its first position to its last: to the
+    engine this is a model whose cache has one slot.
 
     Raises:
+        TypeError: it is no module.
         ValueError: neither the module nor one inside it has `params`, so there is no knowing how much it takes.
     """
 
-    def __init__(self, model: nn.Module):
-        found = (getattr(module, "params", None) for module in model.modules())
+    packable = False
+    max_batch_size = 1
+
+    def __init__(self, module: nn.Module):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model = {module!r}: expected a torch.nn.Module")
+        found = (getattr(inner, "params", None) for inner in module.modules())
         self.args = next((params for params in found if hasattr(params, "max_seq_len")), None)
         if self.args is None:
-            raise ValueError(f"a {type(model).__name__} has no `params`: expected a module with those of a Transformer")
-        self.model = model
-        self.device = next(model.parameters()).device
+            raise ValueError(
+                f"a {type(module).__name__} has no `params`: expected a module with those of a Transformer"
+            )
+        self.module, self.max_seq_len = module, self.args.max_seq_len
+        self.cache = self  # as far as the engine's `Slots` ask
+
+    @property
+    def device(self) -> torch.device:
+        return next(tensor for tensor in itertools.chain(self.module.parameters(), self.module.buffers())).device
+
+    def allocate_cache(self) -> None:
+        """Nothing: the module keeps its own past."""
+
+    def move(self, *where: object) -> None:
+        """Nothing: there is no other slot."""
 
     def run(self, tokens: torch.Tensor, start_pos: list[int], slots: slice | None = None) -> torch.Tensor:
         """Logits [1, T, vocab_size]; arguments as of `Transformer.run`."""
-        if len(tokens) > 1 or (slots is not None and slots.start > 0):
-            raise ValueError("a module with a forward of its own takes one sequence at a time, in row 0")
-        return self.model(tokens, start_pos[0]).float()
+        logits = self.module(tokens, start_pos[0])
+        if logits.shape[:-1] != tokens.shape:
+            expected = [*tokens.shape, "vocab_size"]
+            raise ValueError(f"{type(self.module).__name__} returned {list(logits.shape)} logits: expected {expected}")
+        return logits.float()
+
+
+def runnable(model: nn.Module) -> "RotaryAsComplex | ForwardOnly":
+    """What the engine runs: a `Transformer` as it is, if nobody would notice that not all of it is called."""
+    is_llama = isinstance(model, RotaryAsComplex) and is_ours(model) and not has_hooks(model) and not has_global_hook()
+    return model if is_llama and not has_foreign_blocks(model.layers) else ForwardOnly(model)

@@ -17,10 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import llama.meta_names as meta
-from llama.kv_cache import CacheView, KVCache
-from llama.layers.attention import Mask, Place, Starts, as_list, attend, positions_and_mask
+from llama.kv_cache import KVCache
+from llama.layers.attention import CacheView, Mask, Place, Starts, as_list, attend, positions_and_mask
 from llama.layers.hooks import Logits, is_plain
-from llama.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear, VocabParallelEmbedding, multiply_together
+from llama.layers.linear import (
+    ColumnParallelLinear,
+    Linear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    multiply_together,
+)
 from llama.layers.packing import groups
 from llama.layers.rotary import apply_rotary, rotary_table
 from llama.meta_names import apply_rotary_emb, precompute_freqs_cis, repeat_kv  # noqa: F401 # importable from here
@@ -261,7 +267,7 @@ class Transformer(meta.RotaryAsComplex):
         """
         positions = positions[:, None]
         mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]
-        place = CacheView(self.cache, slice(0, tokens.shape[0]), positions, key_positions.shape[0])
+        place = CacheView(slice(0, tokens.shape[0]), positions, key_positions.shape[0])
         return self.logits(self._run(tokens, place, self.rotary[positions], mask)[:, -1])
 
     def _run(self, tokens: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -289,5 +295,5 @@ class Transformer(meta.RotaryAsComplex):
         positions, mask = positions_and_mask(starts, n_new, tokens.device)
         if (mask is not None or slots.start > 0) and meta.has_foreign_blocks(self.layers):
             mask = meta.mask_for_foreign_blocks(starts, n_new, slots, self.norm.weight)
-        place = None if start_pos is None else CacheView(self.cache, slots, positions, length)
+        place = None if start_pos is None else CacheView(slots, positions, length)
         return meta.StartPos(first, place), self.angles(positions), mask

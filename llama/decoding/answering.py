@@ -21,6 +21,7 @@ from llama.decoding.beam_search import BeamSearch
 from llama.decoding.shared_engine import Call, SharedEngine
 from llama.decoding.speculative import SpeculativeEngine
 from llama.engine import Engine
+from llama.model import ModelArgs
 from llama.options import DecodingOptions, check_ids, per_prompt
 from llama.sampling import RandomStream
 from llama.sequence import Sequence, Speculation
@@ -113,9 +114,16 @@ class Answerer:
         self.shared = SharedEngine(engine)
         self.tokenizer = tokenizer
         self.seed = seed
-        args = engine.model.args
-        self.vocab_size, self.max_seq_len, self.max_batch_size = args.vocab_size, args.max_seq_len, args.max_batch_size
         self._calls = itertools.count(1)  # of those without a seed of their own
+
+    @property
+    def args(self) -> ModelArgs:
+        """The shape of the model that is run."""
+        return self.shared.engine.model.args
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.args.max_seq_len
 
     def answer(
         self,
@@ -220,7 +228,7 @@ class Answerer:
     def check_prompt(self, name: int | str, ids: Any, any_length: bool = False) -> list[int]:
         """The ids of a prompt, by `options.check_ids`; an int as its name is its index in the call."""
         name = f"prompt {name}" if isinstance(name, int) else name
-        return check_ids(name, ids, self.vocab_size, None if any_length else self.max_seq_len)
+        return check_ids(name, ids, self.args.vocab_size, None if any_length else self.max_seq_len)
 
     def encode_texts(self, texts: SequenceOf[str]) -> list[list[int]]:
         """The prompts of texts to be continued. Raises ValueError or TypeError, naming the text by its index."""
@@ -236,10 +244,18 @@ class Answerer:
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
         """Raises ValueError, begun by `name`, if options name tokens or ask for beams that the model does not have."""
-        option.check_model(self.vocab_size, self.max_batch_size, name)
+        engine = self.shared.engine
+        if option.num_beams > 1 and engine.model is not engine.opened:
+            raise ValueError(
+                f"{name}num_beams = {option.num_beams}: a model with hooks of its own, or with blocks that are not "
+                "Llama's own, runs one sequence at a time: expected 1"
+            )
+        option.check_model(self.args.vocab_size, len(engine.slots), name)
 
     def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
+        if self.shared.engine.model_is_held:
+            self.shared.look_again()
         seed = options.get("seed")
         if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
             digest = hashlib.blake2b(f"{self.seed} {next(self._calls)}".encode(), digest_size=8).digest()
@@ -248,7 +264,7 @@ class Answerer:
         settings, checked = per_prompt(len(prompts), **options), None
         for index, option in enumerate(settings):
             if option is not checked:  # of most calls all are the same one
-                option.check_model(self.vocab_size, self.max_batch_size, f"prompt {index}: ")
+                self.check_option(option, f"prompt {index}: ")
                 checked = option
         return settings
 

@@ -25,7 +25,8 @@ from typing import Protocol
 import torch
 
 from llama.checkpoint import Checkpoint, open_checkpoint
-from llama.engine import PREFILL_TOKENS, Engine, run_rows
+from llama.decode_step import run_rows
+from llama.engine import PREFILL_TOKENS, Engine
 from llama.kv_cache import Slots
 from llama.layers.hooks import Logits
 from llama.layers.packing import pack
@@ -70,7 +71,7 @@ class SpeculativeEngine(Engine):
         # The step adds one token to those accepted, so the last of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
         proposals: dict[Sequence, list[int]] = {}
-        if self.packed and any(limits):  # after the second token
+        if self.packed and any(limits) and self.model is self.opened:  # after the second token
             proposals = dict(zip(sampled, self.proposer.propose(sampled, limits)))
         self.counters.speculation.steps += len(sampled)
         for sequence in sampled:

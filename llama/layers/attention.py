@@ -3,15 +3,42 @@
 Knows nothing of models, or where queries and keys come from.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from llama.kv_cache import CacheView
-
 # Positions of the first column of a pass: of all rows, or of each row, [B]; None for 0.
 Starts = int | list[int] | torch.Tensor | None
+
+
+@dataclass
+class CacheView:
+    """The part of a layer's keys and values that one forward pass of B rows and T positions works on."""
+
+    slots: slice  # the B rows, next to each other, so that nothing is copied when reading
+    positions: slice | torch.Tensor  # where in its row each new position goes: of all rows, or [B, T]
+    length: int  # how many positions of each row are read: the longest row's, counting the new ones
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes new keys and values, [B, n_kv_heads, T, head_dim], to those of a layer.
+
+        Returns:
+            all of its keys and values up to `length`, [B, n_kv_heads, length, head_dim].
+        """
+        if isinstance(self.positions, slice):
+            keys[self.slots, :, self.positions] = k
+            values[self.slots, :, self.positions] = v
+        else:
+            slots = torch.arange(self.slots.start, self.slots.stop, device=k.device)
+            # Index tensors on both sides of a full slice put their dimensions first: [B, T, n_kv_heads, head_dim].
+            keys[slots[:, None], :, self.positions] = k.transpose(1, 2)
+            values[slots[:, None], :, self.positions] = v.transpose(1, 2)
+        return keys[self.slots, :, : self.length], values[self.slots, :, : self.length]
+
 
 # Where a pass is in the cache: from a position on, in the first B rows; or as the view says; None without a cache.
 Place = int | CacheView | None

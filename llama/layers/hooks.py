@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
 
 def is_plain(module: nn.Module, forward: Callable[..., torch.Tensor]) -> bool:
     """Whether calling a module runs `forward` of its class and nothing else; global hooks apart (`has_global_hook`)."""
-    return getattr(module.forward, "__func__", None) is forward and not (
+    return getattr(module.forward, "__func__", None) is forward and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
@@ -31,7 +33,7 @@ def watched(model: nn.Module) -> Iterator[str]:
         yield "every module has hooks (torch.nn.modules.module.register_module_forward_hook or the like)"
     for name, module in model.named_modules():
         name = name or "the model"
-        if any(getattr(module, kind) for kind in HOOKS):
+        if has_hooks(module):
             yield f"{name} has hooks"
         elif not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Identity)) and not is_ours(module):
             yield f"{name} is a {type(module).__name__}, or its forward was patched"

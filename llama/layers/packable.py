@@ -127,10 +127,16 @@ class Packable(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         if self.pack is None or not self.pack.quantized:
             return super()._apply(fn, recurse)
+        self.check_cast(fn)
+        return self
+
+    def check_cast(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Raises RuntimeError if the matrix is quantised and a cast or a move, such as `half()`, would change it."""
+        if self.pack is None or not self.pack.quantized:
+            return
         after = fn(torch.empty(0, dtype=self.pack.dtype, device=self.pack.device))
         if (after.dtype, after.device) != (self.pack.dtype, self.pack.device):
             raise RuntimeError(self._refusal(f"cannot become {after.dtype} on {after.device}"))
-        return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         if self.pack is not None and self.pack.quantized:  # the values that the codes stand for
