@@ -141,7 +141,11 @@ class Interleavings:
         name, scale, before = self.random.choice(WATCHED), self.random.uniform(0.7, 1.2), self.random.random() < 0.3
         handles = []
         for model in self.both:
-            module = model.get_submodule(name)
+            module = model
+            for part in name.split("."):
+                while isinstance(module, Scaled) and part != "inner":
+                    module = module.inner
+                module = module.get_submodule(part)
             if before and name != "tok_embeddings":
                 hook = module.register_forward_pre_hook(lambda m, inputs: (inputs[0] * scale, *inputs[1:]))
             else:

@@ -72,7 +72,7 @@ class DecodeStep:
         return self._step(*self._inputs(tokens, positions), exact=len(tokens) == 1 and positions[0] > 0)
 
     def of_the_model_as_it_is(self) -> "DecodeStep | None":
-        """For a model that somebody may have changed: this step, or a new one; None where each module must be called."""
+        """Of a model that somebody may have changed: this step, or a new one; None where each module must be called."""
         if not self.compiled and (self._graphs is None or any(watched(self.model))):
             return None
         is_stale = self._signature not in (None, signature(self.model))

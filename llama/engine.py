@@ -68,10 +68,14 @@ class Engine:
     def look_again(self) -> None:
         """Runs the model as it is now; what was in progress in another has failed. Raises as `check`."""
         now = self.check(self.opened)
-        if now is not self.model and getattr(self.model, "module", None) is not self.opened:
+        if now != self.model:
             self._give_up("the model was exchanged for another, or runs one sequence at a time from now on")
             self.model, self.slots = now, Slots(now.cache)
             self.decode_step = DecodeStep(now, self.decode_step.compiled)
+            for sequence in [sequence for sequence in self.waiting if sequence.n_slots > len(self.slots)]:
+                self.waiting.remove(sequence)
+                self._ended.append(sequence)
+                sequence.fail("beams share keys, which a model that runs one sequence at a time cannot")
         self.model.allocate_cache()  # the cache follows casts, and modules that were exchanged
 
     def add(self, sequence: Sequence) -> None:
@@ -157,14 +161,8 @@ class Engine:
     @property
     def n_free(self) -> int:
         """How many slots neither a sequence has nor a search may still grow into."""
-        n_free = len(self.slots) - (0 if self.partial is None else self.partial[0].n_slots)
-        searches = set()
-        for sequence in self.running:
-            if sequence.search not in searches:
-                n_free -= sequence.n_slots
-            if sequence.search is not None:
-                searches.add(sequence.search)
-        return n_free
+        taken = {sequence.search or sequence: sequence.n_slots for sequence in self.running}
+        return len(self.slots) - sum(taken.values()) - (0 if self.partial is None else self.partial[0].n_slots)
 
     def _next_piece(self) -> Batch:
         """The next piece of a long prompt; with the last, the sequence is running."""
@@ -224,13 +222,9 @@ class Engine:
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Gives each sequence its next token, from the logits after its last [B, vocab_size]; a search its beams."""
-        rows, sampled, searches = {}, [], {}
-        for row, sequence in enumerate(sequences):
-            rows[sequence] = row
-            if sequence.search is None:
-                sampled.append(sequence)
-            else:
-                searches[sequence.search] = None
+        rows = {sequence: row for row, sequence in enumerate(sequences)}
+        sampled = [sequence for sequence in sequences if sequence.search is None]
+        searches = dict.fromkeys(sequence.search for sequence in sequences if sequence.search is not None)
         if sampled:
             choose(sampled, logits[[rows[sequence] for sequence in sampled]] if searches else logits)
         for search in searches:

@@ -3,6 +3,7 @@
 Everything a user passes in is checked here, before anything runs; the work is done a floor below.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,11 +12,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 
 from llama import parallel
 from llama.checkpoint import build_model, open_checkpoint
 from llama.decoding import scoring
-from llama.decoding.answering import Answer, Answerer, ChatPrediction, CompletionPrediction, Jobs, wants_top
+from llama.decoding.answering import Answer, Answerer, Jobs
+from llama.decoding.predictions import (
+    ChatPrediction,
+    CompletionPrediction,
+    answer_dialogs,
+    answers_of,
+    completions,
+    messages,
+    wants_top,
+)
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
 from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p  # noqa: F401  # importable from here
@@ -82,7 +93,9 @@ class Llama:
                 proposer = DraftModel(build_model(smaller, model.norm.weight.dtype, device)[0])
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
-        return Llama(model, tokenizer, seed, proposer, compile)
+        llama = Llama(model, tokenizer, seed, proposer, compile)
+        llama._engine.model_is_held = False  # nobody has seen it
+        return llama
 
     def __init__(
         self,
@@ -92,17 +105,21 @@ class Llama:
         proposer: Proposer | None = None,
         compile: bool = False,
     ):
-        self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
         if getattr(model, "cache", None) is None and isinstance(model, Transformer):
             model.allocate_cache()
         self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
+        self._engine.model_is_held = True
         if compile:
             with parallel.fail_at_once():
                 took = self._engine.compile()
             if dist.get_rank() == 0:
                 print(took)
         self.answerer = Answerer(self._engine, tokenizer, seed)
+
+    tokenizer = property(
+        lambda self: self.answerer.tokenizer, lambda self, other: setattr(self.answerer, "tokenizer", other)
+    )
 
     @property
     def model(self) -> Transformer:
@@ -122,7 +139,7 @@ class Llama:
     @property
     def group(self) -> dist.ProcessGroup:
         """The ranks that the model is split over."""
-        return self._engine.model.tok_embeddings.group
+        return get_model_parallel_group()
 
     def generate(
         self,
@@ -193,9 +210,8 @@ class Llama:
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         ids = self.answerer.encode_texts(prompts)
-        by_prompt = self.answerer.answer(ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
-        pairs = [(prompt, answer) for prompt, group in zip(ids, by_prompt) for answer in group]
-        return [{"generation": a.text, **self.answerer.details(p, a, logprobs, echo, options)} for p, a in pairs]
+        groups = self._answer(options, ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
+        return completions(self.answerer, ids, groups, logprobs, echo, options)
 
     def chat_completion(
         self,
@@ -222,25 +238,9 @@ class Llama:
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         opened = [_named(f"dialog {index}", OpenDialog, dialog, self.formatter) for index, dialog in enumerate(dialogs)]
         settings = self.answerer.check_options(opened, options)
-        for index, (dialog, option) in enumerate(zip(opened, settings)):
-            if dialog.has_placeholders and option.num_return_sequences > 1:
-                n = option.num_return_sequences
-                raise ValueError(f"dialog {index}: num_return_sequences = {n}: expected 1 where there are open turns")
-        last: list[tuple[list[int], list[Answer]]] = [([], [])] * len(settings)  # prompt and answers
-        while turn := [index for index, dialog in enumerate(opened) if not dialog.is_done]:
-            prompts = [self._encode_dialog(index, opened[index]) for index in turn]
-            groups = self.answerer.answer(prompts, [settings[i] for i in turn], logprobs, False, progress, names=turn)
-            for index, prompt, group in zip(turn, prompts, groups):
-                opened[index].fill(group[0].text)
-                last[index] = prompt, group
-        predictions: list[ChatPrediction] = []
-        for dialog, (prompt, group) in zip(opened, last):
-            whole = {"dialog": dialog.messages} if dialog.has_placeholders else {}
-            for a in group:
-                message: Message = {"role": "assistant", "content": a.text}
-                details = self.answerer.details(prompt, a, logprobs, False, options)
-                predictions.append({"generation": message, **whole, **details})
-        return predictions
+        answer = functools.partial(self._answer, options)
+        last = answer_dialogs(opened, settings, self._encode_dialog, answer, logprobs, progress)
+        return messages(self.answerer, opened, last, logprobs, options)
 
     def stream_text(self, prompt: str, **options: Any) -> Iterator[str]:
         """Yields the text that continues a prompt while it is decided; the options are those of `DecodingOptions`.
@@ -288,6 +288,12 @@ class Llama:
     def score_tokens(self, texts: SequenceOf[tuple[list[int], int]], shared: bool = False) -> list[scoring.TokenScores]:
         """The scores of the tokens of each (ids, start), from start on: see `llama.decoding.scoring.score_tokens`."""
         return scoring.score_tokens(self.answerer, texts, shared=shared)
+
+    def _answer(self, options: dict[str, Any], prompts: list[list[int]], *how: Any) -> list[list[Answer]]:
+        """The answers to prompts; those of `generate`, where somebody has put another in its place."""
+        if getattr(self.generate, "__func__", None) is Llama.generate:
+            return self.answerer.answer(prompts, *how)
+        return answers_of(self.generate, self.answerer, prompts, *how[1:3], options)
 
     def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
         """The prompt of the next open turn."""

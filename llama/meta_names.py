@@ -198,8 +198,8 @@ class RotaryAsComplex(nn.Module):
 class ForwardOnly:
     """A module that is only called as Meta's code would, `module(tokens, start_pos)`, in the place of a `Transformer`.
 
-    Such are wrappers, compiled models, and a `Transformer` with hooks of its own or with somebody's own blocks. They may
-    keep their own past, by rows. So one sequence runs at a time, in row 0, from its first position to its last: to the
+    Such are wrappers, compiled models, and a `Transformer` with hooks of its own or with foreign blocks. They may keep
+    their own past, by rows. So one sequence runs at a time, in row 0, from its first position to its last: to the
     engine this is a model whose cache has one slot.
 
     Raises:
@@ -221,6 +221,9 @@ class ForwardOnly:
             )
         self.module, self.max_seq_len = module, self.args.max_seq_len
         self.cache = self  # as far as the engine's `Slots` ask
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ForwardOnly) and other.module is self.module
 
     @property
     def device(self) -> torch.device:

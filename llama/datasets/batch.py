@@ -22,6 +22,7 @@ from llama.datasets.rows import Row, row_of, scan
 from llama.datasets.runs import Result, Run, Summary, Task, decoding_parameters
 from llama.datasets.task_template import Template, read_template
 from llama.decoding.answering import Answer, Job
+from llama.decoding.predictions import details
 from llama.generation import Llama
 from llama.tokenizer.open_turns import OpenDialog
 
@@ -177,7 +178,7 @@ class _Batch(Run):
             if answer.score is not None:
                 shown[-1]["score"] = answer.score
             top = {"top_logprobs": job.option.top_logprobs}
-            shown[-1] |= self.llama.answerer.details(job.prompt, answer, job.logprobs, False, top)
+            shown[-1] |= details(self.llama.answerer, job.prompt, answer, job.logprobs, False, top)
         result = {"line": job.key.task["line"], **shown[0], "prompt_tokens": len(job.prompt)}
         result |= {"answer_tokens": sum(len(answer.tokens) for answer in answers), "seed": job.option.seed}
         if len(answers) > 1:

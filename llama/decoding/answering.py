@@ -10,8 +10,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -19,34 +19,15 @@ from tqdm import tqdm
 from llama import parallel
 from llama.decoding.beam_search import BeamSearch
 from llama.decoding.shared_engine import Call, SharedEngine
-from llama.decoding.speculative import SpeculativeEngine
 from llama.engine import Engine
 from llama.model import ModelArgs
 from llama.options import DecodingOptions, check_ids, per_prompt
 from llama.sampling import RandomStream
 from llama.sequence import Sequence, Speculation
-from llama.tokenizer import Dialog, Message, Tokenizer
+from llama.tokenizer import Tokenizer
 from llama.tokenizer.answer_text import AnswerText
 
 TopLogprobs = list[list[tuple[int, float]]]  # for each token, the most likely (id, log-probability), best first
-
-
-class Details(TypedDict, total=False):
-    """What a prediction has besides its text, when asked for."""
-
-    tokens: list[str]  # with logprobs=True: the text of each token,
-    logprobs: list[float]  # and its natural-log probability
-    top_logprobs: TopLogprobs  # with top_logprobs=k
-    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
-
-
-class CompletionPrediction(Details, total=False):
-    generation: str
-
-
-class ChatPrediction(Details, total=False):
-    generation: Message
-    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
 
 
 @dataclass
@@ -239,7 +220,7 @@ class Answerer:
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
-            prompts.append(self.check_prompt(index, self.tokenizer.encode(text, bos=True)))
+            prompts.append(self.check_prompt(index, self.tokenizer.encode(text, bos=True, eos=False)))
         return prompts
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
@@ -267,18 +248,6 @@ class Answerer:
                 self.check_option(option, f"prompt {index}: ")
                 checked = option
         return settings
-
-    def details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict) -> dict:
-        """The keys of a prediction that are there when asked for. The text of a token has its leading space."""
-        details: dict = {}
-        if isinstance(self.shared.engine, SpeculativeEngine):
-            details["speculation"] = asdict(answer.speculation)
-        if logprobs or wants_top(options):
-            details["tokens"] = [self.token_text(token) for token in (prompt if echo else []) + answer.tokens]
-            details["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
-        if wants_top(options):
-            details["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs
-        return details
 
     def token_text(self, token: int) -> str:
         """The text that a token adds, its leading space included; U+FFFD where it is part of a character."""
@@ -393,9 +362,3 @@ class Jobs(Call):
             answer.prompt_token_logprobs = scored.prompt_token_logprobs
             answer.prompt_top_logprobs = scored.prompt_top_logprobs
         return answers
-
-
-def wants_top(options: dict[str, Any]) -> bool:
-    """Whether the most likely tokens are asked for, of any of the prompts."""
-    top = options.get("top_logprobs")
-    return any(top) if isinstance(top, (list, tuple)) else bool(top)

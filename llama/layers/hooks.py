@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 def is_plain(module: nn.Module, forward: Callable[..., torch.Tensor]) -> bool:
     """Whether calling a module runs `forward` of its class and nothing else; global hooks apart (`has_global_hook`)."""
-    return getattr(module.forward, "__func__", None) is forward and not has_hooks(module)
+    return type(module).forward is forward and "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

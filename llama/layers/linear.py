@@ -79,7 +79,8 @@ def multiply_together(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tenso
     if pack is None or len(pack.rows) != len(linears) or not pack.serves(x) or has_global_hook():
         return tuple(linear(x) for linear in linears)
     for linear, rows in zip(linears, pack.rows):
-        if getattr(linear, "rows", None) is not rows or not is_plain(linear, COLUMN_FORWARD):
+        is_here = getattr(linear, "pack", None) is pack and linear.rows.start == rows.start
+        if not is_here or not is_plain(linear, COLUMN_FORWARD):
             return tuple(linear(x) for linear in linears)
     return pack.layout(x).split(pack.widths, dim=-1)
 

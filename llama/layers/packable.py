@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext
 
 from llama.layers.layouts import Layout
 
@@ -78,6 +79,8 @@ class Packable(nn.Module):
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
+        if TracingContext.try_get() is not None:  # a compiler lists all parameters, of which it reads few
+            return vars(self)["_parameters"]
         with LOCK:
             self.unpack()
             return vars(self)["_parameters"]

@@ -5,6 +5,7 @@ import io
 
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from looking import OTHERS, PROMPT, answer, direction
 from torch import nn
 
