@@ -16,20 +16,12 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 
 from llama import parallel
 from llama.checkpoint import build_model, open_checkpoint
-from llama.decoding import scoring
+from llama.decoding import predictions, scoring
 from llama.decoding.answering import Answer, Answerer, Jobs
-from llama.decoding.predictions import (
-    ChatPrediction,
-    CompletionPrediction,
-    answer_dialogs,
-    answers_of,
-    completions,
-    messages,
-    wants_top,
-)
+from llama.decoding.predictions import ChatPrediction, CompletionPrediction
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
-from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p  # noqa: F401  # importable from here
+from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p, shared_attribute  # noqa: F401  # importable
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer  # noqa: F401
 from llama.tokenizer.open_turns import OpenDialog
@@ -117,9 +109,7 @@ class Llama:
                 print(took)
         self.answerer = Answerer(self._engine, tokenizer, seed)
 
-    tokenizer = property(
-        lambda self: self.answerer.tokenizer, lambda self, other: setattr(self.answerer, "tokenizer", other)
-    )
+    tokenizer = shared_attribute("answerer", "tokenizer")
 
     @property
     def model(self) -> Transformer:
@@ -187,7 +177,7 @@ class Llama:
         answers = [(prompt, answer) for prompt, group in zip(prompts, by_prompt) for answer in group]
         tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
         values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
-        if not wants_top(options):
+        if not predictions.wants_top(options):
             return tokens, values
         return tokens, values, [a.prompt_top_logprobs + a.top_logprobs for _, a in answers]
 
@@ -211,7 +201,7 @@ class Llama:
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         ids = self.answerer.encode_texts(prompts)
         groups = self._answer(options, ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
-        return completions(self.answerer, ids, groups, logprobs, echo, options)
+        return predictions.completions(self.answerer, ids, groups, logprobs, echo, options)
 
     def chat_completion(
         self,
@@ -224,7 +214,7 @@ class Llama:
         progress: bool = False,
         **options: Any,
     ) -> list[ChatPrediction]:
-        """Answers dialogs, each a list of {"role", "content"} that ends with the user's message.
+        """Answers dialogs, each a list of {"role", "content"}; Llama 2's end with the user's message.
 
         Arguments and errors as in `generate`. Text in a message is text: "<|eot_id|>" is those characters. Messages of
         the assistant whose content is "<PLACEHOLDER>" are generated in their places, in order, each as a call with all
@@ -239,8 +229,8 @@ class Llama:
         opened = [_named(f"dialog {index}", OpenDialog, dialog, self.formatter) for index, dialog in enumerate(dialogs)]
         settings = self.answerer.check_options(opened, options)
         answer = functools.partial(self._answer, options)
-        last = answer_dialogs(opened, settings, self._encode_dialog, answer, logprobs, progress)
-        return messages(self.answerer, opened, last, logprobs, options)
+        last = predictions.answer_dialogs(opened, settings, self._encode_dialog, answer, logprobs, progress)
+        return predictions.messages(self.answerer, opened, last, logprobs, options)
 
     def stream_text(self, prompt: str, **options: Any) -> Iterator[str]:
         """Yields the text that continues a prompt while it is decided; the options are those of `DecodingOptions`.
@@ -293,7 +283,7 @@ class Llama:
         """The answers to prompts; those of `generate`, where somebody has put another in its place."""
         if getattr(self.generate, "__func__", None) is Llama.generate:
             return self.answerer.answer(prompts, *how)
-        return answers_of(self.generate, self.answerer, prompts, *how[1:3], options)
+        return predictions.answers_of(self.generate, self.answerer, prompts, *how[1:3], options)
 
     def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
         """The prompt of the next open turn."""

@@ -66,6 +66,11 @@ def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
     return x.repeat_interleave(n_rep, dim=2)
 
 
+def shared_attribute(owner: str, name: str) -> property:
+    """An attribute that is its owner's, another attribute of the same object: who sets the one sets the other."""
+    return property(lambda o: getattr(getattr(o, owner), name), lambda o, new: setattr(getattr(o, owner), name, new))
+
+
 class StartPos(int):
     """The position of a pass's first column, an int as Meta's blocks take it; `place` is where it is in the cache."""
 

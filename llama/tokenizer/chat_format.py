@@ -62,18 +62,18 @@ class ChatFormat:
     def check(self, dialog: Dialog) -> None:
         """Checks that a dialog can be a prompt.
 
-        Raises ValueError as `check_messages` does, and if the last message is not the user's (or a tool's result).
-        Llama 2: also if, after the system message if there is one, user and assistant do not alternate.
+        Raises ValueError as `check_messages` does. Llama 2: also if the last message is not the user's, or if, after
+        the system message if there is one, user and assistant do not alternate.
         """
         self.check_messages(dialog)
-        if (last := dialog[-1]["role"]) not in ("user", "ipython", "tool"):
-            raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {last!r}")
         if self.tokenizer.kind == "llama2":
             roles = [message["role"] for message in dialog]
             turns = roles[1:] if roles[0] == "system" else roles
             if any(role != ("user", "assistant")[k % 2] for k, role in enumerate(turns)):
                 expected = "a Llama 2 dialog has user and assistant in turn, after at most one system message"
                 raise ValueError(f"{expected}; found {', '.join(roles)}")
+            if roles[-1] != "user":
+                raise ValueError(f"a Llama 2 dialog ends with a message of the user, not of {roles[-1]!r}")
 
     @staticmethod
     def check_messages(dialog: Dialog) -> None:

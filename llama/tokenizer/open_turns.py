@@ -1,7 +1,7 @@
 """Dialogs with open turns: the user's turns are fixed, and the model fills in its own.
 
 An assistant's message whose content is `<PLACEHOLDER>` is open: the model generates it from all the turns before it. A
-dialog that ends with the user's message has one open turn, after its end. Knows nothing of tokens.
+dialog that does not end with an open turn gets one after its end. Knows nothing of tokens.
 """
 
 from llama.tokenizer import ChatFormat, Dialog
@@ -31,12 +31,13 @@ class OpenDialog:
             formatter.check(self.messages)
             self._open.append(len(self.messages))
             self.messages.append({"role": "assistant", "content": PLACEHOLDER})
-        if self.has_placeholders:
-            for index in self._open:
-                try:
-                    formatter.check(self.messages[:index])
-                except ValueError as error:
-                    raise ValueError(f"message {index} is open: {error}") from None
+        for index in self._open if self.has_placeholders else ():
+            try:
+                formatter.check(self.messages[:index])
+                if (last := self.messages[index - 1]["role"] if index else "nobody") not in ("user", "ipython", "tool"):
+                    raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {last!r}")
+            except ValueError as error:
+                raise ValueError(f"message {index} is open: {error}" if index < len(dialog) else str(error)) from None
 
     @property
     def prompt(self) -> Dialog:

@@ -4,13 +4,16 @@ Tells the files apart by their contents: a tiktoken rank file or a tokenizer.jso
 Llama 2. Knows nothing of dialogs, tensors, models or sampling.
 """
 
+import functools
 import hashlib
 import operator
 import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import tiktoken
 
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, RankFile, parse_ranks
 from llama.tokenizer.sentencepiece_file import SentencePieceFile
@@ -55,6 +58,22 @@ class Tokenizer:
     def digest(self) -> str:
         """The vocabulary's fingerprint, 16 hexadecimal digits. Both file formats of Llama 3 have the same."""
         return hashlib.sha256(self._model.content()).hexdigest()[:16]
+
+    @functools.cached_property
+    def model(self) -> tiktoken.Encoding:
+        """Llama 3: tiktoken's encoding of the same tokens, special ones included, under the name in Meta's code."""
+        if self.ranks is None:
+            raise AttributeError("a Llama 2 tokenizer has no `model`: SentencePiece's is `sp_model`")
+        return tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
+        )
+
+    @property
+    def sp_model(self) -> Any:
+        """Llama 2: the SentencePieceProcessor, under the name that Meta's code has."""
+        if self.kind != "llama2":
+            raise AttributeError("a Llama 3 tokenizer has no `sp_model`: tiktoken's is `model`")
+        return self._model.processor
 
     def encode(
         self,
