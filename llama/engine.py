@@ -55,7 +55,7 @@ class Engine:
     def compile(self) -> str:
         """Compiles the decoding step, with the matrices as they will be then; returns how long it took."""
         check_hooks(self.opened)
-        self._pack()
+        self.model_is_held |= not self._pack()
         self.decode_step = DecodeStep(self.model, compile=True)
         return self.decode_step.warm_up()
 
@@ -95,9 +95,8 @@ class Engine:
         if self.partial is not None and self.partial[0] in sequences:
             self.partial = None
         searches = {s.search for s in sequences} - {None}
-        for sequence in self.running[:]:
-            if sequence in sequences or sequence.search in searches:
-                self._release(sequence)
+        for sequence in [s for s in self.running if s in sequences or s.search in searches]:
+            self._release(sequence)
 
     @property
     def has_work(self) -> bool:

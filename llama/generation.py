@@ -85,6 +85,7 @@ class Llama:
                 proposer = DraftModel(build_model(smaller, model.norm.weight.dtype, device)[0])
         if dist.get_rank() == 0:
             print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
+        del checkpoint, smaller  # which hold the weights: only those that nobody else holds are packed
         llama = Llama(model, tokenizer, seed, proposer, compile)
         llama._engine.model_is_held = False  # nobody has seen it
         return llama
