@@ -1,8 +1,14 @@
-"""What scripts do to a model that they opened: each in a process of its own, on `Llama` and on the slow plain model."""
+"""What scripts do to a model that they opened: each in a process of its own, beside the slow plain model's results.
+
+    PYTHONPATH=.:tests python tests/clients/test_clients.py
+
+runs them on the plain model, and records what they get there in plain_results.json.
+"""
 
 import json
 import math
 import multiprocessing
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,6 +23,7 @@ import torch
 
 from llama import parallel
 
+RECORDED = Path(__file__).parent / "plain_results.json"
 CLIENTS = [client for module in (looking, changing, rebuilding) for client in module.CLIENTS]
 # Forks processes from one that has imported everything already: a client takes a moment, and sees no other's traces.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -58,7 +65,7 @@ def alike(a: object, b: object) -> bool:
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.__name__)
 def test_a_client_gets_what_the_plain_model_gives(client, tmp_path):
-    fast, slow = (result(client, kind, tmp_path) for kind in ("fast", "plain"))
+    fast, slow = result(client, "fast", tmp_path), json.loads(RECORDED.read_text())[client.__name__]
     assert alike(fast, slow), f"{client.__name__}:\n{fast}\nthe plain model:\n{slow}"
 
 
@@ -66,3 +73,12 @@ def test_there_are_at_least_forty_clients_and_their_changes_show(tmp_path):
     assert len(CLIENTS) >= 40
     before, *after = result(looking.steering_vector_on_and_off, "plain", tmp_path)
     assert after[0] != before and after[1] == before  # a comparison of equal answers would show nothing
+    recorded = json.loads(RECORDED.read_text())
+    assert recorded[looking.steering_vector_on_and_off.__name__] == [before, *after]
+    assert recorded.keys() == {client.__name__ for client in CLIENTS}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [f"  {json.dumps(c.__name__)}: {json.dumps(result(c, 'plain', Path(folder)))}" for c in CLIENTS]
+    RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
