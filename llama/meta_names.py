@@ -150,15 +150,15 @@ class OwnCache(nn.Module):
         if place is None:
             return k, v
         if not isinstance(place, CacheView):
-            n_rows, n_new = k.shape[0], k.shape[2]
-            place = CacheView(slice(0, n_rows), slice(place, place + n_new), place + n_new)
+            n_new = k.shape[2]
+            place = CacheView(0, slice(place, place + n_new), place + n_new)
         if self.keys is None or self.values is None:
             self.allocate_cache(k.dtype, k.device)
         if self.keys.dtype != k.dtype:  # inside torch.autocast
             k, v = k.to(self.keys.dtype), v.to(self.keys.dtype)
         found = place.update(self.keys, self.values, k.detach(), v.detach())
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            found = replace(place, slots=slice(0, len(k))).update(*(past.clone() for past in found), k, v)
+            found = replace(place, first_slot=0).update(*(past.clone() for past in found), k, v)
         return found if k.dtype == q.dtype else (found[0].to(q.dtype), found[1].to(q.dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:

@@ -267,7 +267,7 @@ class Transformer(meta.RotaryAsComplex):
         """
         positions = positions[:, None]
         mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]
-        place = CacheView(slice(0, tokens.shape[0]), positions, key_positions.shape[0])
+        place = CacheView(0, positions, key_positions.shape[0])
         return self.logits(self._run(tokens, place, self.rotary[positions], mask)[:, -1])
 
     def _run(self, tokens: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -295,5 +295,5 @@ class Transformer(meta.RotaryAsComplex):
         positions, mask = positions_and_mask(starts, n_new, tokens.device)
         if (mask is not None or slots.start > 0) and meta.has_foreign_blocks(self.layers):
             mask = meta.mask_for_foreign_blocks(starts, n_new, slots, self.norm.weight)
-        place = None if start_pos is None else CacheView(slots, positions, length)
+        place = None if start_pos is None else CacheView(slots.start, positions, length)
         return meta.StartPos(first, place), self.angles(positions), mask

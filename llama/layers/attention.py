@@ -17,7 +17,7 @@ Starts = int | list[int] | torch.Tensor | None
 class CacheView:
     """The part of a layer's keys and values that one forward pass of B rows and T positions works on."""
 
-    slots: slice  # the B rows, next to each other, so that nothing is copied when reading
+    first_slot: int  # the first of the B rows, which lie next to each other, so that nothing is copied when reading
     positions: slice | torch.Tensor  # where in its row each new position goes: of all rows, or [B, T]
     length: int  # how many positions of each row are read: the longest row's, counting the new ones
 
@@ -29,15 +29,16 @@ class CacheView:
         Returns:
             all of its keys and values up to `length`, [B, n_kv_heads, length, head_dim].
         """
+        rows = slice(self.first_slot, self.first_slot + k.shape[0])
         if isinstance(self.positions, slice):
-            keys[self.slots, :, self.positions] = k
-            values[self.slots, :, self.positions] = v
+            keys[rows, :, self.positions] = k
+            values[rows, :, self.positions] = v
         else:
-            slots = torch.arange(self.slots.start, self.slots.stop, device=k.device)
+            slots = torch.arange(rows.start, rows.stop, device=k.device)
             # Index tensors on both sides of a full slice put their dimensions first: [B, T, n_kv_heads, head_dim].
             keys[slots[:, None], :, self.positions] = k.transpose(1, 2)
             values[slots[:, None], :, self.positions] = v.transpose(1, 2)
-        return keys[self.slots, :, : self.length], values[self.slots, :, : self.length]
+        return keys[rows, :, : self.length], values[rows, :, : self.length]
 
 
 # Where a pass is in the cache: from a position on, in the first B rows; or as the view says; None without a cache.
