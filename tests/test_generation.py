@@ -219,8 +219,8 @@ def test_bad_texts_and_dialogs_are_named(small):
     with pytest.raises(TypeError, match="prompt 1 is a NoneType"):
         small.text_completion(["Hello", None])
     good = [{"role": "user", "content": "Hello"}]
-    with pytest.raises(ValueError, match=r"dialog 1: .* of the user"):
-        small.chat_completion([good, [*good, {"role": "assistant", "content": "Hi"}]])
+    with pytest.raises(ValueError, match=r"dialog 1: message 1 of the dialog has no .content."):
+        small.chat_completion([good, [*good, {"role": "assistant"}]])
     with pytest.raises(ValueError, match=r"dialog 0: .*'bot'"):
         small.chat_completion([[{"role": "bot", "content": "Hello"}]])
     with pytest.raises(ValueError, match=r"dialog 1: a dialog is a list .* found dict"):
