@@ -293,3 +293,17 @@ def test_bfloat16_checkpoints_compute_in_bfloat16_on_the_cpu(write_checkpoint):
     logits = [m.model(torch.tensor([[1, 2, 3]])) for m in (llama, wide)]
     assert logits[0].dtype == torch.float32
     torch.testing.assert_close(*logits, atol=0.1, rtol=0.05)
+
+
+def test_texts_and_dialogs_go_through_a_generate_that_somebody_has_put_in_place(small, monkeypatch):
+    calls, ids, dialog = [], small.tokenizer.encode("Hi"), [{"role": "user", "content": "Hello"}]
+
+    def generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs=False, echo=False):
+        calls.append((len(prompt_tokens), max_gen_len, echo))
+        return [(prompt if echo else []) + ids for prompt in prompt_tokens], None
+
+    monkeypatch.setattr(small, "generate", generate)
+    texts = [p["generation"] for p in small.text_completion(["a", "b"], max_gen_len=3, echo=True)]
+    assert texts == [small.tokenizer.decode(small.tokenizer.encode(text, bos=True)) for text in ("aHi", "bHi")]
+    assert small.chat_completion([dialog], max_gen_len=4)[0]["generation"] == {"role": "assistant", "content": "Hi"}
+    assert calls == [(2, 3, True), (1, 4, False)]
