@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.decoding.beam_search import BeamSearch
+from llama.decoding.grammar import Grammars
+from llama.decoding.penalties import Processing
 from llama.decoding.shared_engine import Call, SharedEngine
 from llama.decoding.speculative import SpeculativeEngine
 from llama.engine import Engine
@@ -114,6 +116,7 @@ class Answerer:
         self.tokenizer = tokenizer
         self.seed = seed
         args = engine.model.args
+        self.grammars = Grammars(tokenizer, args.vocab_size)
         self.vocab_size, self.max_seq_len, self.max_batch_size = args.vocab_size, args.max_seq_len, args.max_batch_size
         self._calls = itertools.count(1)  # of those without a seed of their own
 
@@ -235,8 +238,12 @@ class Answerer:
         return prompts
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
-        """Raises ValueError, begun by `name`, if options name tokens or ask for beams that the model does not have."""
+        """Raises ValueError, begun by `name`, if options ask for what the model has not, or for a shape that is none.
+
+        Raises ImportError if they ask for a shape, and llguidance is not installed.
+        """
         option.check_model(self.vocab_size, self.max_batch_size, name)
+        self.grammars.check(option, name)
 
     def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
@@ -248,7 +255,7 @@ class Answerer:
         settings, checked = per_prompt(len(prompts), **options), None
         for index, option in enumerate(settings):
             if option is not checked:  # of most calls all are the same one
-                option.check_model(self.vocab_size, self.max_batch_size, f"prompt {index}: ")
+                self.check_option(option, f"prompt {index}: ")
                 checked = option
         return settings
 
@@ -280,8 +287,13 @@ class Answerer:
             logprobs=logprobs,
             score_from=0 if logprobs and job.echo and sample == job.first_sample and option.num_beams == 1 else None,
         )
+        shape = self.grammars.start(option)
+        sequence.process = Processing(job.prompt, option, shape) or None
+        ends = [] if shape is None else [shape.is_whole]
         if option.stop_strings:  # the text is followed only where something looks for a string in it
-            sequence.should_stop = AnswerText(self.tokenizer, option.stop_strings).follow
+            ends.append(AnswerText(self.tokenizer, option.stop_strings).follow)
+        if ends:
+            sequence.should_stop = lambda tokens: any(end(tokens) for end in ends)
         return sequence
 
     def answer_of(self, sequence: Sequence, before: list[int]) -> Answer:
