@@ -134,7 +134,7 @@ class DecodingOptions:
         for option, ids in (("stop", self.stop_ids), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    found = f"{name}{option} names token {_shown(token)}"
+                    found = f"{name}{option} names token {shown(token)}"
                     raise ValueError(f"{found}: expected ids from 0 to {vocab_size - 1}")
         if self.top_logprobs > vocab_size:
             found = f"top_logprobs = {self.top_logprobs}"
@@ -204,10 +204,10 @@ def _is_per_prompt(name: str, value: Any) -> bool:
 
 
 def _mistake(options: DecodingOptions, name: str, expected: str) -> ValueError:
-    return ValueError(f"{name} = {_shown(getattr(options, name))}: expected {expected}")
+    return ValueError(f"{name} = {shown(getattr(options, name))}: expected {expected}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, cut to a line."""
     try:
         return reprlib.repr(value)

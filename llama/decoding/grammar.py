@@ -10,7 +10,6 @@ same. Knows nothing of models.
 """
 
 import json
-import reprlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama.options import DecodingOptions
+from llama.options import DecodingOptions, shown
 from llama.tokenizer import Tokenizer
 
 # The options that say what an answer must fit; at most one of them.
@@ -153,19 +152,19 @@ def shape_of(option: DecodingOptions) -> tuple[str, str] | None:
     if name == "choice":
         is_texts = isinstance(value, (list, tuple)) and all(isinstance(text, str) and text for text in value)
         if not is_texts or not value:
-            raise ValueError(f"choice = {reprlib.repr(value)}: expected a list of texts that are not empty, or None")
+            raise ValueError(f"choice = {shown(value)}: expected a list of texts that are not empty, or None")
         return name, json.dumps(list(value))
     if name == "json_schema":
         try:
             schema = json.loads(value) if isinstance(value, str) else value
             text = json.dumps(schema, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"json_schema = {reprlib.repr(value)} is not JSON: {error}") from None
+            raise ValueError(f"json_schema = {shown(value)} is not JSON: {error}") from None
         if not isinstance(schema, Mapping):
-            raise ValueError(f"json_schema = {reprlib.repr(value)}: expected a JSON schema, which is an object")
+            raise ValueError(f"json_schema = {shown(value)}: expected a JSON schema, which is an object")
         return name, text
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} = {reprlib.repr(value)}: expected a text that is not empty, or None")
+        raise ValueError(f"{name} = {shown(value)}: expected a text that is not empty, or None")
     return name, value
 
 

@@ -9,8 +9,8 @@ import torch
 from conftest import random_model
 
 from llama import Llama, Transformer
-from llama.decoding.beam_search import BeamSearch
-from llama.decoding.penalties import Processing, Hypothesis
+from llama.decoding.beam_search import BeamSearch, Hypothesis
+from llama.decoding.penalties import Processing
 from llama.engine import Engine
 from llama.options import DecodingOptions
 from llama.sampling import RandomStream
