@@ -74,8 +74,9 @@ class Choice:
         new, self._n_sent = text[self._n_sent :], len(text)
         if ended:
             self.finish_reason = sequence.finish_reason
-        n_whole = self._text.n_tokens if ended else self._text.n_decided_tokens
-        return new, list(self._logprobs(n_whole)) if sequence.logprobs else []
+        if not sequence.logprobs:
+            return new, []
+        return new, list(self._logprobs(self._text.n_tokens if ended else self._text.n_decided_tokens))
 
     def _logprobs(self, n_whole: int) -> Iterator[tuple[int, float | None, list | None]]:
         """Of the tokens that are new, up to `n_whole` of the answer: id, log-probability, the likeliest."""
