@@ -149,6 +149,9 @@ class Driver:
             # Made by all ranks together, before the first request.
             link = _Link() if dist.get_world_size() > 1 else None
             self.llama = llama
+            engine = llama.answerer.shared.engine
+            self.metrics.waiting.set_function(lambda: len(engine.waiting) + sum(len(t.jobs) for t in [*self._added]))
+            self.metrics.running.set_function(lambda: len(engine.running) + (engine.partial is not None))
             ready(llama)
             with parallel.fail_at_once(), Call(llama.answerer.shared) as call:
                 self._steps(call, link)
@@ -203,9 +206,6 @@ class Driver:
             del self._n_reported[sequence]
             changes.setdefault(ticket, ([], []))[1].append(index)
             self._count(sequence, self._times.pop(sequence), now, is_first=ticket.jobs[index][1] == 0)
-        engine = self.llama.answerer.shared.engine
-        self.metrics.waiting.set(len(engine.waiting))
-        self.metrics.running.set(len(engine.running) + (engine.partial is not None))
         if changes:
             loop = next(iter(changes)).loop
             _call(loop, _report_all, [(ticket, *change) for ticket, change in changes.items()])

@@ -253,7 +253,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[Integer] | list[list[Integer]]
+    prompt: Text | list[Integer] | list[Text | list[Integer]]
     max_tokens: Integer = Field(16, ge=0, lt=2**31)
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: Flag = False

@@ -1,8 +1,6 @@
 """Every answer of a given shape fits it, masks are what trying every token gives, and drafts change nothing."""
 
 import json
-import os
-import random
 import re
 
 import pytest
@@ -13,13 +11,13 @@ jsonschema = pytest.importorskip("jsonschema")
 
 from conftest import DEMO, shared  # noqa: E402
 
+from benchmarks.server_checks import SUM, check_schemas  # noqa: E402
 from llama import GenerationError, Llama  # noqa: E402
 from llama.decoding.grammar import Grammars  # noqa: E402
 from llama.options import DecodingOptions, per_prompt  # noqa: E402
 from llama.tokenizer import Tokenizer  # noqa: E402
 
-N_SCHEMAS = int(os.environ.get("LLAMA_SCHEMAS", 150))  # 2,000 take some minutes
-SUM = [{"role": "user", "content": "What is 21 + 34?"}]
+N_SCHEMAS = 60  # `python -m benchmarks.server_checks` takes 2,000
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 60}, "b": {"enum": ["x", "y z"]}},
@@ -28,59 +26,39 @@ SCHEMA = {
 }
 
 
-def random_schema(rng: random.Random, depth: int = 0, defs: tuple[str, ...] = ()) -> dict:
-    """A schema of objects, arrays, enums, bounded numbers, `$ref`, nested up to three deep."""
-    kinds = ["integer", "number", "enum", "boolean", "null", "string"]
-    kind = rng.choice(kinds + (["object", "array"] * 3 if depth < 3 else []) + (["ref"] if defs else []))
-    if kind == "ref":
-        return {"$ref": f"#/$defs/{rng.choice(defs)}"}
-    if kind == "integer":
-        low = rng.randint(-1000, 1000)
-        return {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 500)}
-    if kind == "number":
-        low = rng.randint(-100, 100)
-        return {"type": "number", "minimum": low, "maximum": low + rng.randint(1, 50)}
-    if kind == "enum":
-        return {"enum": rng.sample(["a", "b c", 1, 2.5, None, True, "é", 'x"y'], rng.randint(1, 4))}
-    if kind == "string":
-        return {"type": "string", "maxLength": rng.randint(1, 8)}
-    if kind == "array":
-        low = rng.randint(0, 2)
-        items = random_schema(rng, depth + 1, defs)
-        return {"type": "array", "items": items, "minItems": low, "maxItems": low + rng.randint(0, 2)}
-    if kind == "object":
-        names = rng.sample(["id", "name", "a b", "ß", "x"], rng.randint(1, 3))
-        properties = {name: random_schema(rng, depth + 1, defs) for name in names}
-        required = [name for name in names if rng.random() < 0.7]
-        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    return {"type": kind}
-
-
-def schemas(n: int) -> list[dict]:
-    made = []
-    for seed in range(n):
-        rng = random.Random(seed)
-        defs = {"p": random_schema(rng, 2), "q": random_schema(rng, 3)} if seed % 2 else {}
-        made.append({**random_schema(rng, 0, tuple(defs)), **({"$defs": defs} if defs else {})})
-    return made
-
-
 def test_every_answer_that_ends_by_itself_fits_its_schema(demo):
-    wanted = schemas(N_SCHEMAS)
-    answers = demo.answer(
-        [demo.formatter.encode_dialog_prompt(SUM)] * len(wanted),
-        json_schema=wanted,
-        temperature=1.0,
-        top_p=1.0,
-        seed=1,
-        max_gen_len=200,
-    )
-    n_ended = 0
-    for schema, (answer,) in zip(wanted, answers):
-        if answer.finish_reason == "stop":
-            n_ended += 1
-            jsonschema.validate(json.loads(answer.text), schema)
-    assert n_ended > 0.9 * len(wanted)
+    assert check_schemas(demo, N_SCHEMAS) > 0.9 * N_SCHEMAS
+
+
+FINITE = [  # schemas, and all texts that fit
+    ({"enum": ["a", "b c", 1, True, None]}, ['"a"', '"b c"', "1", "true", "null"]),
+    ({"type": "integer", "minimum": -3, "maximum": 12}, [*map(str, range(-3, 13))]),
+    (SCHEMA, [f'{{"a": {a}, "b": "{b}"}}' for a in range(3, 61) for b in ("x", "y z")]),
+    (
+        {"type": "array", "items": {"$ref": "#/$defs/p"}, "maxItems": 2, "$defs": {"p": {"type": "boolean"}}},
+        ["[]", "[true]", "[false]", "[true, true]", "[true, false]", "[false, true]", "[false, false]"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "texts"), FINITE, ids=["enum", "integer", "object", "array"])
+def test_a_greedy_answer_is_that_of_trying_every_token(demo, schema, texts):
+    prompt = demo.formatter.encode_dialog_prompt(SUM)
+    pieces = [demo.tokenizer.token_bytes(token) for token in range(demo.tokenizer.n_words)]
+    special, stops = set(demo.tokenizer.special_tokens.values()), demo.tokenizer.stop_tokens
+
+    def try_every_token(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        so_far = demo.tokenizer.decode_bytes(ids[0, len(prompt) :])
+        for token in logits[0].argsort(descending=True).tolist():
+            beginning = so_far + pieces[token]
+            fits = any(text.encode().startswith(beginning) for text in texts) and token not in special
+            if fits or (token in stops and so_far.decode() in texts):
+                return torch.full_like(logits, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+        raise AssertionError("no token fits")
+
+    ((slow,),) = demo.answer([prompt], temperature=0, max_gen_len=40, logits_processor=try_every_token)
+    ((fast,),) = demo.answer([prompt], temperature=0, max_gen_len=40, json_schema=schema)
+    assert (fast.tokens, fast.finish_reason) == (slow.tokens, slow.finish_reason) and fast.text in texts
 
 
 def test_the_mask_is_what_trying_every_token_gives(demo):
@@ -131,15 +109,18 @@ def test_each_kind_of_shape_is_kept_greedy_sampled_and_by_beams(demo, options, f
     assert answer.finish_reason == "stop" and fits(answer.text), answer.text
 
 
-def test_a_draft_and_other_rows_change_no_answer_of_a_shape(demo):
+@pytest.mark.parametrize("draft", ["ngram", DEMO], ids=["ngram", "model"])
+def test_a_draft_and_other_rows_change_no_answer_of_a_shape(demo, draft):
     dialogs = [SUM, [{"role": "user", "content": "Tell me a story."}]] * 2
     given = {"temperature": 1.0, "top_p": 1.0, "seed": 5, "max_gen_len": 40}
     shapes = {"json_schema": [SCHEMA, None, None, {"type": "array", "items": {"type": "integer"}}]}
     together = demo.chat_completion(dialogs, **given, **shapes)
-    drafted = Llama.build(DEMO, max_seq_len=512, max_batch_size=2, device="cpu", dtype="float32", draft="ngram")
+    drafted = Llama.build(DEMO, max_seq_len=512, max_batch_size=2, device="cpu", dtype="float32", draft=draft)
     assert [p["generation"] for p in drafted.chat_completion(dialogs, **given, **shapes)] == [
         p["generation"] for p in together
     ]
+    counts = drafted._engine.counters.speculation
+    assert draft == "ngram" or counts.accepted == counts.proposed > 0  # the model itself as draft guesses in shape too
     alone = demo.chat_completion([SUM], **given, json_schema=SCHEMA)
     assert alone[0]["generation"] == together[0]["generation"]
 

@@ -135,16 +135,26 @@ class Server:
         log: what it has written to stderr.
     """
 
-    def __init__(self, *options: str, processes: int = 1, wait: bool = True, code: str = "", **variables: str):
+    def __init__(
+        self,
+        *options: str,
+        processes: int = 1,
+        wait: bool = True,
+        code: str = "",
+        is_forked: bool = True,
+        **variables: str,
+    ):
         words = ["serve", "--port", "0", "--device", "cpu", "--dtype", "float32", *options]
         self.process: subprocess.Popen | Child
-        if processes == 1:
+        if processes == 1 and is_forked:
             with socket.create_server(("127.0.0.1", 0)) as ear:
                 order = {"words": words, "code": code, "log": ear.getsockname()[1], "environ": variables}
                 self.process = nursery().fork(order)
                 self._lines = ear.accept()[0].makefile()
         else:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            launcher = [sys.executable]
+            if processes > 1:
+                launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             self.process = subprocess.Popen(
                 [*launcher, "-m", "llama", *words],
                 env={**os.environ, **OWN, **variables},

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import random
 import resource
 import socket
 import threading
@@ -11,9 +10,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx2", reason="the openai package brings it")
-schemathesis = pytest.importorskip("schemathesis")
+pytest.importorskip("schemathesis")
 
 from running import Server  # noqa: E402
+
+from benchmarks.server_checks import check_requests  # noqa: E402
 
 BODY = {"messages": [{"role": "user", "content": "What is 21 + 34?"}], "temperature": 0, "max_tokens": 40}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -153,46 +154,14 @@ def test_silent_and_half_open_connections_hold_nothing_up_and_memory_is_bounded(
     finally:
         for link in links:
             link.close()
+    is_served = False
+    while not is_served:  # until it has noticed that they are gone
+        with contextlib.suppress(httpx.TransportError):
+            is_served = httpx.get(server.url + "/health", timeout=60).status_code == 200
     assert server.memory() - before < 100_000_000
 
 
-def test_a_thousand_made_up_requests_give_no_500(server):
-    """By the OpenAPI document, right ones and wrong ones."""
-    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
-    rng = random.Random(0)
-    statuses: dict[int, int] = {}
-    from hypothesis import HealthCheck, Phase, settings
-
-    operations = [result.ok() for result in schema.get_all_operations()]
-    with httpx.Client(timeout=120) as client:
-        for operation in operations:
-
-            def check(case) -> None:
-                if isinstance(case.body, dict):
-                    case.body.pop("stream", None) if rng.random() < 0.5 else None
-                    if "max_tokens" in case.body or rng.random() < 0.9:
-                        case.body["max_tokens"] = 2
-                kwargs = case.as_transport_kwargs(base_url=server.url)
-                response = client.request(
-                    kwargs["method"],
-                    kwargs["url"],
-                    json=kwargs.get("json"),
-                    headers={k: v for k, v in kwargs["headers"].items() if k.lower() not in ("content-length",)},
-                    params=kwargs.get("params"),
-                )
-                statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-                assert response.status_code < 500, (kwargs, response.text)
-
-            from hypothesis import given
-
-            quick = settings(
-                max_examples=270 if operation.method == "post" else 3,
-                deadline=None,
-                database=None,
-                derandomize=True,
-                phases=[Phase.generate],
-                suppress_health_check=[*HealthCheck],
-            )
-            quick(given(case=operation.as_strategy())(check))()
-    assert sum(statuses.values()) >= 1000, statuses
-    assert statuses.get(200), statuses
+def test_made_up_requests_give_no_500(server):
+    """By the OpenAPI document, right ones and wrong ones; `python -m benchmarks.server_checks` sends a thousand."""
+    statuses = check_requests(server.url, 100)
+    assert sum(statuses.values()) >= 100 and statuses[200] > 20 and statuses[400] > 20

@@ -137,7 +137,7 @@ def test_echo_scores_the_prompt_as_offline(client, demo, stream):
 def test_prompts_may_be_texts_ids_and_lists_of_both(client, demo):
     ids = demo.tokenizer.encode(STORY, bos=True)
     (expected,) = demo.text_completion([STORY], temperature=0, max_gen_len=6)
-    for prompt, n in ((STORY, 1), (ids, 1), ([STORY, STORY], 2), ([ids, ids], 2)):
+    for prompt, n in ((STORY, 1), (ids, 1), ([STORY, STORY], 2), ([ids, ids], 2), ([STORY, ids], 2)):
         found = client.completions.create(model="llama-demo", prompt=prompt, temperature=0, max_tokens=6)
         assert [choice.text for choice in found.choices] == [expected["generation"]] * n
         assert [choice.index for choice in found.choices] == [*range(n)]
