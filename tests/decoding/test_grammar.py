@@ -120,7 +120,8 @@ def test_a_draft_and_other_rows_change_no_answer_of_a_shape(demo, draft):
         p["generation"] for p in together
     ]
     counts = drafted._engine.counters.speculation
-    assert draft == "ngram" or counts.accepted == counts.proposed > 0  # the model itself as draft guesses in shape too
+    # The model itself as a draft guesses in shape too; an answer that is whole ends before its last guess is looked at.
+    assert draft == "ngram" or 0 < counts.proposed <= counts.accepted + len(dialogs)
     alone = demo.chat_completion([SUM], **given, json_schema=SCHEMA)
     assert alone[0]["generation"] == together[0]["generation"]
 
