@@ -164,19 +164,19 @@ def mask(folder: str, n_steps: int = 200) -> None:
         "required": ["name", "tags"],
         "additionalProperties": False,
     }
-    shape = DecodingOptions(json_schema=schema).shape
-    matcher = Grammars(llama.tokenizer, llama.args.vocab_size).start(shape)
+    option, grammars = DecodingOptions(json_schema=schema), Grammars(llama.tokenizer, llama.args.vocab_size)
+    matcher, tokens = grammars.start(option), []
     logits = torch.randn(llama.args.vocab_size)
     seconds, generator = [], torch.Generator().manual_seed(0)
     for _ in range(n_steps):
         started = time.perf_counter()
-        masked = matcher.mask(logits)
+        masked, is_whole = matcher.mask(logits, tokens), matcher.is_whole(tokens)
         seconds.append(time.perf_counter() - started)
         token = int(torch.multinomial(masked.softmax(-1), 1, generator=generator))
-        if token in llama.tokenizer.stop_tokens or matcher.is_complete:
-            matcher = Grammars(llama.tokenizer, llama.args.vocab_size).start(shape)
+        if token in llama.tokenizer.stop_tokens or is_whole:
+            matcher, tokens = grammars.start(option), []
         else:
-            matcher.accept(token)
+            tokens.append(token)
     prompt = [[1000 + i % 256 for i in range(N_PROMPT)]]
     llama.generate(prompt, 4, temperature=0)
     started = time.perf_counter()
