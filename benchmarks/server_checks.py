@@ -91,8 +91,10 @@ def check_requests(url: str, n: int) -> dict[int, int]:
         for operation in operations:
 
             def check(case) -> None:
-                if isinstance(case.body, dict) and "/v1/" in case.path:
-                    case.body["max_tokens"] = 2  # long answers are tested elsewhere
+                if isinstance(case.body, dict):
+                    case.body.pop("model", None)  # nearly always another than the server's
+                    if "/v1/" in case.path:
+                        case.body["max_tokens"] = 2  # long answers are tested elsewhere
                 made = case.as_transport_kwargs(base_url=url)
                 headers = {k: v for k, v in made["headers"].items() if k.lower() != "content-length"}
                 what = {"headers": headers, "json": made.get("json"), "params": made.get("params")}
