@@ -65,22 +65,21 @@ async def load(url: str, model: str, n_clients: int, n_requests: int, n_tokens: 
     """Lets clients send requests, n_requests each or as many as they can in `seconds`."""
     import httpx2
 
-    result, started = Load(), time.perf_counter()
+    result = Load()
 
     async def client(number: int) -> None:
-        async with httpx2.AsyncClient(timeout=600) as http:
-            i = 0
-            while i < n_requests or time.perf_counter() - started < seconds:
-                prompt = [(7 * j + 131 * number + 17 * i) % 256 + 1000 for j in range(N_PROMPT)]
-                body = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "stream": True}
-                body["stream_options"] = {"include_usage": True}
-                i += 1
-                try:
-                    await one(http, body)
-                except (httpx2.HTTPError, ValueError):
-                    result.n_errors += 1
+        i = 0
+        while i < n_requests or time.perf_counter() - started < seconds:
+            prompt = [(7 * j + 131 * number + 17 * i) % 256 + 1000 for j in range(N_PROMPT)]
+            body = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "stream": True}
+            body["stream_options"] = {"include_usage": True}
+            i += 1
+            try:
+                await one(body)
+            except (httpx2.HTTPError, ValueError):
+                result.n_errors += 1
 
-    async def one(http: Any, body: dict) -> None:
+    async def one(body: dict) -> None:
         begun = last = time.perf_counter()
         n = 0
         async with http.stream("POST", url + "/v1/completions", json=body) as response:
@@ -96,7 +95,10 @@ async def load(url: str, model: str, n_clients: int, n_requests: int, n_tokens: 
         if n == 0:
             raise ValueError("no token")
 
-    await asyncio.gather(*map(client, range(n_clients)))
+    # One pool of connections, for each would read the certificates of the whole world first.
+    async with httpx2.AsyncClient(timeout=600, limits=httpx2.Limits(max_connections=None)) as http:
+        started = time.perf_counter()
+        await asyncio.gather(*map(client, range(n_clients)))
     result.seconds = time.perf_counter() - started
     return result
 

@@ -23,6 +23,8 @@ from llama.server.protocol import ApiError
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
 MAX_CONNECTIONS = 2000
+# Bodies of all requests that are being read or answered, in largest bodies.
+MAX_BODIES = 32
 
 
 class Keys:
@@ -63,6 +65,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, keys: Keys, max_body: int, refused: Any):
         self.app, self._keys, self._max_body, self._refused = app, keys, max_body, refused
+        self._held = [0]  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -85,7 +88,7 @@ class Gate:
         if length.isdigit() and int(length[:18]) > self._max_body:
             await self._refuse(_too_large(self._max_body), scope, receive, send)
             return
-        body = _Body(receive, self._max_body)
+        body = _Body(receive, self._max_body, self._held)
         has_begun = False
 
         async def send_unless_refused(message: Message) -> None:
@@ -94,8 +97,11 @@ class Gate:
                 has_begun = True
                 await send(message)
 
-        with contextlib.suppress(ApiError):
-            await self.app(scope, body.receive, send_unless_refused)
+        try:
+            with contextlib.suppress(ApiError):
+                await self.app(scope, body.receive, send_unless_refused)
+        finally:
+            self._held[0] -= body.n_bytes
         if body.error is not None and not has_begun:  # whatever the application has made of it
             await self._refuse(body.error, scope, receive, send)
 
@@ -113,14 +119,20 @@ def _too_large(limit: int) -> ApiError:
 class _Body:
     """A request's body while it comes.
 
+    Args:
+        receive: ASGI's.
+        limit: bytes of one body.
+        held: bytes of the bodies of all requests; counted up here.
+
     Attributes:
+        n_bytes: that have come.
         error: what is wrong with it; raised, too, by `receive`.
     """
 
-    def __init__(self, receive: Receive, limit: int):
-        self._receive, self._limit = receive, limit
+    def __init__(self, receive: Receive, limit: int, held: list[int]):
+        self._receive, self._limit, self._held = receive, limit, held
         self.error: ApiError | None = None
-        self._n_bytes, self._is_whole = 0, False
+        self.n_bytes, self._is_whole = 0, False
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def receive(self) -> Message:
@@ -134,10 +146,16 @@ class _Body:
             self.error = ApiError(408, message, None, "body_too_slow")
             raise self.error from None
         if message["type"] == "http.request":
-            self._n_bytes += len(message.get("body", b""))
+            n_new = len(message.get("body", b""))
+            self.n_bytes += n_new
+            self._held[0] += n_new
             self._is_whole = not message.get("more_body", False)
-            if self._n_bytes > self._limit:
+            if self.n_bytes > self._limit:
                 self.error = _too_large(self._limit)
+            elif self._held[0] > MAX_BODIES * self._limit:
+                message = f"requests of {self._held[0]:,} bytes are under way: try again later"
+                self.error = ApiError(429, message, None, "too_many_bytes", {"Retry-After": "1"})
+            if self.error is not None:
                 raise self.error
         return message
 

@@ -106,6 +106,23 @@ def test_a_body_of_100_mb_is_refused_before_it_is_read(server):
     assert server.memory() - before < 50_000_000
 
 
+def test_many_large_bodies_at_once_are_refused_before_they_are_all_held(server):
+    before = server.memory()
+    links, statuses = [], []
+    try:
+        for _ in range(60):  # each of nearly the 200,000 bytes that are allowed, and not whole
+            links.append(link := socket.create_connection(("127.0.0.1", server.port), timeout=60))
+            link.sendall(HEAD + b"Content-Length: 190000\r\n\r\n" + b"x" * 180_000)
+            link.settimeout(0.05 if len(links) < 60 else 60)
+            with contextlib.suppress(TimeoutError):
+                statuses.append(link.recv(4096).split(b" ")[1])
+        assert b"429" in statuses and set(statuses) == {b"429"}
+    finally:
+        for link in links:
+            link.close()
+    assert server.memory() - before < 30_000_000
+
+
 def test_headers_without_end_close_the_connection_and_keep_no_memory(server):
     before = server.memory()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:

@@ -1,6 +1,8 @@
 """64 requests at once, half of them streamed, some leaving half-way: each finished answer is the one of offline."""
 
 import asyncio
+import os
+import signal
 
 import pytest
 
@@ -62,5 +64,7 @@ def test_sixty_four_at_once_are_answered_as_each_alone(processes, alone, tmp_pat
     options = ("--ckpt_dir", str(folder), "--model_name", "m", "--max_seq_len", "512", "--no_web")
     with Server(*options, processes=processes) as server:
         answers = asyncio.run(ask_all(server.url))
+        os.kill(server.ranks[0], signal.SIGTERM)
+        assert server.process.wait(60) == 0  # of all ranks
     assert sum(answer is None for answer in answers) == N // 8
     assert [a for a in answers if a is not None] == [e for e, a in zip(alone, answers) if a is not None]
