@@ -19,7 +19,7 @@ OWN = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": 
 
 # Importing what a server needs takes longer than all that a test does with it: one process has it imported, and forks.
 NURSERY = """
-import json, os, signal, socket, sys
+import json, os, signal, socket, sys, traceback
 import llguidance, nicegui
 import llama.server.start
 from llama import cli
@@ -46,11 +46,19 @@ for line in os.fdopen(os.dup(0)):
             os.dup2(new, old)
         log.close()
         os.environ.update(order["environ"])
-        if order["code"]:
-            exec(order["code"], {"__name__": "__main__"})
-        else:
-            cli.main(order["words"])
-        sys.exit()
+        code = 0
+        try:
+            if order["code"]:
+                exec(order["code"], {"__name__": "__main__"})
+            else:
+                cli.main(order["words"])
+        except SystemExit as exit:
+            code = exit.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stderr.flush()
+        os._exit(code or 0)  # to tidy up takes longer than all the rest; tests with real commands see that too
     os.write(1, f"begun {pid}\\n".encode())
 """
 
