@@ -3,8 +3,8 @@
 Clients send one request after another, streamed, over real HTTP; each answer has a fixed number of tokens. For 1, 8 and
 32 clients: tokens/s, and the median and 99th percentile of the time to the first token and of the time between tokens.
 Beside it the engine alone, before and after, in a process of its own with as many sequences always running; and
-llama-cpp-python's server on the same shape, where its package and a GGUF file are there. `--minutes 2` keeps 32 clients
-at it and prints the memory at the start and the end.
+llama-cpp-python's server (pip install 'llama-cpp-python[server]') on a GGUF file of the same shape, with a vocabulary,
+for it takes texts alone. `--minutes 2` keeps 32 clients at it and prints the memory at the start and the end.
 
     python -m benchmarks.serving --clients 8 --requests 3
     python -m benchmarks.serving --mask     # what the mask of a JSON schema costs of a step
@@ -27,6 +27,7 @@ from benchmarks.shapes import default_folder, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 N_PROMPT = 64
+WORDS = ["the", "of", "and", "to", "in", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
 
 
 @dataclass
@@ -61,8 +62,10 @@ def percentile(values: list[float], p: float) -> float:
     return sorted(values)[max(0, -(-len(values) * p // 100).__int__() - 1)] if values else float("nan")
 
 
-async def load(url: str, model: str, n_clients: int, n_requests: int, n_tokens: int, seconds: float = 0.0) -> Load:
-    """Lets clients send requests, n_requests each or as many as they can in `seconds`."""
+async def load(
+    url: str, model: str, n_clients: int, n_requests: int, n_tokens: int, seconds: float = 0.0, as_text: bool = False
+) -> Load:
+    """Lets clients send requests, n_requests each or as many as they can in `seconds`; of ids, or of as many words."""
     import httpx2
 
     result = Load()
@@ -70,7 +73,8 @@ async def load(url: str, model: str, n_clients: int, n_requests: int, n_tokens: 
     async def client(number: int) -> None:
         i = 0
         while i < n_requests or time.perf_counter() - started < seconds:
-            prompt = [(7 * j + 131 * number + 17 * i) % 256 + 1000 for j in range(N_PROMPT)]
+            prompt: Any = [(7 * j + 131 * number + 17 * i) % 256 + 1000 for j in range(N_PROMPT)]
+            prompt = " ".join(map(WORDS.__getitem__, (i % len(WORDS) for i in prompt))) if as_text else prompt
             body = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "stream": True}
             body["stream_options"] = {"include_usage": True}
             i += 1
@@ -81,19 +85,20 @@ async def load(url: str, model: str, n_clients: int, n_requests: int, n_tokens: 
 
     async def one(body: dict) -> None:
         begun = last = time.perf_counter()
-        n = 0
+        n, n_told = 0, None
         async with http.stream("POST", url + "/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
                     chunk, now = json.loads(line[6:]), time.perf_counter()
                     if not chunk["choices"]:
-                        result.n_tokens += chunk["usage"]["completion_tokens"]
+                        n_told = chunk["usage"]["completion_tokens"]
                         continue
                     (result.first if n == 0 else result.between).append(now - (begun if n == 0 else last))
                     last, n = now, n + 1
         if n == 0:
             raise ValueError("no token")
+        result.n_tokens += n if n_told is None else n_told
 
     # One pool of connections, for each would read the certificates of the whole world first.
     async with httpx2.AsyncClient(timeout=600, limits=httpx2.Limits(max_connections=None)) as http:
@@ -208,7 +213,7 @@ def main(
         requests: of each client.
         tokens: of each answer.
         minutes: keeps 32 clients at it for so long.
-        gguf: a file of the same shape for llama-cpp-python's server.
+        gguf: a file of the same shape, with a vocabulary, for llama-cpp-python's server.
         mask: measures the mask of a JSON schema instead.
     """
     path = str(folder or default_folder(shape))
@@ -235,8 +240,11 @@ def main(
         if gguf:
             command = [sys.executable, "-m", "llama_cpp.server", "--model", gguf, "--n_threads", str(os.cpu_count())]
             with Server([*command, "--port", "8977", "--n_ctx", "512"]) as other:
-                asyncio.run(load(other.url, "m", 1, 1, 4))
-                print(f"{n} clients: llama-cpp-python {asyncio.run(load(other.url, 'm', n, requests, tokens))}")
+                asyncio.run(load(other.url, "m", 1, 1, 4, as_text=True))
+                theirs = asyncio.run(load(other.url, "m", n, requests, tokens, as_text=True))
+                print(f"{n} clients: llama-cpp-python {theirs}")
+                ours = found.n_tokens / found.seconds
+                print(f"{n} clients: the server gives {ours * theirs.seconds / theirs.n_tokens:.2f} times as much")
 
 
 def _alone(path: str, n_rows: int, n_tokens: int, n_requests: int) -> float:
