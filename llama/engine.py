@@ -146,6 +146,7 @@ class Engine:
             self.waiting.popleft()
             self.slots.take(first_slot + len(group), source, shared)
             self.counters.reused += shared
+            sequence.n_cached = shared
             if wider > budget:  # alone, and in pieces
                 self.partial = (sequence, first_slot, shared)
                 return self._next_piece()

@@ -52,6 +52,7 @@ class Decoding(DecodingOptions):
     """How an answer is decoded."""
 
     stop: Annotated[Any, STOP] = None
+    json_schema: str | None = None  # the answer is JSON of this schema, itself in JSON
     logit_bias: UsePythonSyntaxForLiteralCollections[dict[int, float] | None] = None
     logits_processor: Suppress[Any] = None
 

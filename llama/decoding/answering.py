@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.decoding.beam_search import BeamSearch
+from llama.decoding.grammar import Grammars
+from llama.decoding.penalties import Processing
 from llama.decoding.shared_engine import Call, SharedEngine
 from llama.engine import Engine
 from llama.model import ModelArgs
@@ -95,12 +97,20 @@ class Answerer:
         self.shared = SharedEngine(engine)
         self.tokenizer = tokenizer
         self.seed = seed
+        self._grammars = Grammars(tokenizer, engine.model.args.vocab_size)
         self._calls = itertools.count(1)  # of those without a seed of their own
 
     @property
     def args(self) -> ModelArgs:
         """The shape of the model that is run."""
         return self.shared.engine.model.args
+
+    @property
+    def grammars(self) -> Grammars:
+        """The shapes that answers may be asked for; new ones where tokenizer or model were exchanged."""
+        if not self._grammars.belong_to(self.tokenizer, self.args.vocab_size):
+            self._grammars = Grammars(self.tokenizer, self.args.vocab_size)
+        return self._grammars
 
     @property
     def max_seq_len(self) -> int:
@@ -224,7 +234,10 @@ class Answerer:
         return prompts
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
-        """Raises ValueError, begun by `name`, if options name tokens or ask for beams that the model does not have."""
+        """Raises ValueError, begun by `name`, if options ask for what the model has not, or for a shape that is none.
+
+        Raises ImportError if they ask for a shape, and llguidance is not installed.
+        """
         engine = self.shared.engine
         if option.num_beams > 1 and engine.model is not engine.opened:
             raise ValueError(
@@ -232,6 +245,7 @@ class Answerer:
                 "Llama's own, runs one sequence at a time: expected 1"
             )
         option.check_model(self.args.vocab_size, len(engine.slots), name)
+        self.grammars.check(option, name)
 
     def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
@@ -265,8 +279,13 @@ class Answerer:
             logprobs=logprobs,
             score_from=0 if logprobs and job.echo and sample == job.first_sample and option.num_beams == 1 else None,
         )
+        shape = self.grammars.start(option)
+        sequence.process = Processing(job.prompt, option, shape) or None
+        ends = [] if shape is None else [shape.is_whole]
         if option.stop_strings:  # the text is followed only where something looks for a string in it
-            sequence.should_stop = AnswerText(self.tokenizer, option.stop_strings).follow
+            ends.append(AnswerText(self.tokenizer, option.stop_strings).follow)
+        if ends:
+            sequence.should_stop = lambda tokens: any(end(tokens) for end in ends)
         return sequence
 
     def answer_of(self, sequence: Sequence, before: list[int]) -> Answer:

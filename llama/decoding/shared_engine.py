@@ -139,6 +139,16 @@ class Call:
             self._n_slots += sequence.n_slots
             self.shared.change(self.shared.engine.add, sequence)
 
+    def cancel(self, sequences: set[Sequence]) -> None:
+        """Forgets some of the sequences; their slots are free before the next step."""
+        with _HeldInterrupts(), self.shared.lock:
+            if is_open := sequences & self._open.keys():
+                self.shared.change(self.shared.engine.cancel, is_open)
+            for sequence in is_open:
+                del self.shared.owners[sequence], self._open[sequence]
+                self._n_slots -= sequence.n_slots
+            self._ended = [sequence for sequence in self._ended if sequence not in sequences]
+
     def step(self, every: bool = False) -> list[Sequence]:
         """Lets the engine run until some of this call's sequences have ended, and returns these; [] if none are open.
 

@@ -31,7 +31,6 @@ from llama.kv_cache import Slots
 from llama.layers.hooks import Logits
 from llama.layers.packing import pack
 from llama.model import Transformer
-from llama.sampling import process_logits
 from llama.sequence import Sequence, choose, draw
 from llama.tokenizer import Tokenizer
 
@@ -269,9 +268,8 @@ class DraftModel:
         """The token that each sequence would get if this were its model."""
         logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
         for row, (sequence, text) in enumerate(zip(sequences, texts)):
-            o = sequence.options
-            if o.has_penalties:
-                logits[row] = process_logits(logits[row], text, *o.penalties[:-1])  # not the caller's code
+            if sequence.process is not None:
+                logits[row] = sequence.process(logits[row], text[len(sequence.prompt) :], is_guess=True)
         return draw(sequences, logits, ahead).tolist()
 
 

@@ -22,7 +22,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # The options of a single answer, which can be shown while it is decided; `batch` has more, none of them code.
 STREAMED = {
     *("max_gen_len", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size"),
-    *("stop", "logit_bias", "seed"),
+    *("stop", "logit_bias", "seed", "presence_penalty", "frequency_penalty"),
+    *("json_schema", "regex", "choice", "grammar"),
 }
 
 

@@ -377,7 +377,9 @@ def test_options_out_of_range_or_contradictory_are_refused_before_anything_runs(
 
 
 def test_an_option_that_is_none_is_named(random):
-    with pytest.raises(TypeError, match="'max_tokens' is not a decoding option: expected one of early_stopping, "):
+    with pytest.raises(
+        TypeError, match="'max_tokens' is not a decoding option: expected one of choice, early_stopping, "
+    ):
         random.generate([[1]], max_tokens=5)
 
 
