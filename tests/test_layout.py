@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llama"
 # From the ground up: a house (a folder, or a file on the landing) imports only from those on the lines above its own.
 # Those on one line do not know each other, but for the ground floor, which goes from left to right.
 FLOORS = [
-    *(["tokenizer"], ["parallel"], ["kv_cache"], ["sampling"], ["meta_names", "options"], ["sequence"]),
+    *(["tokenizer"], ["parallel"], ["kv_cache"], ["sampling"], ["keywords"], ["meta_names", "options"], ["sequence"]),
     *(["layers"], ["model"], ["decode_step", "checkpoint"], ["engine"], ["decoding"], ["generation"], ["datasets"]),
     *(["rejection_sampling", "training", "server"], ["cli"]),
 ]

@@ -6,9 +6,11 @@ Knows nothing of how rows are read, answered or scored. What can be checked is c
 import contextlib
 import functools
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ from llama.datasets.batch import run_batch_files
 from llama.datasets.fingerprint import fingerprint as fingerprint_of
 from llama.datasets.journal import check_target
 from llama.datasets.rows import Rows
+from llama.datasets.runs import check_indent
 from llama.datasets.task_template import read_template
 from llama.rejection_sampling.best_of_n import Summary, require_matplotlib
 from llama.rejection_sampling.draw import Plan, check_option
@@ -34,18 +37,34 @@ from llama.tokenizer import Tokenizer
 class Files:
     """What is read, and what is written."""
 
-    source: Positional[str]  # the rows: JSON lines, CSV or Parquet
-    target: Positional[str]  # the answers, in one of these formats
+    source: Positional[str]  # the rows: JSON lines or an array, CSV or Parquet; of `batch`, "-" is standard input
+    target: Positional[str]  # the answers, in one of these formats; of `batch`, "-" is standard output, as JSON lines
     force: bool = False  # starts over, whatever the target holds
     retry: bool = False  # tries rows again that have failed, or have an answer without a score
+    indent: int | None = None  # spaces by which the records of a .json target are indented
 
     def check(self, *others: str | None) -> None:
         """Raises OSError, ValueError or ImportError if rows cannot be read, or answers to them not be written."""
+        if self.target != "-":
+            check_indent(self.indent, self.target)
         if is_first_rank():
             inputs = [self.source, *(path for path in others if path is not None)]
-            check_target(self.target, *inputs)
+            if self.target != "-":
+                check_target(self.target, *inputs)
             for path in inputs:
                 next(iter(Rows(path)), None)  # reading a first row raises what is wrong with the file
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator["Files"]:
+        """The files; standard input, where that is the source, is read whole into a file."""
+        if self.source != "-":
+            yield self
+            return
+        with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+            if is_first_rank():
+                shutil.copyfileobj(sys.stdin.buffer, file)
+                file.flush()
+            yield replace(self, source=file.name)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -70,13 +89,16 @@ def batch(
         template: a JSON file of task prompts, which are filled with the fields of the rows.
         logprobs: whether to write the log-probability of each token.
     """
-    files.check()
-    if template is not None and is_first_rank():
-        read_template(template)
-    llama = loading.build(decoding)
-    options = {"template": template, "logprobs": logprobs, "force": files.force, "retry": files.retry}
-    with files.interruptible():
-        summary = run_batch_files(llama, files.source, files.target, progress=True, **options, **decoding.given())
+    with files.opened() as files:
+        files.check()
+        if template is not None and is_first_rank():
+            read_template(template)
+        llama = loading.build(decoding)
+        options = {"template": template, "logprobs": logprobs, "force": files.force, "retry": files.retry}
+        with files.interruptible():
+            summary = run_batch_files(
+                llama, files.source, files.target, progress=True, indent=files.indent, **options, **decoding.given()
+            )
     if summary is not None:
         print(summary, file=sys.stderr)
         if summary.n_failed == summary.n_lines > 0:
@@ -128,7 +150,7 @@ class Scoring:
     def run(self, score: Callable[..., Summary | None], files: Files, *args: Any, **options: Any) -> None:
         """Scores with sample_files or rescore_files; shows the summary, and draws it for --plot."""
         with files.interruptible():
-            summary = score(*args, force=files.force, retry=files.retry, progress=True, **options)
+            summary = score(*args, force=files.force, retry=files.retry, progress=True, indent=files.indent, **options)
         if summary is None:
             return
         print(summary.text())

@@ -84,7 +84,9 @@ class ChatFormat:
         """
         if not (isinstance(dialog, list | tuple) and dialog):
             found = "an empty list" if dialog == [] else type(dialog).__name__
-            raise ValueError(f"a dialog is a list of one or more messages, the last of them the user's; found {found}")
+            hint = " (for a single dialog, pass [dialog])" if isinstance(dialog, Mapping) else ""
+            expected = "a dialog is a list of one or more messages, the last of them the user's"
+            raise ValueError(f"{expected}; found {found}{hint}")
         roles = get_args(Role)
         for number, message in enumerate(dialog):
             if not isinstance(message, Mapping):
