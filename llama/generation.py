@@ -73,6 +73,8 @@ class Llama:
         started = time.perf_counter()
         if not isinstance(draft, (str, os.PathLike, type(None))):
             raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile = {compile!r}: expected True or False")
         device = parallel.pick_device(device)
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
@@ -252,8 +254,11 @@ class Llama:
         return scoring.score_texts(self.answerer, texts, top_logprobs, stride)
 
     def perplexity(self, texts: SequenceOf, stride: int | None = None) -> list[float]:
-        """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`."""
-        return [scoring.perplexity(score) for score in self.score(texts, stride=stride)]
+        """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`.
+
+        Raises as `score`; ValueError also for a text that has no token after its first.
+        """
+        return scoring.perplexities(self.answerer, texts, stride)
 
     # What the other houses build on
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama.datasets.json_file import write_json_array
-from llama.datasets.rows import Row, Rows, Scan, format_of, scan
+from llama.datasets.rows import Row, Rows, Scan, counted, format_of, scan
 from llama.datasets.tables import import_pyarrow, write_table
 
 try:
@@ -202,9 +202,11 @@ class Journal(contextlib.AbstractContextManager):
         """Refuses rows and parameters other than those of the run before; new rows at the end are fine."""
         changes = []
         if found.n_rows < before["rows"]:
-            changes.append(f"the input had {before['rows']} lines, and has {found.n_rows}")
+            changes.append(f"the input had {counted(before['rows'], 'line')}, and has {found.n_rows}")
         elif found.digest_of_first != before["digest"]:
-            changes.append(f"the first {before['rows']} lines of the input have changed")
+            n = before["rows"]
+            first = "the first line of the input has" if n == 1 else f"the first {n:,} lines of the input have"
+            changes.append(f"{first} changed")
         changes += differences(before["parameters"], parameters)
         if changes:
             hint = "Choose another output, or --force to overwrite it"

@@ -127,6 +127,11 @@ def _check_depth(value: Any, left: int) -> None:
             _check_depth(item, left - 1)
 
 
+def counted(n: int, noun: str) -> str:
+    """A number of things, in words: "1 line", "2,000 lines"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def format_of(path: Path) -> str:
     """The ending of a file's name. Raises ValueError if it is not one of FORMATS."""
     if path.suffix.lower() not in FORMATS:

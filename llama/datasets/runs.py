@@ -22,7 +22,7 @@ from llama import parallel
 from llama.datasets.fingerprint import fingerprint
 from llama.datasets.journal import Journal, Printed
 from llama.datasets.prompts import KEYS, from_json
-from llama.datasets.rows import Row, Rows
+from llama.datasets.rows import Row, Rows, counted
 from llama.datasets.task_queue import TaskQueue
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
@@ -190,7 +190,7 @@ class Summary:
         before = f" ({self.n_before:,} of them before)" if self.n_before else ""
         rate = self.n_tokens / max(self.seconds, 1e-9)
         return (
-            f"{self.n_done:,} of {self.n_lines:,} lines done{before}, {self.n_failed:,} of them failed; "
+            f"{self.n_done:,} of {counted(self.n_lines, 'line')} done{before}, {self.n_failed:,} of them failed; "
             f"{self.n_tokens:,} tokens in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
         )
 

@@ -98,7 +98,7 @@ def test_a_mended_input_needs_no_force_as_long_as_no_row_had_an_answer(demo, tmp
     assert (summary.n_lines, summary.n_done, summary.n_failed) == (1, 1, 0)
     assert len(target.read_text().splitlines()) == 1
     source.write_text('{"prompt": "Another day"}\n')
-    with pytest.raises(ValueError, match="the first 1 lines of the input have changed"):
+    with pytest.raises(ValueError, match="the first line of the input has changed"):
         run_batch_files(demo, source, target, max_gen_len=3)
 
 

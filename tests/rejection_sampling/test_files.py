@@ -79,7 +79,7 @@ def test_killed_and_started_again_on_replicas_too_it_gives_the_lines_of_an_undis
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert "line 6: 'temprature' is not known" in undisturbed.stderr
     expected, summary = read(folder / "out.jsonl"), undisturbed.stdout
-    assert len(expected) == 24 and "23 prompts, 184 answers, 0 without a score; 1 lines failed" in summary
+    assert len(expected) == 24 and "23 prompts, 184 answers, 0 without a score; 1 line failed" in summary
     assert (
         "'temprature' is not known: did you mean temperature? expected one of prompt, messages, tokens"
         in expected["broken"]["error"]
