@@ -41,9 +41,9 @@ $(VENV)/.runtime: setup.py constraints.txt | $(VENV)/bin/python
 	@echo "Installing PyTorch and the package into $(VENV), once"
 	@[ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null || $(PIP) install -q --no-deps --no-index $(TORCH) 2>/dev/null || \
 	  $(PIP) install -q --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH) || true
-	@$(PIP) install -q -c constraints.txt $(EDITABLE) -e '.[llama2,hf]'
+	@$(PIP) install -q -c constraints.txt $(EDITABLE) -e '.[llama2,hf,templates]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	@$(PIP) install -q -c constraints.txt $(EDITABLE) -e '.[llama2,hf,test,dev]'
+	@$(PIP) install -q -c constraints.txt $(EDITABLE) -e '.[llama2,hf,templates,test,dev]'
 	@touch $@

@@ -26,12 +26,14 @@ setup(
     extras_require={
         "llama2": ["sentencepiece"],
         "hf": ["safetensors"],
+        "templates": ["jinja2"],
         "data": ["pyarrow"],
         "plot": ["matplotlib"],
         "eval": ["lm-eval"],
         "test": [
             "pytest",
             "pytest-xdist",
+            "jinja2",
             "sentencepiece",
             "safetensors",
             "transformers",
