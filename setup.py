@@ -34,6 +34,9 @@ setup(
             "pytest",
             "pytest-xdist",
             "jinja2",
+            "mypy",
+            "basedpyright",
+            "nbformat",
             "sentencepiece",
             "safetensors",
             "transformers",
@@ -42,6 +45,6 @@ setup(
             "lm-eval",
             "accelerate",
         ],
-        "dev": ["ruff"],
+        "dev": ["ruff", "pdoc"],
     },
 )

@@ -12,8 +12,6 @@ from typing_extensions import TypedDict  # PyTorch brings it
 # (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size]: the face of Transformers' LogitsProcessor.
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-_Stop = str | int | Sequence[str | int]
-
 
 class Options(TypedDict, total=False):
     """The keywords of `Llama.generate` and its like that they do not name: each a value, or one for each prompt."""
@@ -26,7 +24,7 @@ class Options(TypedDict, total=False):
     num_beams: int | Sequence[int]
     length_penalty: float | Sequence[float]
     early_stopping: bool | str | Sequence[bool | str]
-    stop: _Stop | Sequence[Sequence[str | int] | None] | None
+    stop: str | int | Sequence[str | int | Sequence[str | int] | None] | None
     logit_bias: Mapping[int, float] | Sequence[Mapping[int, float] | None] | None
     seed: int | Sequence[int | None] | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None

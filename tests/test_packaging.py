@@ -55,3 +55,19 @@ def test_files_that_a_clone_does_not_have_may_lie_anywhere(tmp_path):
     code = "import sys; sys.path.insert(0, 'tests'); from conftest import shared; print(shared('checkpoints'))"
     result = run_python(f"import os; os.chdir({str(ROOT)!r}); {code}", LLAMA_TEST_FILES=str(tmp_path))
     assert result.stdout == f"{tmp_path / 'checkpoints'}\n", result.stderr
+
+
+def test_make_docs_writes_a_reference_without_a_warning(tmp_path):
+    pytest.importorskip("pdoc", reason="pip install pdoc to make the reference")
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    options = re.search(r"^\t\$\(VENV\)/bin/python (.* -m pdoc .*) -o docs/reference \$\(REFERENCE\)$", makefile, re.M)[
+        1
+    ]
+    modules = re.search(r"^REFERENCE := (.*)", makefile, re.M)[1].split()
+    command = [sys.executable, *options.split(), "-o", str(tmp_path), *modules]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    for module in modules:
+        assert (tmp_path / f"{module.replace('.', '/')}.html").exists(), module
+    assert "Each piece" in (page := (tmp_path / "llama.html").read_text()) or "A piece is the text" in page
+    assert "max_new_tokens" in (tmp_path / "llama" / "keywords.html").read_text()
