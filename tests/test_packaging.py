@@ -60,14 +60,12 @@ def test_files_that_a_clone_does_not_have_may_lie_anywhere(tmp_path):
 def test_make_docs_writes_a_reference_without_a_warning(tmp_path):
     pytest.importorskip("pdoc", reason="pip install pdoc to make the reference")
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    options = re.search(r"^\t\$\(VENV\)/bin/python (.* -m pdoc .*) -o docs/reference \$\(REFERENCE\)$", makefile, re.M)[
-        1
-    ]
+    options = re.search(r"^\t\$\(VENV\)/bin/python (.* -m pdoc .*) -o docs/reference ", makefile, re.M)[1]
     modules = re.search(r"^REFERENCE := (.*)", makefile, re.M)[1].split()
     command = [sys.executable, *options.split(), "-o", str(tmp_path), *modules]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     for module in modules:
         assert (tmp_path / f"{module.replace('.', '/')}.html").exists(), module
-    assert "Each piece" in (page := (tmp_path / "llama.html").read_text()) or "A piece is the text" in page
+    assert "A piece is the text that is new" in (tmp_path / "llama.html").read_text()
     assert "max_new_tokens" in (tmp_path / "llama" / "keywords.html").read_text()
