@@ -5,6 +5,7 @@ Knows nothing of how rows are read, answered or scored. What can be checked is c
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import sys
@@ -25,7 +26,7 @@ from llama.datasets.fingerprint import fingerprint as fingerprint_of
 from llama.datasets.journal import check_target
 from llama.datasets.rows import Rows
 from llama.datasets.runs import check_indent
-from llama.datasets.task_template import read_template
+from llama.datasets.task_template import read_template, report_of, table_of
 from llama.rejection_sampling.best_of_n import Summary, require_matplotlib
 from llama.rejection_sampling.draw import Plan, check_option
 from llama.rejection_sampling.files import rescore_files, sample_files
@@ -78,7 +79,13 @@ class Files:
 
 
 def batch(
-    files: Files, loading: BatchLoading, decoding: Decoding, *, template: str | None = None, logprobs: bool = False
+    files: Files,
+    loading: BatchLoading,
+    decoding: Decoding,
+    *,
+    template: str | None = None,
+    logprobs: bool = False,
+    report: str | None = None,
 ) -> None:
     """Answers the rows of a file, each with a prompt, messages or tokens. Started again, it does what is missing.
 
@@ -88,7 +95,12 @@ def batch(
     Args:
         template: a JSON file of task prompts, which are filled with the fields of the rows.
         logprobs: whether to write the log-probability of each token.
+        report: a JSON file to write, with what came of each task of a template: the means of its metric.
     """
+    if report is not None and (template is None or files.target == "-"):
+        raise ValueError(f"--report {report}: expected a --template, and a file as the target, with it")
+    if report is not None and is_first_rank():
+        check_report(Path(report), files)
     with files.opened() as files:
         files.check()
         if template is not None and is_first_rank():
@@ -101,6 +113,12 @@ def batch(
             )
     if summary is not None:
         print(summary, file=sys.stderr)
+        if template is not None and files.target != "-":
+            with summary.path.open(encoding="utf-8") as lines:
+                found = report_of(map(json.loads, lines))
+            print(table_of(found))
+            if report is not None:
+                Path(report).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if summary.n_failed == summary.n_lines > 0:
             sys.exit(1)
 
@@ -177,19 +195,32 @@ class Drawing(Plan):
         return Plan(**vars(self))
 
 
-def sample(files: Files, loading: BatchLoading, decoding: OneAnswer, scoring: Scoring, drawing: Drawing) -> None:
+def sample(
+    files: Files,
+    loading: BatchLoading,
+    decoding: OneAnswer,
+    scoring: Scoring,
+    drawing: Drawing,
+    *,
+    template: str | None = None,
+) -> None:
     """Draws n answers to each row of a file, scores them, keeps the best. Started again, it does what is missing.
 
     Rows are as for `llama batch`; the scorer reads their metadata. Under torchrun, which has an option --n of its own,
     write -n.
+
+    Args:
+        template: a JSON file of task prompts, which are filled with the fields of the rows.
     """
     plan = drawing.plan()
     check_option(DecodingOptions(**decoding.given()), plan)
     files.check()
+    if template is not None and is_first_rank():
+        read_template(template)
     scoring.check()
     llama = loading.build(decoding)
     arguments = (llama, files.source, files.target, scoring.load(llama, loading), plan, scoring.fingerprint)
-    scoring.run(sample_files, files, *arguments, **decoding.given())
+    scoring.run(sample_files, files, *arguments, template=template, **decoding.given())
 
 
 def rescore(
@@ -210,6 +241,14 @@ def rescore(
         fingerprint["model"] = fingerprint_of(llama)
     arguments = (files.source, files.target, scoring.load(llama, loading), plan, fingerprint)
     scoring.run(rescore_files, files, *arguments, prompts=prompts)
+
+
+def check_report(path: Path, files: Files) -> None:
+    """Raises OSError or ValueError if a report could not be written at the end of the run."""
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise FileNotFoundError(f"--report {path}: expected a file in a directory that is there")
+    if path.exists() and any(Path(f).exists() and path.samefile(f) for f in (files.source, files.target)):
+        raise ValueError(f"--report {path} is the source or the target: expected another file")
 
 
 def _check_plot(path: Path) -> None:

@@ -122,6 +122,7 @@ class _Batch(Run):
         else:
             task = self.template.task_of(row.fields)
             asked, options = task.render({"id": row.id, **row.fields}), task.options
+            task.measure("", {}, row.fields)  # raises where there is no right answer
             given = {name: v for name, v in row.fields.items() if name in KEYS and name not in (*KINDS, *task.fields)}
         logprobs = given.get("logprobs", self.logprobs)
         if not isinstance(logprobs, bool):
@@ -151,7 +152,8 @@ class _Batch(Run):
         record = super().record_of(row, task, failed | result)
         if not failed and self.template is not None:
             template = self.template.task_of(row.fields)
-            record |= {"task": template.name, **template.read(record["text"])}
+            read = template.read(record["text"])
+            record |= {"task": template.name, **read, **template.measure(record["text"], read, row.fields)}
             for answer in record.get("answers", ()):
                 answer |= template.read(answer["text"])
             record |= {kind: task[kind] for kind in KINDS if kind in task}  # the row does not say what was asked

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from llama.datasets.json_file import begins_as_whole, read_json_rows
 from llama.datasets.tables import read_csv, read_parquet
 
+TEXT = ".txt"  # of which each line is a prompt: read, and not written
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 # How deep lists and objects may be nested. Each level takes stack wherever a row is walked, and Python's has an end.
 MAX_DEPTH = 100
@@ -39,7 +40,7 @@ class Rows:
 
     Args:
         path: a .jsonl, .ndjson, .json, .csv or .parquet file; the last two need pyarrow. JSON is an array of rows, or
-            one after the other; a .jsonl file that is so is read so.
+            one after the other; a .jsonl file that is so is read so. Of a .txt file each line is a row's `prompt`.
         as_json: the columns of a CSV file whose cells hold JSON, such as numbers and lists; all others are text.
 
     Raises:
@@ -49,12 +50,16 @@ class Rows:
 
     def __init__(self, path: str | os.PathLike, as_json: Collection[str] = ()):
         self.path, self.as_json = Path(path), frozenset(as_json)
-        self._format = format_of(self.path)
+        self._format = self.path.suffix.lower() if self.path.suffix.lower() == TEXT else format_of(self.path)
         if not self.path.is_file():
             found = f"{self.path} is a directory" if self.path.is_dir() else f"there is no file {self.path}"
             raise FileNotFoundError(f"{found}: expected a file of rows")
 
     def __iter__(self) -> Iterator[Row]:
+        if self._format == TEXT:
+            with self.path.open("rb") as file:
+                yield from (_row_of_text(number, line) for number, line in enumerate(file, 1) if line.strip(BLANK))
+            return
         if self._format in (".jsonl", ".ndjson"):
             with self.path.open("rb") as file:
                 lines = ((number, line) for number, line in enumerate(file, 1) if line.strip(BLANK))
@@ -73,6 +78,13 @@ class Rows:
                 with contextlib.suppress(ValueError, RecursionError):  # not JSON: text, such as a stop string
                     fields[name] = _from_json(fields[name])
             yield row_of(number, fields) if error is None else Row(number, None, fields, error)
+
+
+def _row_of_text(number: int, line: bytes) -> Row:
+    try:
+        return row_of(number, {"prompt": line.decode("utf-8-sig").rstrip("\r\n")})
+    except UnicodeDecodeError as error:
+        return Row(number, None, {"raw": repr(line)}, f"not UTF-8: {error}")
 
 
 def _row_of_value(number: int, value: Any) -> Row:

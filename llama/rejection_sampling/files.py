@@ -15,6 +15,8 @@ from llama.datasets.journal import check_target
 from llama.datasets.prompts import KEYS, KINDS, OPTIONS, check_names, kind_of
 from llama.datasets.rows import Row, Rows, scan
 from llama.datasets.runs import Result, Run, Task, decoding_parameters
+from llama.datasets.task_template import Task as TaskTemplate
+from llama.datasets.task_template import read_template
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
 from llama.rejection_sampling.best_of_n import Summary
@@ -42,6 +44,7 @@ def sample_files(
     retry: bool = False,
     progress: bool = False,
     indent: int | None = None,
+    template: str | os.PathLike | None = None,
     **options: Any,
 ) -> Summary | None:
     """Draws, scores and keeps answers to the rows of a file that have none in the target yet.
@@ -54,10 +57,13 @@ def sample_files(
         source, target, force, progress, indent: as in `Run.write`, which also says what is raised.
         scorer_name: what identifies the scorer, as JSON; a target of another one is refused.
         retry: whether rows that failed, or have an answer without a score, are done again.
+        template: a file of task prompts (llama.datasets.task_template); a scorer finds the row's fields in `metadata`.
         options: the decoding options of rows that have none of their own; `seed` is the run's.
     """
-    run = _Sampling(llama, options, scorer, plan)
+    run = _Sampling(llama, options, scorer, plan, template)
     parameters = decoding_parameters(llama, run.options, run.seed) | {"plan": vars(plan), "scorer": scorer_name}
+    if template is not None:
+        parameters["template"] = run.template and run.template.content
     written = run.write(source, target, parameters, force, retry, progress, indent)
     return written and _summary(written.path, plan)
 
@@ -105,16 +111,31 @@ def rescore_files(
 class _Sampling(Run):
     """A drawing for each row."""
 
-    def __init__(self, llama: Llama, options: dict[str, Any], scorer: Scorer, plan: Plan):
+    def __init__(self, llama: Llama, options: dict[str, Any], scorer: Scorer, plan: Plan, template: Any = None):
         super().__init__(llama, options)
-        self.scorer, self.plan = scorer, plan
+        self.scorer, self.plan, self.template = scorer, plan, None
         check_option(self.option_of({}), plan)
+        with parallel.fail_together():
+            if template is not None and dist.get_rank() == 0:
+                self.template = read_template(template)
 
     def task_of(self, row: Row) -> Task:
+        if self.template is not None:
+            return self._task_of_template(row, self.template.task_of(row.fields))
         check_names(row.fields, ("metadata",), SAMPLED)
         kind_of(row.fields)
         options = {name: value for name, value in row.fields.items() if name in SAMPLED}
         return {"row": _prompt_of(row.fields), "options": self.with_seed(options, row)}
+
+    def _task_of_template(self, row: Row, template: TaskTemplate) -> Task:
+        """What a template asks of a row, all of whose fields the scorer finds in its `metadata`."""
+        given = {name: value for name, value in row.fields.items() if name in SAMPLED and name not in template.fields}
+        if wrong := sorted(template.options.keys() - set(SAMPLED)):
+            raise ValueError(f"task {template.name!r} sets {wrong[0]}, which has no part in rejection sampling")
+        data = {name: value for name, value in row.fields.items() if name not in given}
+        metadata = data.get("metadata", data)
+        asked = template.render({"id": row.id, **row.fields}) | {"metadata": metadata, "task": template.name}
+        return {"row": asked, "options": self.with_seed(template.options | given, row)}
 
     def begin(self, task: Task) -> list[Job] | Result:
         option, prompt = self.option_of(task["options"]), prompt_to_sample(self.llama, task["row"])

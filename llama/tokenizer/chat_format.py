@@ -63,7 +63,7 @@ class ChatFormat:
         self.check(dialog)
         if self.template is not None:
             return self.template.ids(dialog, self.tokenizer)
-        return self._built_in(dialog)
+        return self._built_in_prompt(dialog)
 
     def encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
         """Ids of a dialog with its answer, up to the end of the answer's turn. Raises as `encode_dialog_prompt`."""
@@ -72,7 +72,7 @@ class ChatFormat:
             whole = [*dialog, {"role": "assistant", "content": answer}]
             return self.template.ids(whole, self.tokenizer, add_generation_prompt=False)
         end = self.tokenizer.eos_id if self.tokenizer.kind == "llama2" else self.tokenizer.eot_id
-        return [*self._built_in(dialog), *self.tokenizer.encode(answer.strip()), end]
+        return [*self._built_in_prompt(dialog), *self.tokenizer.encode(answer.strip()), end]
 
     @property
     def template(self) -> ChatTemplate | None:
@@ -87,16 +87,17 @@ class ChatFormat:
 
     def _renders_alike(self, dialog: Dialog) -> bool:
         ids = []
-        for render in (self._built_in, lambda dialog: self.tokenizer.chat_template.ids(dialog, self.tokenizer)):
+        for render in (self._built_in_prompt, lambda dialog: self.tokenizer.chat_template.ids(dialog, self.tokenizer)):
             try:
                 ids.append(render(dialog))
             except ValueError as error:
-                if "refuses the dialog" not in str(error) and render != self._built_in:
+                if "refuses the dialog" not in str(error) and render != self._built_in_prompt:
                     raise
                 ids.append(None)
         return ids[0] == ids[1]
 
-    def _built_in(self, dialog: Dialog) -> list[int]:
+    def _built_in_prompt(self, dialog: Dialog) -> list[int]:
+        """Ids of a dialog, up to where the assistant's answer begins."""
         if self.tokenizer.kind == "llama2":
             return self._llama2_prompt(dialog)
         ids = [self.tokenizer.bos_id]
