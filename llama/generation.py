@@ -3,7 +3,6 @@
 Everything a user passes in is checked here, before anything runs; the work is done a floor below.
 """
 
-import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+from typing_extensions import Unpack
 
 from llama import parallel
 from llama.checkpoint import build_model, open_checkpoint
 from llama.decoding import predictions, scoring
 from llama.decoding.answering import Answer, Answerer, Jobs
 from llama.decoding.predictions import ChatPrediction, CompletionPrediction
+from llama.decoding.rollouts import answer_dialogs, encode_dialog, named
 from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
 from llama.engine import Engine
+from llama.keywords import Options, StreamOptions
 from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p, shared_attribute  # noqa: F401  # importable
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer  # noqa: F401
@@ -73,6 +75,8 @@ class Llama:
         started = time.perf_counter()
         if not isinstance(draft, (str, os.PathLike, type(None))):
             raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile = {compile!r}: expected True or False")
         device = parallel.pick_device(device)
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
@@ -135,14 +139,14 @@ class Llama:
     def generate(
         self,
         prompt_tokens: SequenceOf[SequenceOf[int]],
-        max_gen_len: int | list[int] | None = None,
-        temperature: float | list[float] = 0.6,
-        top_p: float | list[float] = 0.9,
+        max_gen_len: int | SequenceOf[int | None] | None = None,
+        temperature: float | SequenceOf[float | None] | None = None,
+        top_p: float | SequenceOf[float] = 0.9,
         logprobs: bool = False,
         echo: bool = False,
         *,
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> tuple:
         """Continues prompts of token ids. Any number of threads may call this, and all that follows, at once.
 
@@ -152,7 +156,8 @@ class Llama:
         Args:
             prompt_tokens: the prompts, each a list of at least one id; any number of them.
             max_gen_len: the most new tokens of an answer; as many as fit when None.
-            temperature, top_p: as in `DecodingOptions`; temperature 0 takes the most likely token each time.
+            temperature: 0 takes the most likely token each time; 0.6 when None, or 0 in a beam search.
+            top_p: as in `DecodingOptions`.
             logprobs: whether to return the log-probability of each token.
             echo: whether each answer begins with its prompt; the first prompt token's logprob is 0.0.
             progress: whether to show a bar of the prompts done and tokens/s.
@@ -185,69 +190,69 @@ class Llama:
     def text_completion(
         self,
         prompts: SequenceOf[str],
-        temperature: float | list[float] = 0.6,
-        top_p: float | list[float] = 0.9,
-        max_gen_len: int | list[int] | None = None,
+        temperature: float | SequenceOf[float | None] | None = None,
+        top_p: float | SequenceOf[float] = 0.9,
+        max_gen_len: int | SequenceOf[int | None] | None = None,
         logprobs: bool = False,
         echo: bool = False,
         *,
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> list[CompletionPrediction]:
         """Continues texts. Arguments and errors as in `generate`; an empty text is continued from nothing.
 
         Returns:
-            For each answer {"generation": text}, with "tokens", "logprobs" and "top_logprobs" when these are asked for.
+            For each answer {"generation": text, "finish_reason": "stop" or "length"}, with a beam's "score", and
+            "tokens", "logprobs" and "top_logprobs" when these are asked for.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         ids = self.answerer.encode_texts(prompts)
-        groups = self._answer(options, ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
+        settings = self.answerer.check_options(ids, options)
+        if (generate := self._other_generate) is None:
+            groups = self.answerer.answer(ids, settings, logprobs, echo, progress)
+        else:
+            groups = predictions.answers_of(generate, self.answerer, ids, logprobs, echo, options)
         return predictions.completions(self.answerer, ids, groups, logprobs, echo, options)
 
     def chat_completion(
         self,
-        dialogs: SequenceOf[Dialog],
-        temperature: float | list[float] = 0.6,
-        top_p: float | list[float] = 0.9,
-        max_gen_len: int | list[int] | None = None,
+        dialogs: SequenceOf[Dialog | str],
+        temperature: float | SequenceOf[float | None] | None = None,
+        top_p: float | SequenceOf[float] = 0.9,
+        max_gen_len: int | SequenceOf[int | None] | None = None,
         logprobs: bool = False,
         *,
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> list[ChatPrediction]:
-        """Answers dialogs, each a list of {"role", "content"}; Llama 2's end with the user's message.
+        """Answers dialogs, each a list of {"role", "content"}, or the user's message; Llama 2's end with the user's.
 
         Arguments and errors as in `generate`. Text in a message is text: "<|eot_id|>" is those characters. Messages of
         the assistant whose content is "<PLACEHOLDER>" are generated in their places, in order, each as a call with all
-        the messages before it would, of the same options and seed.
+        the messages before it would, of the same options and seed. Each of several answers has such turns of its own.
 
         Returns:
-            For each answer {"generation": {"role": "assistant", "content": text}}, with "tokens", "logprobs" and
-            "top_logprobs" when these are asked for. For a dialog with placeholders it is the last of its answers, and
-            "dialog" has all the messages.
+            For each answer {"generation": {"role": "assistant", "content": text}}, and what a text's has. For a dialog
+            with placeholders it is the last of its answers, and "dialog" has all the messages.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        opened = [_named(f"dialog {index}", OpenDialog, dialog, self.formatter) for index, dialog in enumerate(dialogs)]
-        settings = self.answerer.check_options(opened, options)
-        answer = functools.partial(self._answer, options)
-        last = predictions.answer_dialogs(opened, settings, self._encode_dialog, answer, logprobs, progress)
-        return predictions.messages(self.answerer, opened, last, logprobs, options)
+        return answer_dialogs(self.answerer, self.formatter, dialogs, options, logprobs, progress, self._other_generate)
 
-    def stream_text(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream_text(self, prompt: str, **options: Unpack[StreamOptions]) -> Iterator[str]:
         """Yields the text that continues a prompt while it is decided; the options are those of `DecodingOptions`.
 
-        A piece is never half a character, and nothing of a stop string is yielded; joined, the pieces are what
-        `text_completion` returns with the same seed. An answer of nothing yields nothing. Closing the iterator ends
-        the answer and frees its slot.
+        A piece is the text that is new, not the text so far. It is never half a character, and nothing of a stop string
+        is yielded; joined, the pieces are what `text_completion` returns with the same seed. An answer of nothing
+        yields nothing. Closing the iterator ends the answer and frees its slot.
         """
         return self.answerer.open_stream(self.answerer.encode_texts([prompt])[0], options)
 
-    def stream_chat(self, dialog: Dialog, **options: Any) -> Iterator[str]:
-        """Yields the answer to a dialog while it is decided, as `stream_text` does."""
-        opened = _named("dialog 0", OpenDialog, dialog, self.formatter)
+    def stream_chat(self, dialog: Dialog | str, **options: Unpack[StreamOptions]) -> Iterator[str]:
+        """Yields the answer to a dialog piece by piece, as `stream_text` does: print(piece, end="") shows it."""
+        opened = named("dialog 0", OpenDialog, dialog, self.formatter)
         if opened.has_placeholders:
             raise ValueError("a stream is one answer: expected a dialog without open turns")
-        return self.answerer.open_stream(self._encode_dialog(0, opened), options)
+        return self.answerer.open_stream(encode_dialog(self.answerer, self.formatter, 0, opened.prompt), options)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[scoring.Score]:
         """The log-probability of each token of texts, without generating.
@@ -263,8 +268,11 @@ class Llama:
         return scoring.score_texts(self.answerer, texts, top_logprobs, stride)
 
     def perplexity(self, texts: SequenceOf, stride: int | None = None) -> list[float]:
-        """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`."""
-        return [scoring.perplexity(score) for score in self.score(texts, stride=stride)]
+        """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`.
+
+        Raises as `score`; ValueError also for a text that has no token after its first.
+        """
+        return scoring.perplexities(self.answerer, texts, stride)
 
     # What the other houses build on
 
@@ -280,21 +288,7 @@ class Llama:
         """The scores of the tokens of each (ids, start), from start on: see `llama.decoding.scoring.score_tokens`."""
         return scoring.score_tokens(self.answerer, texts, shared=shared)
 
-    def _answer(self, options: dict[str, Any], prompts: list[list[int]], *how: Any) -> list[list[Answer]]:
-        """The answers to prompts; those of `generate`, where somebody has put another in its place."""
-        if getattr(self.generate, "__func__", None) is Llama.generate:
-            return self.answerer.answer(prompts, *how)
-        return predictions.answers_of(self.generate, self.answerer, prompts, *how[1:3], options)
-
-    def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
-        """The prompt of the next open turn."""
-        ids = _named(f"dialog {index}", self.formatter.encode_dialog_prompt, dialog.prompt)
-        return self.answerer.check_prompt(index, ids)
-
-
-def _named(name: str, call: Callable[..., Any], *args: Any) -> Any:
-    """call(*args), whose ValueError says which of a call's inputs it is about."""
-    try:
-        return call(*args)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    @property
+    def _other_generate(self) -> Callable[..., tuple] | None:
+        """The `generate` that somebody has put in the place of ours, which texts and dialogs are answered by then."""
+        return None if getattr(self.generate, "__func__", None) is Llama.generate else self.generate

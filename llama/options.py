@@ -5,16 +5,13 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-
-# (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size]: the face of Transformers' LogitsProcessor.
-LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from llama.keywords import LogitsProcessor, unknown
 
 # The most answers to one prompt. They are all set up at once: without a limit, a mistyped number in one line of a data
 # set would take all the memory there is.
@@ -27,7 +24,7 @@ NUMBERS = {
     "max_gen_len": (Integral, 0, MAX_INT),
     "temperature": (Real, 0, 1e30),
     "top_p": (Real, 1e-30, 1),
-    "top_k": (Integral, 0, MAX_INT),
+    "top_k": (Integral, -1, MAX_INT),
     "min_p": (Real, 0, 1),
     "repetition_penalty": (Real, 1e-6, 1e6),
     "no_repeat_ngram_size": (Integral, 0, MAX_INT),
@@ -47,9 +44,11 @@ class DecodingOptions:
     """How the answers to one prompt are decoded. `per_prompt` makes one for each prompt of a call."""
 
     max_gen_len: int | None = None  # the most new tokens of an answer; None: as many as fit
-    temperature: float = 0.6  # divides the logits before sampling; 0 takes the most likely token each time
+    # Divides the logits before sampling; 0 takes the most likely token each time. None: 0.6, or 0 in a beam search.
+    temperature: float | None = None
     top_p: float = 0.9  # samples from the smallest set of tokens that holds this much of the probability, in (0, 1]
-    top_k: int | None = None  # samples from the k most likely tokens, and those tied with the last; None or 0: from all
+    # Samples from the k most likely tokens (and those tied with the last); None, 0 or -1: from all.
+    top_k: int | None = None
     min_p: float | None = None  # drops tokens less than min_p times as likely as the likeliest (arXiv 2407.01082)
     # Divides the logits above 0, and multiplies those below, of every token of the prompt and the answer so far (CTRL,
     # arXiv 1909.05858); 1 is none.
@@ -91,6 +90,10 @@ class DecodingOptions:
             raise _mistake(self, "stop", "strings that are not empty and token ids")
         if self.logit_bias is not None and not _is_bias(self.logit_bias):
             raise _mistake(self, "logit_bias", f"a dictionary of token ids to numbers of at most {MAX_BIAS}, or -inf")
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 0.0 if self.num_beams > 1 else 0.6)
+        if self.top_k == -1:  # vLLM's
+            object.__setattr__(self, "top_k", None)
         if self.num_beams > 1:
             self._check_beams()
 
@@ -156,7 +159,7 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
     lists = {}
     for name, value in options.items():
         if name not in NAMES:
-            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+            raise TypeError(unknown(name, NAMES))
         # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
         options[name] = value = value.tolist() if hasattr(value, "tolist") else value
         if _is_per_prompt(name, value):

@@ -146,9 +146,9 @@ def test_a_prompt_given_ten_times_gets_ten_answers(small):
 
 def test_text_completion_returns_metas_keys(small):
     plain = small.text_completion(["Hello", ""], max_gen_len=5, temperature=0)
-    assert [set(prediction) for prediction in plain] == [{"generation"}] * 2
+    assert [set(prediction) for prediction in plain] == [{"generation", "finish_reason"}] * 2
     full = small.text_completion(["Hello", ""], 0, 0.9, 5, True, True)  # by position, as Meta's
-    assert [set(prediction) for prediction in full] == [{"generation", "tokens", "logprobs"}] * 2
+    assert [set(prediction) for prediction in full] == [{"generation", "finish_reason", "tokens", "logprobs"}] * 2
     # The echo is of the prompt's tokens, begin_of_text first.
     assert full[0]["tokens"][:6] == ["<|begin_of_text|>", *"Hello"]
     assert full[0]["generation"].endswith(plain[0]["generation"])

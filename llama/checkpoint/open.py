@@ -17,6 +17,7 @@ from llama.layers.quantization import KINDS
 from llama.model import Transformer
 from llama.parallel import dtype_by_name, pick_dtype
 from llama.tokenizer import Tokenizer
+from llama.tokenizer.chat_template import read_chat_files
 
 Checkpoint = MetaCheckpoint | HuggingFaceCheckpoint
 
@@ -70,6 +71,7 @@ def open_checkpoint(
     tokenizer = Tokenizer(find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
     sizes = tokenizer.n_words, max_seq_len, max_batch_size
     if not is_meta:
+        read_chat_files(tokenizer, ckpt_dir)
         return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args_from_config(config, ckpt_dir, *sizes), check)
     args = args_from_params(config, ckpt_dir, *sizes)
     if "quantization" in config:

@@ -25,6 +25,8 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
     args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
     dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
+    if (template := llama.formatter.template) is not None:
+        tokenizer += f", chat template {template.digest}"
     return {**args, "dtype": dtype, "weights": weights_digest(model), "tokenizer": tokenizer}
 
 

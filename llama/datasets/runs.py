@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.datasets.fingerprint import fingerprint
-from llama.datasets.journal import Journal
+from llama.datasets.journal import Journal, Printed
 from llama.datasets.prompts import KEYS, from_json
-from llama.datasets.rows import Row, Rows
+from llama.datasets.rows import Row, Rows, counted
 from llama.datasets.task_queue import TaskQueue
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
@@ -76,10 +76,11 @@ class Run(ABC):
                 else:
                     outcomes = [self.go_on(job, answers) for job, answers in jobs.step()]
                 for outcome in outcomes:
-                    if isinstance(outcome, Job):
-                        jobs.add(outcome)
-                    else:
+                    if isinstance(outcome, dict):
                         queue.give(outcome)
+                        continue
+                    for job in outcome:
+                        jobs.add(job)
                 for result in queue.results(wait=not more and not jobs.n_open):
                     yield self.record_of(*waiting.pop(result["line"]), result)
 
@@ -91,21 +92,27 @@ class Run(ABC):
         force: bool = False,
         retry: bool = False,
         progress: bool = False,
+        indent: int | None = None,
     ) -> "Summary | None":
         """Writes the records of the rows that have none yet; returns, on rank 0, what was done.
 
         Every process calls this; only rank 0 needs the files. Raises, before anything runs, as `Rows` and `Journal`.
 
         Args:
-            source, target: .jsonl, .csv or .parquet files; a target of the last two is made once all rows are done.
+            source, target: .jsonl, .json, .csv or .parquet files; a target of the last three is made once all rows are
+                done.
             parameters, force, retry: as in `Journal`.
             progress: whether to show a bar, and why the first rows failed, on stderr.
+            indent: by how many spaces the records of a .json target are indented; None: one record a line.
         """
+        if str(target) != "-":
+            check_indent(indent, target)
         journal, rows, summary = None, (), Summary(Path(target))
         with parallel.fail_together():
             if dist.get_rank() == 0:
                 every_row = Rows(source, self.as_json)
-                journal = Journal(target, every_row, parameters, force, retry)
+                is_file = str(target) != "-"
+                journal = Journal(target, every_row, parameters, force, retry) if is_file else Printed(every_row)
                 rows = (row for row in every_row if row.number not in journal.done)
                 n_done = len(journal.done)
                 summary = Summary(journal.path, journal.n_rows, n_done, journal.n_failed, n_done)
@@ -115,7 +122,7 @@ class Run(ABC):
                 journal.append(record)
                 summary.add(record, bar)
             if journal is not None:
-                journal.finish()
+                journal.finish(indent)
             parallel.gather_from_replicas([])  # none goes on before all are done
         return None if journal is None else summary
 
@@ -129,7 +136,7 @@ class Run(ABC):
         """The options of a row, which gets a seed if it has none."""
         return options if options.get("seed") is not None else options | {"seed": line_seed(self.seed, row.id)}
 
-    def _begin(self, task: Task) -> Job | Result:
+    def _begin(self, task: Task) -> list[Job] | Result:
         try:
             return task if "error" in task else self.begin(task)
         except (ValueError, TypeError) as error:
@@ -140,11 +147,11 @@ class Run(ABC):
         """On rank 0, what a replica must know of a row. Raises ValueError or TypeError."""
 
     @abstractmethod
-    def begin(self, task: Task) -> Job | Result:
-        """On a replica, a task's first job, or its result. Raises ValueError or TypeError."""
+    def begin(self, task: Task) -> list[Job] | Result:
+        """On a replica, a task's first jobs, or its result. Raises ValueError or TypeError."""
 
-    def go_on(self, job: Job, answers: list[Answer]) -> Job | Result:
-        """On a replica, what comes after the answers to a job: the task's next job, or its result."""
+    def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | Result:
+        """On a replica, what comes after the answers to a job: the next jobs, or the result once none are open."""
         raise NotImplementedError  # a run whose tasks have no jobs needs none
 
     def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
@@ -183,9 +190,17 @@ class Summary:
         before = f" ({self.n_before:,} of them before)" if self.n_before else ""
         rate = self.n_tokens / max(self.seconds, 1e-9)
         return (
-            f"{self.n_done:,} of {self.n_lines:,} lines done{before}, {self.n_failed:,} of them failed; "
+            f"{self.n_done:,} of {counted(self.n_lines, 'line')} done{before}, {self.n_failed:,} of them failed; "
             f"{self.n_tokens:,} tokens in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
         )
+
+
+def check_indent(indent: int | None, target: str | os.PathLike) -> None:
+    """Raises ValueError if a target is not indented, or not by so much."""
+    if indent is not None and (type(indent) is not int or not 0 <= indent <= 16):
+        raise ValueError(f"indent = {indent!r}: expected an integer from 0 to 16")
+    if indent is not None and Path(target).suffix.lower() != ".json":
+        raise ValueError(f"indent = {indent} for {target}: expected a target whose name ends in .json with it")
 
 
 def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -124,30 +124,33 @@ class Answerer:
         echo: bool = False,
         progress: bool = False,
         shared: bool = True,
-        names: list[int] | None = None,
     ) -> list[list[Answer]]:
-        """The answers to each prompt, in their order, on every rank.
+        """The answers to each prompt of ids, with its options; the rest is as in `Job` and `answer_jobs`."""
+        pairs = enumerate(zip(prompts, settings))
+        jobs = [Job(index, prompt, option, logprobs=logprobs, echo=echo) for index, (prompt, option) in pairs]
+        return self.answer_jobs(jobs, progress, shared)
+
+    def answer_jobs(self, jobs: list[Job], progress: bool = False, shared: bool = True) -> list[list[Answer]]:
+        """The answers to each job, in their order, on every rank.
 
         Args:
-            prompts: ids.
-            settings: the options of each.
-            logprobs, echo: as in `Job`.
+            jobs: whose keys are the index of the prompt in the caller's call, for errors; here their occurrences are
+                counted.
             progress: whether to show a bar.
             shared: whether each replica takes its share of the prompts; if not, it answers all, whatever the others do.
-            names: the index of each prompt in the caller's call, for errors.
 
         Raises:
             GenerationError: some of them failed.
         """
         occurrences: Counter[tuple[int, ...]] = Counter()
-        jobs = []
-        for index, (prompt, option) in enumerate(zip(prompts, settings)):
-            jobs.append(Job(index, prompt, option, occurrences[tuple(prompt)], logprobs, echo))
-            occurrences[tuple(prompt)] += 1
+        for job in jobs:
+            job.occurrence = occurrences[key := (job.first_sample, *job.prompt)]
+            occurrences[key] += 1
         is_split = shared and parallel.n_replicas() > 1
         mine = jobs[parallel.replica() :: parallel.n_replicas()] if is_split else jobs
         # The largest budgets first: a long answer begun last would run on alone.
         waiting = deque(sorted(mine, key=lambda job: -self.budget(job.prompt, job.option)))
+        place = {job: index for index, job in enumerate(jobs)}  # several may have one key
         answers: dict[int, list[Answer]] = {}
         n_tokens, started = 0, time.perf_counter()
         bar = tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0)
@@ -156,7 +159,7 @@ class Answerer:
                 while waiting and open_jobs.has_room:
                     open_jobs.add(waiting.popleft())
                 for job, group in open_jobs.step():
-                    answers[job.key] = group
+                    answers[place[job]] = group
                     for answer in group:
                         n_tokens += len(answer.tokens)
                     bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
@@ -168,11 +171,10 @@ class Answerer:
             by_prompt.append(answers[index])
             for answer in answers[index]:
                 if answer.error is not None:
-                    failed.append((index, answer.error))
+                    failed.append((jobs[index].key, answer.error))
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            first = failed[0][0] if names is None else names[failed[0][0]]
-            raise GenerationError(f"prompt {first}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
+            raise GenerationError(f"prompt {failed[0][0]}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
         return by_prompt
 
     def answer_all(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import tiktoken
 
+from llama.tokenizer.chat_template import ChatTemplate
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, RankFile, parse_ranks
 from llama.tokenizer.sentencepiece_file import SentencePieceFile
 from llama.tokenizer.tokenizer_json import read_tokenizer_json
@@ -53,6 +54,7 @@ class Tokenizer:
         self.eot_id: int | None = self.special_tokens.get("<|eot_id|>")
         ends = (self.eos_id, self.eot_id, self.special_tokens.get("<|eom_id|>"))
         self.stop_tokens: set[int] = {end for end in ends if end is not None}
+        self.chat_template: ChatTemplate | None = None  # a directory's: see `read_chat_files`
 
     @property
     def digest(self) -> str:

@@ -306,7 +306,9 @@ def test_python_m_llama_cli_runs_too():
 
 def test_help_says_what_each_option_means(capsys):
     chat, batch, sample = help_of(capsys, "chat"), help_of(capsys, "batch"), help_of(capsys, "sample")
-    assert "--temperature FLOAT divides the logits before sampling" in chat and "(default: 0.6)" in chat
+    assert (
+        "--temperature FLOAT Divides the logits before sampling" in chat and "None: 0.6, or 0 in a beam search" in chat
+    )
     assert "of every token of the prompt and the answer so far" in chat  # the second line of its docstring
     assert "--ckpt_dir STR Meta's directory or Hugging Face's; the embedded checkpoint when left out" in chat
     assert "--system STR the system prompt" in chat

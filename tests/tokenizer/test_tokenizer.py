@@ -1,4 +1,4 @@
-"""Claims about `llama/tokenizer.py`; those on the real tokenizer files need `../shared`, the others run without."""
+"""Claims about `llama/tokenizer.py`; those on the real tokenizer files need them, the others run without."""
 
 import base64
 import itertools
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from conftest import shared
 
 from llama.tokenizer import ChatFormat, Tokenizer, rank_file
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, MAX_PIECE_CHARS
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
 TWO_MB = 2_000_000
 
 HARD_TEXTS = [
@@ -64,10 +64,7 @@ def tiny(tmp_path_factory, tiny_ranks) -> Tokenizer:
 
 
 def shared_file(kind: str) -> Path:
-    path = SHARED / kind / "tokenizer.model"
-    if not path.exists():
-        pytest.skip(f"the real {kind} tokenizer is not here: {path}")
-    return path
+    return shared("tokenizers", kind, "tokenizer.model")
 
 
 @pytest.fixture(scope="session")
