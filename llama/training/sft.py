@@ -1,0 +1,369 @@
+"""A checkpoint and a data file to better weights: a whole fine-tuning run, which can be killed and started again.
+
+While it runs, `OUT.training` holds its saves, its log and its curves; `OUT` appears whole at the end. Everything that
+a user can get wrong is checked before the first step. Knows nothing of command lines.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama import parallel
+from llama.adapters import TARGETS, add_lora, write_adapter
+from llama.checkpoint.huggingface_config import REWARD_MODEL
+from llama.checkpoint.save import save_model
+from llama.checkpoint.writer import appear_whole
+from llama.datasets.rows import Rows
+from llama.training import saves
+from llama.training.base import Base, adapter_tensors, load_base, weights
+from llama.training.batches import Batch, collate, cut_into_passes, plan_steps
+from llama.training.examples import LEARN, Example, Reader
+from llama.training.loss import LanguageLoss, PreferenceLoss
+from llama.training.report import Report, measured_peak, plot_curves
+from llama.training.trainer import Diverged, Trainer, adamw, cosine, shard_over_replicas
+
+RUN = "run.json"
+# What config.json of a reward model says beside what a language model's does.
+REWARD_CONFIG = {"architectures": [REWARD_MODEL], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
+COLUMNS_AS_JSON = ("messages", "answers", "tokens", "chosen", "rejected", "prompt", "completion")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked to do. Every process has the same.
+
+    Attributes:
+        max_seq_len: the most tokens of a document, and of a packed row.
+        learn: what of a dialog is learned: "answers" (each of the assistant's turns), "last" (the last of them), "all".
+        threshold: of what `llama sample` wrote, every answer with at least this score; the best one when None.
+        temperature: what logits are divided by in the loss: that at which the answers were drawn, if they are to become
+            likely at it.
+        long: what becomes of documents longer than max_seq_len: "skip" or "cut". Both are counted.
+        head: "scalar" trains a reward model on pairs of `chosen` and `rejected`.
+        lora_rank: trains an adapter of this rank, and leaves the weights; all weights when None.
+        lora_alpha: its scale is lora_alpha / lora_rank; twice the rank when None.
+        lora_targets: the matrices that get one, by Meta's names, with commas between them; all seven when None.
+        batch_tokens: the most tokens of a step.
+        pass_tokens: the most tokens of a forward pass; batch_tokens, but at most 8,192, when None.
+        pack: whether documents share a row.
+        epochs: how often the data is gone through; may be a fraction.
+        steps: at most so many.
+        lr: the largest learning rate; 1e-5 when None, with an adapter 2e-4.
+        warmup: the share of the steps in which it rises.
+        weight_decay: of all but the norms.
+        clip: the largest norm of a gradient; 0 for no limit.
+        eval_share: the share of the examples that is held out.
+        eval_every, save_every: steps from one evaluation, or save, to the next.
+        dtype: of the computation, "float32", "bfloat16" or "float16"; float32 for a checkpoint in float32, else
+            bfloat16, when None.
+        recompute: whether activations are computed again in the backward pass, to save memory.
+        seed: of the order of the data and the first weights of an adapter or a head.
+        to: the format of the weights written, "meta" or "hf"; reward models are always "hf".
+    """
+
+    max_seq_len: int = 2048
+    learn: str = "answers"
+    threshold: float | None = None
+    temperature: float = 1.0
+    long: str = "skip"
+    head: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: str | None = None
+    batch_tokens: int = 16384
+    pass_tokens: int | None = None
+    pack: bool = True
+    epochs: float = 1.0
+    steps: int | None = None
+    lr: float | None = None
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    eval_share: float = 0.0
+    eval_every: int = 100
+    save_every: int = 100
+    dtype: str | None = None
+    recompute: bool = False
+    seed: int = 1
+    to: str = "meta"
+
+    def __post_init__(self):
+        """Raises ValueError, which names the first option that is out of range."""
+        whole = ("max_seq_len", "batch_tokens", "eval_every", "save_every", "lora_rank", "pass_tokens", "steps")
+        for name in whole:
+            value, may_be_none = getattr(self, name), name in whole[4:]
+            if not (value is None and may_be_none) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
+        for name in ("epochs", "temperature", "lr", "lora_alpha"):
+            value = getattr(self, name)
+            if not (value is None and name in ("lr", "lora_alpha")) and not (_is_number(value) and value > 0):
+                raise ValueError(f"{name} = {value!r}: expected a number above 0")
+        for name in ("weight_decay", "clip"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected a number of at least 0")
+        for name in ("warmup", "eval_share"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected a number of at least 0 and below 1")
+        if self.threshold is not None and not _is_number(self.threshold):
+            raise ValueError(f"threshold = {self.threshold!r}: expected a number")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed = {self.seed!r}: expected an integer")
+        choices = {"learn": LEARN, "long": ("skip", "cut"), "head": (None, "scalar"), "to": ("meta", "hf")}
+        choices |= {
+            "dtype": (None, "float32", "bfloat16", "float16"),
+            "pack": (True, False),
+            "recompute": (True, False),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(map(repr, values))}")
+        if unknown := [name for name in self.targets if name not in TARGETS]:
+            raise ValueError(f"lora_targets has {unknown[0]!r}: expected some of {', '.join(TARGETS)}")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets is not None):
+            raise ValueError("lora_alpha and lora_targets are of an adapter: expected lora_rank with them")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return TARGETS if self.lora_targets is None else tuple(self.lora_targets.replace(",", " ").split())
+
+    @property
+    def alpha(self) -> float:
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def finetune(
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    ckpt_dir: str | os.PathLike,
+    options: Options,
+    *,
+    tokenizer_path: str | None = None,
+    device: str | None = None,
+    model_parallel_size: int | None = 1,
+    force: bool = False,
+    progress: bool = True,
+) -> None:
+    """Trains on a data file, or goes on where a run with the same arguments was killed, and writes `out`.
+
+    In each process of a torchrun; those that the model is not split over are replicas, which share out the data, the
+    weights and the optimizer's state.
+
+    Args:
+        data: a .jsonl, .csv or .parquet file of rows as `examples.Reader` takes them.
+        out: the directory to make: a checkpoint, an adapter, or a reward model.
+        ckpt_dir: the checkpoint to start from.
+        tokenizer_path, device: as in `Llama.build`.
+        model_parallel_size: over how many processes the model is split.
+        force: whether to forget a run that is there, and start over. An `out` that is there is never overwritten.
+        progress: whether to show a bar.
+
+    Raises:
+        FileNotFoundError, FileExistsError: a file is missing; `out` has something in it.
+        ValueError: an option is out of range or does not go with the checkpoint; the data has nothing to learn from; a
+            run that is there was started otherwise (it says what differs).
+        Diverged: the loss or a gradient is not finite; the state before that step is saved.
+        OSError: something could not be written; the last save is whole.
+    """
+    out, ckpt_dir = Path(out), Path(ckpt_dir)
+    folder = out.parent / f"{out.name}.training"
+    device = parallel.pick_device(device)
+    parallel.initialize(model_parallel_size, device)
+    with parallel.fail_together():
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise FileExistsError(f"{out} exists and is not an empty directory: name another, or remove it first")
+        if not out.parent.is_dir():
+            raise FileNotFoundError(f"{out.parent}, where {out.name} is to be made, is not a directory")
+        rows = Rows(data, COLUMNS_AS_JSON)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    base = load_base(ckpt_dir, tokenizer_path, options.max_seq_len, device, dtype, options.lora_rank)
+    with parallel.fail_together():
+        if base.checkpoint.quantization and options.head is not None:
+            raise ValueError(f"{ckpt_dir} is quantised, and a reward model is written whole: expected plain weights")
+        training, held_out = read_examples(rows, base, options)
+        steps = plan_steps(training, options.batch_tokens, options.epochs, options.seed, options.steps)
+        started_as = describe(options, base, [*training, *held_out])
+        if dist.get_rank() == 0:
+            prepare_folder(folder, started_as, force)
+    module = prepare_module(base, options)
+    shard_over_replicas(module, base.model)
+    optimizers = [adamw(module, options.weight_decay)]
+    peak_rate = options.lr or (1e-5 if options.lora_rank is None else 2e-4)
+    rate = cosine(peak_rate, len(steps), math.ceil(options.warmup * len(steps)))
+    trainer = Trainer(module, optimizers, rate, options.clip or None, base.dtype)
+    with parallel.fail_at_once():
+        report = open_report(trainer, base, options, folder, len(steps), progress)
+        run_steps(trainer, steps, training, held_out, options, folder, report)
+        write_result(base, options, out, module)
+    if dist.get_rank() == 0:
+        plot_curves(folder)
+        for entry in folder.iterdir():
+            if saves.STEP.fullmatch(entry.name):
+                shutil.rmtree(entry)
+
+
+def read_examples(rows: Rows, base: Base, options: Options) -> tuple[list[Example], list[Example]]:
+    """The examples to train on and those held out; rank 0 says on stderr what was skipped.
+
+    Raises:
+        ValueError: there are none.
+    """
+    cut, pairs = options.long == "cut", options.head is not None
+    reader = Reader(base.tokenizer, options.max_seq_len, options.learn, options.threshold, cut, pairs)
+    examples = reader.read(rows)
+    skipped = reader.skipped.lines()
+    if not examples:
+        raise ValueError(f"{rows.path} has nothing to learn from: {'; '.join(skipped) or 'it has no rows'}")
+    if dist.get_rank() == 0:
+        for line in skipped:
+            print(f"{rows.path}: {line}", file=sys.stderr)
+    n_held_out = round(options.eval_share * len(examples))
+    if options.eval_share and not 0 < n_held_out < len(examples):
+        raise ValueError(
+            f"eval_share = {options.eval_share} of {len(examples)} examples is {n_held_out}: expected one at least, "
+            "and one to train on"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    held_out = set(order[:n_held_out])
+    training = [example for index, example in enumerate(examples) if index not in held_out]
+    return training, [examples[index] for index in sorted(held_out)]
+
+
+def describe(options: Options, base: Base, examples: list[Example]) -> dict[str, Any]:
+    """What a run must have in common with the one that it goes on with."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for document in example.documents:
+            digest.update(repr((document.ids, document.learned)).encode())
+    layout = {"processes": dist.get_world_size(), "replicas": parallel.n_replicas()}
+    model = {name: value for name, value in vars(base.model.args).items() if name != "max_batch_size"}
+    known = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
+    asked = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
+    return json.loads(json.dumps(known | asked | layout))
+
+
+def prepare_folder(folder: Path, started_as: dict[str, Any], force: bool) -> None:
+    """Makes a run's directory, or checks that the one there is of the same run.
+
+    Raises:
+        ValueError: it is of another run; says what differs.
+    """
+    path = folder / RUN
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+    if path.is_file():
+        before = json.loads(path.read_text())
+        keys = [key for key in {**before, **started_as} if before.get(key) != started_as.get(key)]
+        if keys:
+            found = "; ".join(f"{key} was {before.get(key)!r} and is {started_as.get(key)!r}" for key in keys)
+            raise ValueError(f"{folder} is a run that was started otherwise: {found}. Start it so, or pass --force")
+        return
+    folder.mkdir(exist_ok=True)
+    (folder / f"{RUN}.new").write_text(json.dumps(started_as, indent=1) + "\n")
+    os.replace(folder / f"{RUN}.new", path)
+
+
+def prepare_module(base: Base, options: Options) -> LanguageLoss | PreferenceLoss:
+    """The loss to minimise, with the model in it and what is to learn requiring gradients."""
+    model, generator = base.model, torch.Generator().manual_seed(options.seed)
+    if options.head is not None:
+        # As small as the weights of the network, so that the first rewards are near each other.
+        score = torch.randn(1, model.args.dim, generator=generator) * model.args.dim**-0.5
+    if options.lora_rank is not None:
+        add_lora(model, options.lora_rank, options.alpha / options.lora_rank, options.targets, generator)
+    if options.head is None:
+        return LanguageLoss(model, options.recompute, options.temperature)
+    return PreferenceLoss(model, score.to(model.rotary.device), options.recompute)
+
+
+def passes_of(examples: list[Example], options: Options) -> Iterator[Batch]:
+    """This replica's forward passes over the examples of a step."""
+    pass_tokens = options.pass_tokens or max(options.max_seq_len, min(options.batch_tokens, 8192))
+    passes = cut_into_passes(examples, pass_tokens, parallel.n_replicas())
+    for group in passes[parallel.replica() :: parallel.n_replicas()]:
+        yield collate(group, options.max_seq_len, options.pack)
+
+
+def open_report(trainer: Trainer, base: Base, options: Options, folder: Path, n_steps: int, progress: bool) -> Report:
+    """The report of a run; a token takes 6 operations for each weight, and 4 for each that is frozen."""
+    n_weights = sum(math.prod(shape) for shape in base.checkpoint.shapes.values())
+    flops = (6.0 if options.lora_rank is None else 4.0) * n_weights / dist.get_world_size()
+    peak = measured_peak(trainer.device, trainer.dtype)
+    return Report(folder, saves.newest(folder) or 0, n_steps, flops, peak, progress)
+
+
+def run_steps(
+    trainer: Trainer,
+    steps: list[list[int]],
+    training: list[Example],
+    held_out: list[Example],
+    options: Options,
+    folder: Path,
+    report: Report,
+) -> None:
+    """All steps from the newest save on, with saves, evaluations and the report between them."""
+    state = saves.state_of(trainer.module, trainer.optimizers)
+    done = saves.newest(folder) or 0
+    if done:
+        saves.load(folder, done, state)
+    for number in range(done, len(steps)):
+        examples = [training[index] for index in steps[number]]
+        try:
+            step = trainer.step(number, passes_of(examples, options))
+        except Diverged as error:
+            _stop(trainer, report, folder, number, state, error)
+            raise
+        n_done = number + 1
+        values = {"loss": step.loss, "gradient_norm": step.gradient_norm, "lr": trainer.rate(number)}
+        if held_out and (n_done % options.eval_every == 0 or n_done == len(steps)):
+            values["eval_loss"] = trainer.evaluate(passes_of(held_out, options))
+        report.note(n_done, sum(example.n_tokens for example in examples), learned=step.weight, **values)
+        if n_done % options.save_every == 0 or n_done == len(steps):
+            saves.save(folder, n_done, state)
+    report.close()
+
+
+def _stop(trainer: Trainer, report: Report, folder: Path, done: int, state: dict[str, Any], error: Diverged) -> None:
+    """Keeps what was good before the loss became none."""
+    report.close()
+    report.warn(f"{error}: the run stops")
+    if done and trainer.weights_are_finite():
+        saves.save(folder, done, state)
+        report.warn(f"{folder} has the state after step {done}, before it")
+
+
+def write_result(base: Base, options: Options, out: Path, module: LanguageLoss | PreferenceLoss) -> None:
+    """Writes what was learned: a checkpoint, an adapter, or a reward model. All processes call this."""
+    model = base.model
+    if options.lora_rank is not None and options.head is None:
+        adapter = adapter_tensors(model, options.alpha / options.lora_rank, base.digests)
+        with parallel.fail_together():
+            if dist.get_rank() == 0:
+                n_bytes = sum(a.nbytes + b.nbytes for a, b in adapter.pairs.values())
+                with appear_whole(out, n_bytes) as folder:
+                    rank, alpha, head_dim = options.lora_rank, options.alpha, model.args.head_dim
+                    write_adapter(folder, adapter, rank, alpha, head_dim, str(base.path))
+        return
+    tensors, to, config = weights(model), options.to, None
+    if options.head is not None:
+        tensors["score.weight"] = module.score.weight
+        pad_id = max(base.tokenizer.pad_id, 0)  # Llama 2 has no token for padding: its unknown one, 0, ends no text
+        to, config = "hf", REWARD_CONFIG | {"pad_token_id": pad_id}
+    save_model(
+        *(tensors, model.args, model.tok_embeddings.group, base.tokenizer, base.texts, out, to),
+        dtype=base.checkpoint.dtype,
+        config=config,
+    )

@@ -1,0 +1,159 @@
+"""A step is the same step however it is packed, cut into passes or spread over processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import torchrun
+from safetensors.torch import load_file
+from training_helpers import relative_difference, run, write_pairs, write_rows
+
+from llama.checkpoint.meta import open_shard
+from llama.tokenizer import Tokenizer
+from llama.training.batches import collate, cut_into_passes, plan_steps
+from llama.training.examples import Document, Example
+from llama.training.loss import LanguageLoss
+from llama.training.report import read_log
+
+SCRIPT = """
+import json, sys
+from llama.training import Options, finetune
+data, out, ckpt, size, options = sys.argv[1:]
+finetune(data, out, ckpt, Options(**json.loads(options)), model_parallel_size=int(size), device="cpu", progress=False)
+"""
+
+
+def losses(log: list[dict]) -> list[float]:
+    return [line["loss"] for line in log]
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) > 0
+    return max(abs(x - y) for x, y in zip(a, b))
+
+
+def example(*lengths: int) -> Example:
+    return Example(tuple(Document(list(range(1, n + 1)), [False] + [True] * (n - 1)) for n in lengths))
+
+
+@pytest.mark.parametrize("changes", [{"pack": False}, {"pass_tokens": 100}, {"pass_tokens": 20}, {"recompute": True}])
+def test_packing_passes_and_recomputing_do_not_change_losses_or_weights(write_checkpoint, tmp_path, changes):
+    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
+    whole = run(data, tmp_path / "whole", ckpt, to="hf", steps=15)
+    other = run(data, tmp_path / "other", ckpt, to="hf", steps=15, **changes)
+    assert largest_difference(losses(whole), losses(other)) < 1e-5
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("other", "whole"))
+    assert relative_difference(ours, theirs) < 1e-4
+
+
+def test_a_document_in_a_packed_row_sees_no_other(write_checkpoint):
+    from llama import Llama
+
+    model = Llama.build(write_checkpoint(), max_seq_len=64, max_batch_size=1, train=True).model
+    packed = collate([example(9), example(20), example(5), example(30)], 64)
+    assert packed.tokens.shape == (1, 64) and packed.documents is not None
+    loss = LanguageLoss(model)
+    alone = sum(loss(collate([example(n)], 64)) for n in (9, 20, 5, 30))
+    assert abs(loss(packed) - alone) < 1e-3  # of a sum of about 400
+    packed.documents[:] = 0  # had they seen each other, this is what the sum would be
+    assert abs(loss(packed) - alone) > 1
+
+
+def test_a_step_holds_as_many_examples_as_fit_and_each_epoch_all_of_them():
+    examples = [example(n) for n in (10, 40, 25, 60, 5, 90)]
+    steps = plan_steps(examples, 100, epochs=2, seed=1)
+    assert all(sum(examples[i].n_tokens for i in step) <= 100 for step in steps)
+    flat = [i for step in steps for i in step]
+    assert sorted(flat[:6]) == sorted(flat[6:]) == list(range(6)) and flat[:6] != flat[6:]
+    assert plan_steps(examples, 100, 2, 1) == steps != plan_steps(examples, 100, 2, 2)
+    half = [i for step in plan_steps(examples, 100, 0.5, 1) for i in step]
+    assert half == flat[:3]
+
+
+def test_passes_are_about_equal_and_a_multiple_of_the_replicas():
+    examples = [example(n) for n in (50, 30, 30, 20, 10, 10)]
+    passes = cut_into_passes(examples, 80, 2)
+    assert len(passes) == 2 and [sum(e.n_tokens for e in group) for group in passes] == [80, 70]
+    assert len(cut_into_passes(examples[:1], 80, 4)) == 4  # three of them empty
+    assert [len(group) for group in cut_into_passes(examples[:2], 5, 1)] == [1, 1]  # no example is cut in two
+
+
+CASES = {  # processes, and over how many of them the model is split
+    "split over 2": (2, 2),
+    "2 replicas": (2, 1),
+    "split over 4": (4, 4),
+    "2 replicas split over 2": (4, 2),
+    "4 replicas": (4, 1),
+}
+
+
+@pytest.mark.parametrize(("case", "kind"), [*((case, "full") for case in CASES), ("2 replicas split over 2", "lora")])
+def test_any_number_of_processes_has_the_losses_of_one(write_checkpoint, tmp_path, case, kind):
+    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
+    options = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 8, "lr": 1e-3, "pass_tokens": 128}
+    options |= {"lora_rank": 4, "lr": 1e-2} if kind == "lora" else {}
+    one = run(data, tmp_path / "one", ckpt, **options)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    n_processes, size = CASES[case]
+    result = torchrun(
+        *(n_processes, tmp_path / "script.py", data, tmp_path / "many", ckpt, size, json.dumps(options)), timeout=580
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    many = read_log(tmp_path / "many.training")
+    assert largest_difference(losses(one), losses(many)) < 1e-5
+    assert relative_difference(written(tmp_path / "many"), written(tmp_path / "one")) < 1e-4
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / "adapter_model.safetensors"
+    return load_file(path) if path.is_file() else open_shard(folder / "consolidated.00.pth")
+
+
+def test_more_ranks_than_key_heads_and_a_scalar_head_train_as_on_one(write_checkpoint, tmp_path):
+    ckpt, data = write_checkpoint(n_kv_heads=2), write_pairs(tmp_path / "pairs.jsonl")
+    options = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 8, "lr": 1e-3, "head": "scalar"}
+    one = run(data, tmp_path / "one", ckpt, **options)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    result = torchrun(4, tmp_path / "script.py", data, tmp_path / "many", ckpt, 4, json.dumps(options), timeout=580)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert largest_difference(losses(one), losses(read_log(tmp_path / "many.training"))) < 1e-5
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("many", "one"))
+    assert relative_difference(ours, theirs) < 1e-4
+
+
+def test_llama_2s_dialogs_are_learned_as_they_are_prompted(stories):
+    from llama.training.examples import Reader
+
+    tokenizer = Tokenizer(stories / "tokenizer.model")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    reader = Reader(tokenizer, 100)
+    document = reader.dialog([*messages, *messages])
+    prompt = reader.formatter.encode_dialog_prompt([*messages, messages[0]])
+    assert document.ids[: len(prompt)] == prompt and document.ids[-1] == tokenizer.eos_id
+    assert tokenizer.decode([i for i, ok in zip(document.ids, document.learned) if ok]).split() == ["Yes", "Yes"]
+
+
+ANSWERS = """
+import sys
+from llama import Llama
+for ckpt in sys.argv[2:]:
+    llama = Llama.build(ckpt, max_seq_len=64, dtype="float32", device="cpu", adapter=sys.argv[1])
+    tokens, logprobs = llama.generate([[1, 2, 3], [4, 5]], 10, 0, logprobs=True)
+    print("answers", tokens, [[round(value, 3) for value in row] for row in logprobs])
+"""
+
+
+def test_an_adapter_answers_alike_on_two_ranks_folded_in_and_beside_quantised_matrices(write_checkpoint, tmp_path):
+    from llama.checkpoint.convert import quantize
+
+    ckpt, data = write_checkpoint(dim=128), write_rows(tmp_path / "rows.jsonl")
+    quantize(ckpt, tmp_path / "int8", "int8")
+    run(data, tmp_path / "out", ckpt, lora_rank=4, lr=1e-2, steps=20)
+    (tmp_path / "script.py").write_text(ANSWERS)
+    arguments = [tmp_path / "script.py", tmp_path / "out", ckpt, tmp_path / "int8"]
+    one, two = (torchrun(n, *arguments, timeout=580) for n in (1, 2))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    lines = [[line for line in result.stdout.splitlines() if line.startswith("answers")] for result in (one, two)]
+    assert len(lines[0]) == 2 and lines[0][0].split("]]")[0] == lines[1][0].split("]]")[0]
+    assert lines[0][1].split("]]")[0] == lines[1][1].split("]]")[0]
