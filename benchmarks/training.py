@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 
 from llama import ModelArgs, Transformer, parallel
-from llama.adapters import add_lora
-from llama.checkpoint.huggingface_config import config_json
+from llama.checkpoint.config import config_json
 from llama.training.batches import IGNORED, Batch, collate
 from llama.training.examples import Document, Example
+from llama.training.lora import add_lora
 from llama.training.loss import LanguageLoss
 from llama.training.report import measured_peak
 from llama.training.trainer import Trainer, adamw

@@ -156,8 +156,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A Llama, split over the ranks of the model-parallel group (`llama.parallel.initialize` makes it).
 
-    Parameters carry the names of Meta's checkpoints. Without a cache (`allocate_cache`) the model is a plain
-    differentiable function of its tokens, for training.
+    Parameters carry the names of Meta's checkpoints. Without a cache (`allocate_cache`), and where parameters require
+    gradients, the model is a plain differentiable function of its tokens.
     """
 
     def __init__(self, args: ModelArgs):
@@ -264,15 +264,16 @@ class Transformer(nn.Module):
         length = last + n_new  # of the longest row
         if first < 0 or length > self.args.max_seq_len:
             raise ValueError(f"positions {first} to {length - 1} asked for: expected 0 to {self.args.max_seq_len - 1}")
-        if self.cache is None and last > 0:
+        cache = None if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()) else self.cache
+        if cache is None and last > 0:
             raise ValueError(f"start_pos = {last} without a cache: call allocate_cache() first, or pass every token")
-        if self.cache is not None and batch_size > self.cache.max_batch_size:
-            raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {self.cache.max_batch_size}")
+        if cache is not None and batch_size > cache.max_batch_size:
+            raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {cache.max_batch_size}")
         slots = slice(0, batch_size) if slots is None else slots
         positions, mask = slice(first, length), None
         if first != last or (first > 0 and n_new > 1):
             queries = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(n_new, device=tokens.device)
             mask = (torch.arange(length, device=tokens.device) <= queries[:, :, None])[:, None]  # [.., 1, T, length]
             positions = positions if first == last else queries  # [B, T]
-        cache = None if self.cache is None else CacheView(self.cache, slots, positions, length)
+        cache = None if cache is None else CacheView(cache, slots, positions, length)
         return self.rotary[positions], mask, cache

@@ -1,22 +1,20 @@
-"""LoRA adapters: on the matrices of a model, folded into a checkpoint, and in files as PEFT writes them.
+"""LoRA adapters of a model: read from PEFT's directories, folded into its weights or computed beside them.
 
-Hu et al. 2021, "LoRA" (arXiv 2106.09685). Knows nothing of training, engines or text.
+Hu et al. 2021, "LoRA" (arXiv 2106.09685). It is below the engine, so that `Llama.build` loads one, and knows nothing of
+engines, of text, or of how an adapter learns.
 """
 
-from llama.adapters.files import TARGETS, Adapter, base_digests, read_adapter, write_adapter
-from llama.adapters.folded import AdaptedCheckpoint, merge
-from llama.adapters.lora import Lora, add_lora, attach, attach_adapter
+from llama.adapters.files import MATRICES, TARGETS, Adapter, base_digests, read_adapter
+from llama.adapters.lora import Lora, attach, build_adapted, merge
 
 __all__ = [
+    "MATRICES",
     "TARGETS",
-    "AdaptedCheckpoint",
     "Adapter",
     "Lora",
-    "add_lora",
     "attach",
-    "attach_adapter",
     "base_digests",
+    "build_adapted",
     "merge",
     "read_adapter",
-    "write_adapter",
 ]

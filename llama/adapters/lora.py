@@ -1,19 +1,25 @@
-"""Low-rank additions to the matrices of a model: y = W x + scale * B A x. W stays, A and B learn.
+"""Low-rank additions to the matrices of a model: y = W x + scale * B A x, beside W or folded into it.
 
-Split over ranks as W is: with the rows of W the rows of B are split, with the columns of W the columns of A. Knows
-nothing of files.
+Split over ranks as W is: with the rows of W the rows of B are split, with the columns of W the columns of A.
 """
 
+import copy
+import os
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 from torch import nn
 
-from llama.adapters.files import TARGETS, Adapter
-from llama.checkpoint.meta import slice_of_rank
-from llama.layers.linear import Linear, RowParallelLinear
+from llama.adapters.files import Adapter, read_adapter
+from llama.checkpoint import Checkpoint, build_model, open_checkpoint
+from llama.checkpoint.convert import write_checkpoint
+from llama.checkpoint.loading import Loaded
+from llama.checkpoint.meta import COLUMNS, partition_dim, slice_of_rank
+from llama.layers.linear import sum_over_ranks
 from llama.model import Transformer
-from llama.parallel import partition
+from llama.parallel import dtype_by_name
 
 
 class Lora(nn.Module):
@@ -23,92 +29,114 @@ class Lora(nn.Module):
         a: [rank, in_features], or this rank's columns of it where the matrix is split by columns.
         b: [out_features, rank], or this rank's rows of it where the matrix is split by rows.
         scale: what B A is multiplied with.
-        columns_are_split: which of the two it is.
-        n_ranks: over how many ranks the matrix is split.
+        split: along which dimension the matrix is split, COLUMNS or ROWS.
+        group: over whose ranks.
     """
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float, columns_are_split: bool, n_ranks: int):
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float, split: int, group: dist.ProcessGroup):
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-        self.scale, self.columns_are_split, self.n_ranks = scale, columns_are_split, n_ranks
+        self.scale, self.split, self.group = scale, split, group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # what the matrix gets -> what is added to its product
         hidden = F.linear(x.to(self.a.dtype), self.a)
-        if self.n_ranks > 1:
-            whole = reduce_from_model_parallel_region if self.columns_are_split else copy_to_model_parallel_region
-            hidden = whole(hidden)
+        if dist.get_world_size(self.group) > 1:
+            if not torch.is_grad_enabled():
+                hidden = sum_over_ranks(hidden, self.group) if self.split == COLUMNS else hidden
+            elif self.split == COLUMNS:
+                hidden = reduce_from_model_parallel_region(hidden)
+            else:
+                hidden = copy_to_model_parallel_region(hidden)
         return F.linear(hidden, self.b) * self.scale
 
 
-def add_lora(
-    model: Transformer,
-    rank: int,
-    scale: float,
-    targets: tuple[str, ...] = TARGETS,
-    generator: torch.Generator | None = None,
-) -> None:
-    """Freezes a model and adds an adapter to each of its target matrices, float32, which changes nothing at first.
-
-    A is uniform in ±1/sqrt(in_features), as PEFT draws it, B is zero. Every rank draws the whole of A and keeps its
-    part, so the adapter does not depend on the number of processes.
+def attach(model: Transformer, name: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """Adds B A to what a matrix computes from now on. The module that does it is the matrix' `lora`.
 
     Args:
-        model: its matrices are named as Meta's.
-        rank: of B A; at least 1.
-        scale: alpha / rank, in LoRA's terms.
-        targets: of TARGETS.
-        generator: of A's random numbers, on the CPU.
+        name: of the matrix, as a parameter: "layers.0.attention.wq.weight".
+        a, b: whole, [rank, in_features] and [out_features, rank]; this rank keeps its part, in float32.
+        scale: what B A is multiplied with.
     """
-    model.requires_grad_(False)
-    device = model.norm.weight.device
-    for name, linear in target_matrices(model, targets):
-        whole = linear.in_features
-        a = torch.empty(rank, whole).uniform_(-(whole**-0.5), whole**-0.5, generator=generator)
-        rows = linear.out_features
-        if isinstance(linear, RowParallelLinear):
-            start, stop = partition(whole, model.tok_embeddings.rank, linear.world_size)
-            a = a[:, start:stop].contiguous()
-        else:
-            rows = linear.output_size_per_partition
-            if name.endswith((".wk", ".wv")) and linear.world_size > model.args.n_kv_heads:
-                raise ValueError(_too_many_ranks(linear.world_size, model.args.n_kv_heads))
-        attach(linear, a.to(device), torch.zeros(rows, rank, device=device), scale)
-
-
-def attach(linear: Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> Lora:
-    """Adds B A to what a matrix computes, from now on; returns the module, which is the matrix's `lora`."""
-    lora = Lora(a, b, scale, isinstance(linear, RowParallelLinear), linear.world_size)
-    linear.lora = lora
+    linear, table = model.get_submodule(name.removesuffix(".weight")), model.tok_embeddings
+    split = partition_dim(name)
+    size = a.shape[1] if split == COLUMNS else len(b)
+    start, stop = slice_of_rank(name, size, model.args, table.rank, table.world_size)
+    a, b = (a[:, start:stop], b) if split == COLUMNS else (a, b[start:stop])
+    a, b = (part.to(model.rotary.device, torch.float32).contiguous() for part in (a, b))
+    linear.lora = Lora(a, b, scale, split, table.group)
     linear.register_forward_hook(_add_lora)
-    return lora
 
 
-def attach_adapter(model: Transformer, adapter: Adapter) -> None:
-    """Adds an adapter of files beside the weights of a model, this rank's part of it; nothing of it learns."""
-    for name, linear in target_matrices(model):
-        weight = f"{name}.weight"
-        if weight not in adapter.pairs:
-            continue
-        a, b = (part.float().to(model.norm.weight.device) for part in adapter.pairs[weight])
-        rank, n_ranks = model.tok_embeddings.rank, linear.world_size
-        split = a.shape[1] if isinstance(linear, RowParallelLinear) else b.shape[0]
-        start, stop = slice_of_rank(weight, split, model.args, rank, n_ranks)
-        if isinstance(linear, RowParallelLinear):
-            a = a[:, start:stop].contiguous()
-        else:
-            b = b[start:stop].contiguous()
-        attach(linear, a, b, adapter.scales[weight]).requires_grad_(False)
-
-
-def target_matrices(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> list[tuple[str, Linear]]:
-    """(name, matrix) of every layer's target matrices, in the order of a pass."""
-    names = [(name, module) for name, module in model.named_modules() if name.startswith("layers.")]
-    return [(name, module) for name, module in names if name.rpartition(".")[2] in targets]
-
-
-def _add_lora(linear: Linear, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
+def _add_lora(linear: nn.Module, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
     return y + linear.lora(inputs[0]).to(y.dtype)
 
 
-def _too_many_ranks(n_ranks: int, n_kv_heads: int) -> str:
-    return f"an adapter on keys and values over {n_ranks} processes: expected at most their {n_kv_heads} heads"
+def build_adapted(
+    checkpoint: Checkpoint,
+    adapter: str | os.PathLike | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device,
+    quantize: str | None = None,
+    train: bool = False,
+) -> tuple[Transformer, Loaded]:
+    """`checkpoint.build_model`, with the adapter of a directory if there is one.
+
+    It is folded into the weights while they are loaded, before they are rounded. Beside the matrices of a quantised
+    checkpoint it is computed with each product.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `read_adapter` and `build_model`.
+    """
+    if adapter is None:
+        return build_model(checkpoint, dtype, device, quantize, train)
+    lora = read_adapter(adapter, checkpoint)
+    if not checkpoint.quantization:
+        checkpoint = folded(checkpoint, lora, dtype_by_name(dtype) or checkpoint.dtype)
+        return build_model(checkpoint, dtype, device, quantize, train)
+    model, loaded = build_model(checkpoint, dtype, device, quantize, train, alone=True)
+    for name, (a, b) in lora.pairs.items():
+        attach(model, name, a, b, lora.scales[name])
+    model.adapter = lora.digest
+    return model, loaded
+
+
+def folded(checkpoint: Checkpoint, adapter: Adapter, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint with an adapter in its matrices, W + scale * B A; sums in float32, rounded once to `dtype`."""
+
+    def read(name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
+        weight = checkpoint.read(name, dim, start, stop)
+        if name not in adapter.pairs:
+            return weight
+        a, b = (part.float() for part in adapter.pairs[name])
+        if dim is not None:
+            a, b = (a[:, start:stop], b) if dim == COLUMNS else (a, b[start:stop])
+        return (weight.float() + adapter.scales[name] * (b @ a)).to(dtype)
+
+    changed = copy.copy(checkpoint)
+    changed.read = read
+    return changed
+
+
+def merge(
+    src: str | os.PathLike,
+    adapter: str | os.PathLike,
+    dst: str | os.PathLike,
+    to: str = "meta",
+    shards: int | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> None:
+    """Writes the checkpoint of a directory with an adapter folded in; other arguments and errors as in `convert`.
+
+    Args:
+        adapter: PEFT's directory, of an adapter for `src`.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: also as `read_adapter`.
+    """
+    tokenizer, checkpoint = open_checkpoint(src)
+    if checkpoint.quantization:
+        found = f"{src} is quantised to {checkpoint.quantization}"
+        raise ValueError(f"{found}: expected the checkpoint that it was made of")
+    source = folded(checkpoint, read_adapter(adapter, checkpoint), torch.float32)  # rounded as it is written
+    write_checkpoint(source, tokenizer, dst, to, shards, dtype)

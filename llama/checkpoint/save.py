@@ -14,44 +14,56 @@ from torch.distributed.tensor import DTensor
 from llama import parallel
 from llama.checkpoint.convert import write_checkpoint
 from llama.checkpoint.meta import full_shapes, partition_dim, slice_of_rank
-from llama.model import ModelArgs
+from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
 
 
-def save_model(
-    tensors: Mapping[str, torch.Tensor],
-    args: ModelArgs,
-    group: dist.ProcessGroup,
+def save_checkpoint(
+    model: Transformer,
     tokenizer: Tokenizer,
-    texts: str | os.PathLike,
     dst: str | os.PathLike,
     to: str = "meta",
     shards: int | None = None,
     dtype: torch.dtype | str | None = None,
+    *,
+    tensors: Mapping[str, torch.Tensor] | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a model's weights into a directory, in Meta's format or Hugging Face's. All processes call this.
+    """Writes a model's weights and its tokenizer into a directory that `Llama.build` reads. All processes call this.
+
+    The directory appears whole or not at all.
 
     Args:
-        tensors: this rank's part of each weight by Meta's name; `score.weight` in place of `output.weight` for a reward
-            model. Parts that FSDP has sharded (DTensors) are put together.
-        args: the shape of the model.
-        group: the ranks that the model is split over.
-        tokenizer, texts, dst, to, shards, dtype, config: as in `convert.write_checkpoint`.
+        dst: the directory to make; it may exist if it is empty.
+        to: "meta" or "hf".
+        shards: into how many files the weights are cut; as few as the format allows when None.
+        dtype: of the tensors written; the model's when None.
+        tensors: by Meta's names, what is written in place of the model's weights: this rank's part of each. A reward
+            model has `score.weight` in place of `output.weight`. Parts that FSDP has sharded are put together.
+        config: further keys of Hugging Face's config.json.
 
     Raises:
-        FileExistsError, OSError, ValueError: as `convert`, on every rank. Nothing is left then.
+        FileExistsError, OSError: as `convert`, on every rank. Nothing is left then.
+        ValueError: also if the weights are quantised or have an adapter beside them: there is nothing whole to write.
     """
-    source = GatheredWeights(tensors, args, group)
+    if tensors is None:
+        if quantization := getattr(model, "quantization", None):
+            raise ValueError(f"the weights are in {quantization}: expected a model that was built without `quantize`")
+        tensors = model.state_dict()
+        if extra := [name for name in tensors if ".lora." in name]:
+            raise ValueError(f"{extra[0]} is an adapter: expected a model without one (`llama merge` folds it in)")
+        if model.args.tied_embeddings:
+            del tensors["output.weight"]
+    source = _Gathered(tensors, model.args, model.tok_embeddings.group)
     with parallel.fail_together():
         try:
             if dist.get_rank() == 0:
-                write_checkpoint(source, tokenizer, texts, dst, to, shards, dtype, config)
+                write_checkpoint(source, tokenizer, dst, to, shards, dtype, config)
         finally:
             source.finish()
 
 
-class GatheredWeights:
+class _Gathered:
     """The weights of a model with the face of a checkpoint: full tensors, one at a time in memory.
 
     Rank 0 reads, in the order of `shapes`; the other ranks, and rank 0 where it stops early, `finish`.
@@ -79,24 +91,26 @@ class GatheredWeights:
             self._gather_next()
 
     def _gather_next(self) -> None:
-        self._name = self._left.pop(0)
-        self._whole = gather(self._name, self.tensors[self._name].detach(), self.args, self.group).cpu()
+        name = self._name = self._left.pop(0)
+        part = whole_parameter(self.tensors[name])
+        if (dim := partition_dim(name)) is not None:
+            part = gather(name, part, dim, self.shapes[name][dim], self.args, self.group)
+        self._whole = part.cpu()
 
 
-def gather(name: str, part: torch.Tensor, args: ModelArgs, group: dist.ProcessGroup) -> torch.Tensor:
-    """The full tensor of which each rank of a group has a part, on each of them."""
-    part = part.full_tensor() if isinstance(part, DTensor) else part
-    dim, n_ranks = partition_dim(name), dist.get_world_size(group)
-    if dim is None or n_ranks == 1:
-        return part
-    return gather_parts(name, part, dim, full_shapes(args)[name][dim], args, group)
+def whole_parameter(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter that FSDP may have sharded over the replicas. All processes call this."""
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def gather_parts(
+def gather(
     name: str, part: torch.Tensor, dim: int, size: int, args: ModelArgs, group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """As `gather`, of a tensor that is split along `dim` as the matrix `name` is split."""
+    """The tensor of which each rank of a group has a part along `dim`, cut there as the matrix `name` is cut."""
     n_ranks = dist.get_world_size(group)
+    if n_ranks == 1:
+        return part
     slices = [slice_of_rank(name, size, args, rank, n_ranks) for rank in range(n_ranks)]
     width = max(stop - start for start, stop in slices)  # collectives want equal pieces
     padded = part.new_zeros([width if d == dim else n for d, n in enumerate(part.shape)])

@@ -25,7 +25,8 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
     args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
     dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
-    return {**args, "dtype": dtype, "weights": weights_digest(model), "tokenizer": tokenizer}
+    adapter = {"adapter": model.adapter} if hasattr(model, "adapter") else {}  # beside quantised weights
+    return {**args, "dtype": dtype, "weights": weights_digest(model), **adapter, "tokenizer": tokenizer}
 
 
 @torch.inference_mode()

@@ -15,8 +15,11 @@ from llama.layers.quantization import Quantized
 def pack(model: nn.Module) -> None:
     """Lays the matrices of a model out for fast decoding, one by one: the model is never in memory twice.
 
-    On a CPU that takes about as long as reading the weights twice, so pack after the first token.
+    On a CPU that takes about as long as reading the weights twice, so pack after the first token. A model whose
+    `packable` is False stays as it is.
     """
+    if not getattr(model, "packable", True):
+        return
     for linears in model.matrices():
         if all(linear.layout is None for linear in linears):
             lay_out_together({linear: linear.weight for linear in linears}, None, linears[0].weight.dtype)

@@ -3,7 +3,8 @@
 Knows nothing of command lines, servers or sampling.
 """
 
-from llama.training.sft import Options, finetune
+from llama.training.options import Options
+from llama.training.sft import finetune
 from llama.training.trainer import Diverged
 
 __all__ = ["Diverged", "Options", "finetune"]

@@ -11,93 +11,67 @@ import torch
 from torch import nn
 
 from llama import parallel
-from llama.adapters import Adapter, base_digests
-from llama.checkpoint.loading import load_weights, make_trainable
-from llama.checkpoint.open import open_checkpoint
-from llama.checkpoint.save import gather_parts
+from llama.adapters import base_digests
+from llama.checkpoint import Checkpoint, build_model, open_checkpoint
+from llama.checkpoint.save import whole_parameter
 from llama.layers.layouts import Layout
 from llama.layers.linear import Linear
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
+from llama.training.options import Options
 
 
 @dataclass
 class Base:
-    """A checkpoint and the model made of it.
-
-    Attributes:
-        checkpoint: what was read.
-        digests: of the checkpoint, by which an adapter knows its base.
-    """
+    """A checkpoint and the model made of it. `digests` are what an adapter knows it by, `dtype` is computed in."""
 
     path: Path
-    texts: Path  # the directory with the tokenizer's files
-    dtype: torch.dtype  # of the computation
+    dtype: torch.dtype
     tokenizer: Tokenizer
-    checkpoint: Any
+    checkpoint: Checkpoint
     model: Transformer
     digests: dict[str, str]
 
 
-def load_base(
-    path: Path,
-    tokenizer_path: str | None,
-    max_seq_len: int,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    lora_rank: int | None,
-) -> Base:
-    """Loads a checkpoint to be trained: all of it, or frozen for an adapter of some rank. Process groups are there.
-
-    Args:
-        dtype: of the computation; when None, float32 for a checkpoint in it and bfloat16 for others. Weights that learn
-            are float32 whatever it is; frozen ones have it.
+def load_base(path: Path, tokenizer_path: str | None, options: Options, device: torch.device) -> Base:
+    """Loads a checkpoint to be trained: all of it, in float32, or frozen for an adapter, in the computation's dtype.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_checkpoint`; the checkpoint is quantised, and there is no adapter or it
-            is to be split over ranks.
+        FileNotFoundError, ValueError, MemoryError: as `open_checkpoint` and `build_model`; the checkpoint is quantised,
+            and all of it is to learn or is to be split over ranks; its vocabulary cannot be split evenly.
     """
     with parallel.fail_together():
-        tokenizer, checkpoint = open_checkpoint(path, tokenizer_path, max_seq_len, 1)
-        if checkpoint.quantization and lora_rank is None:
-            raise ValueError(
-                f"{path} is quantised to {checkpoint.quantization}, and codes do not learn: expected the checkpoint it "
-                "was made of, or an adapter beside it (--lora_rank)"
-            )
-        if dtype is None:
-            dtype = (
-                torch.float32 if not checkpoint.quantization and checkpoint.dtype == torch.float32 else torch.bfloat16
-            )
-        with torch.device("meta"):
-            model = Transformer(checkpoint.args)
-        if checkpoint.quantization and model.output.world_size > 1:
+        tokenizer, checkpoint = open_checkpoint(path, tokenizer_path, options.max_seq_len)
+        is_exact = checkpoint.dtype == torch.float32 and not checkpoint.quantization
+        dtype = parallel.dtype_by_name(options.dtype) or (torch.float32 if is_exact else torch.bfloat16)
+        if checkpoint.quantization and options.head is not None:
+            raise ValueError(f"{path} is quantised, and a reward model is written whole: expected plain weights")
+        learns = options.lora_rank is None
+        model, _ = build_model(checkpoint, torch.float32 if learns else dtype, device, train=learns, alone=True)
+        model.cache = None
+        n_ranks = model.tok_embeddings.world_size
+        if checkpoint.quantization and n_ranks > 1:
             raise ValueError(
                 f"{path} is quantised, and quantised matrices carry no gradients between processes: expected "
                 "--model_parallel_size 1, with which the processes are replicas"
             )
-        if checkpoint.args.vocab_size % model.output.world_size:
+        if checkpoint.args.vocab_size % n_ranks:
             raise ValueError(
-                f"a vocabulary of {checkpoint.args.vocab_size:,} over {model.output.world_size} processes: expected a "
+                f"a vocabulary of {checkpoint.args.vocab_size:,} over {n_ranks} processes: expected a "
                 "--model_parallel_size that divides it, for gradients are gathered in equal parts"
             )
-        load_weights(model, checkpoint, torch.float32 if lora_rank is None else dtype, device, alone=True)
-        make_trainable(model)
-    if checkpoint.quantization:
         freeze_quantized(model)
-    texts = path if tokenizer_path is None else Path(tokenizer_path).parent
-    return Base(path, texts, dtype, tokenizer, checkpoint, model, base_digests(checkpoint))
+        return Base(path, dtype, tokenizer, checkpoint, model, base_digests(checkpoint))
 
 
 class FrozenMatrix(nn.Module):
     """A quantised matrix that lets the gradient of its input through: what it multiplies with is a constant."""
 
-    layout = None  # for `products`, which asks whether matrices are laid out together
+    layout = None  # for `multiply_together`, which asks whether matrices are laid out together
 
-    def __init__(self, linear: Linear):
+    def __init__(self, matrix: Layout):
         super().__init__()
-        self.matrix = linear.layout
-        self.in_features, self.world_size = linear.in_features, linear.world_size
-        self.out_features = self.output_size_per_partition = self.matrix.out_features
+        self.matrix = matrix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _FrozenProduct.apply(x, self.matrix)
@@ -115,42 +89,19 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def freeze_quantized(model: Transformer) -> None:
-    """Puts a FrozenMatrix in the place of each quantised matrix."""
+    """Puts a FrozenMatrix in the place of each matrix that is quantised."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear) and module.layout is not None:
             parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, FrozenMatrix(module))
-
-
-def adapter_tensors(model: Transformer, scale: float, digests: dict[str, str]) -> Adapter:
-    """The whole of a model's adapter, on every rank. All processes call this."""
-    args, group = model.args, model.tok_embeddings.group
-    pairs, scales = {}, {}
-    for name, module in model.named_modules():
-        if (lora := getattr(module, "lora", None)) is None:
-            continue
-        weight = f"{name}.weight"
-        a, b = (_whole(part) for part in (lora.a, lora.b))
-        if lora.n_ranks > 1 and lora.columns_are_split:
-            a = gather_parts(weight, a, 1, module.in_features, args, group)
-        elif lora.n_ranks > 1:
-            size = args.n_kv_heads * args.head_dim if name.endswith((".wk", ".wv")) else module.out_features
-            b = gather_parts(weight, b, 0, size, args, group)
-        pairs[weight], scales[weight] = (a.cpu(), b.cpu()), scale
-    return Adapter(Path(), pairs, scales, digests)
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter that FSDP may have sharded."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+            setattr(model.get_submodule(parent), own, FrozenMatrix(module.layout))
 
 
 @torch.no_grad()
 def weights(model: Transformer) -> dict[str, torch.Tensor]:
-    """This rank's part of each weight by Meta's name, with what adapters add to it."""
+    """This rank's part of each weight by Meta's name, with what adapters add to it. All processes call this."""
     found: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if ".lora." not in name}
     for name, module in model.named_modules():
         if (lora := getattr(module, "lora", None)) is not None:
-            a, b = _whole(lora.a), _whole(lora.b)
-            found[f"{name}.weight"] = _whole(module.weight).float() + lora.scale * (b @ a)
+            a, b = whole_parameter(lora.a), whole_parameter(lora.b)
+            found[f"{name}.weight"] = whole_parameter(module.weight).float() + lora.scale * (b @ a)
     return found

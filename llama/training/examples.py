@@ -11,7 +11,6 @@ from typing import Any
 from llama.datasets.rows import Row
 from llama.tokenizer import ChatFormat, Tokenizer
 
-LEARN = ("answers", "last", "all")
 FORMS = "`messages`, `prompt` and `completion`, `text`, `answers` as `llama sample` writes them"
 PAIR_FORM = "`chosen` and `rejected`, with a `prompt` or `messages` before them or as whole dialogs"
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,130 +19,23 @@ import torch
 import torch.distributed as dist
 
 from llama import parallel
-from llama.adapters import TARGETS, add_lora, write_adapter
-from llama.checkpoint.huggingface_config import REWARD_MODEL
-from llama.checkpoint.save import save_model
-from llama.checkpoint.writer import appear_whole
+from llama.checkpoint.config import REWARD_MODEL
+from llama.checkpoint.save import save_checkpoint
 from llama.datasets.rows import Rows
 from llama.training import saves
-from llama.training.base import Base, adapter_tensors, load_base, weights
+from llama.training.base import Base, load_base, weights
 from llama.training.batches import Batch, collate, cut_into_passes, plan_steps
-from llama.training.examples import LEARN, Example, Reader
+from llama.training.examples import Example, Reader
+from llama.training.lora import add_lora, gather_adapter, write_adapter
 from llama.training.loss import LanguageLoss, PreferenceLoss
+from llama.training.options import Options
 from llama.training.report import Report, measured_peak, plot_curves
 from llama.training.trainer import Diverged, Trainer, adamw, cosine, shard_over_replicas
 
 RUN = "run.json"
 # What config.json of a reward model says beside what a language model's does.
 REWARD_CONFIG = {"architectures": [REWARD_MODEL], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
-COLUMNS_AS_JSON = ("messages", "answers", "tokens", "chosen", "rejected", "prompt", "completion")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is asked to do. Every process has the same.
-
-    Attributes:
-        max_seq_len: the most tokens of a document, and of a packed row.
-        learn: what of a dialog is learned: "answers" (each of the assistant's turns), "last" (the last of them), "all".
-        threshold: of what `llama sample` wrote, every answer with at least this score; the best one when None.
-        temperature: what logits are divided by in the loss: that at which the answers were drawn, if they are to become
-            likely at it.
-        long: what becomes of documents longer than max_seq_len: "skip" or "cut". Both are counted.
-        head: "scalar" trains a reward model on pairs of `chosen` and `rejected`.
-        lora_rank: trains an adapter of this rank, and leaves the weights; all weights when None.
-        lora_alpha: its scale is lora_alpha / lora_rank; twice the rank when None.
-        lora_targets: the matrices that get one, by Meta's names, with commas between them; all seven when None.
-        batch_tokens: the most tokens of a step.
-        pass_tokens: the most tokens of a forward pass; batch_tokens, but at most 8,192, when None.
-        pack: whether documents share a row.
-        epochs: how often the data is gone through; may be a fraction.
-        steps: at most so many.
-        lr: the largest learning rate; 1e-5 when None, with an adapter 2e-4.
-        warmup: the share of the steps in which it rises.
-        weight_decay: of all but the norms.
-        clip: the largest norm of a gradient; 0 for no limit.
-        eval_share: the share of the examples that is held out.
-        eval_every, save_every: steps from one evaluation, or save, to the next.
-        dtype: of the computation, "float32", "bfloat16" or "float16"; float32 for a checkpoint in float32, else
-            bfloat16, when None.
-        recompute: whether activations are computed again in the backward pass, to save memory.
-        seed: of the order of the data and the first weights of an adapter or a head.
-        to: the format of the weights written, "meta" or "hf"; reward models are always "hf".
-    """
-
-    max_seq_len: int = 2048
-    learn: str = "answers"
-    threshold: float | None = None
-    temperature: float = 1.0
-    long: str = "skip"
-    head: str | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    lora_targets: str | None = None
-    batch_tokens: int = 16384
-    pass_tokens: int | None = None
-    pack: bool = True
-    epochs: float = 1.0
-    steps: int | None = None
-    lr: float | None = None
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    eval_share: float = 0.0
-    eval_every: int = 100
-    save_every: int = 100
-    dtype: str | None = None
-    recompute: bool = False
-    seed: int = 1
-    to: str = "meta"
-
-    def __post_init__(self):
-        """Raises ValueError, which names the first option that is out of range."""
-        whole = ("max_seq_len", "batch_tokens", "eval_every", "save_every", "lora_rank", "pass_tokens", "steps")
-        for name in whole:
-            value, may_be_none = getattr(self, name), name in whole[4:]
-            if not (value is None and may_be_none) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} = {value!r}: expected an integer of at least 1")
-        for name in ("epochs", "temperature", "lr", "lora_alpha"):
-            value = getattr(self, name)
-            if not (value is None and name in ("lr", "lora_alpha")) and not (_is_number(value) and value > 0):
-                raise ValueError(f"{name} = {value!r}: expected a number above 0")
-        for name in ("weight_decay", "clip"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} = {getattr(self, name)!r}: expected a number of at least 0")
-        for name in ("warmup", "eval_share"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
-                raise ValueError(f"{name} = {getattr(self, name)!r}: expected a number of at least 0 and below 1")
-        if self.threshold is not None and not _is_number(self.threshold):
-            raise ValueError(f"threshold = {self.threshold!r}: expected a number")
-        if type(self.seed) is not int:
-            raise ValueError(f"seed = {self.seed!r}: expected an integer")
-        choices = {"learn": LEARN, "long": ("skip", "cut"), "head": (None, "scalar"), "to": ("meta", "hf")}
-        choices |= {
-            "dtype": (None, "float32", "bfloat16", "float16"),
-            "pack": (True, False),
-            "recompute": (True, False),
-        }
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(map(repr, values))}")
-        if unknown := [name for name in self.targets if name not in TARGETS]:
-            raise ValueError(f"lora_targets has {unknown[0]!r}: expected some of {', '.join(TARGETS)}")
-        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets is not None):
-            raise ValueError("lora_alpha and lora_targets are of an adapter: expected lora_rank with them")
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return TARGETS if self.lora_targets is None else tuple(self.lora_targets.replace(",", " ").split())
-
-    @property
-    def alpha(self) -> float:
-        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+COLUMNS_AS_JSON = ("messages", "answers", "tokens")  # of a CSV file; the others are text
 
 
 def finetune(
@@ -188,11 +81,8 @@ def finetune(
         if not out.parent.is_dir():
             raise FileNotFoundError(f"{out.parent}, where {out.name} is to be made, is not a directory")
         rows = Rows(data, COLUMNS_AS_JSON)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    base = load_base(ckpt_dir, tokenizer_path, options.max_seq_len, device, dtype, options.lora_rank)
+    base = load_base(ckpt_dir, tokenizer_path, options, device)
     with parallel.fail_together():
-        if base.checkpoint.quantization and options.head is not None:
-            raise ValueError(f"{ckpt_dir} is quantised, and a reward model is written whole: expected plain weights")
         training, held_out = read_examples(rows, base, options)
         steps = plan_steps(training, options.batch_tokens, options.epochs, options.seed, options.steps)
         started_as = describe(options, base, [*training, *held_out])
@@ -347,23 +237,17 @@ def _stop(trainer: Trainer, report: Report, folder: Path, done: int, state: dict
 
 def write_result(base: Base, options: Options, out: Path, module: LanguageLoss | PreferenceLoss) -> None:
     """Writes what was learned: a checkpoint, an adapter, or a reward model. All processes call this."""
-    model = base.model
+    model, head_dim = base.model, base.model.args.head_dim
     if options.lora_rank is not None and options.head is None:
-        adapter = adapter_tensors(model, options.alpha / options.lora_rank, base.digests)
+        adapter = gather_adapter(model, base.digests)
         with parallel.fail_together():
             if dist.get_rank() == 0:
-                n_bytes = sum(a.nbytes + b.nbytes for a, b in adapter.pairs.values())
-                with appear_whole(out, n_bytes) as folder:
-                    rank, alpha, head_dim = options.lora_rank, options.alpha, model.args.head_dim
-                    write_adapter(folder, adapter, rank, alpha, head_dim, str(base.path))
+                write_adapter(out, adapter, options.alpha, head_dim, str(base.path))
         return
     tensors, to, config = weights(model), options.to, None
     if options.head is not None:
         tensors["score.weight"] = module.score.weight
         pad_id = max(base.tokenizer.pad_id, 0)  # Llama 2 has no token for padding: its unknown one, 0, ends no text
         to, config = "hf", REWARD_CONFIG | {"pad_token_id": pad_id}
-    save_model(
-        *(tensors, model.args, model.tok_embeddings.group, base.tokenizer, base.texts, out, to),
-        dtype=base.checkpoint.dtype,
-        config=config,
-    )
+    dtype = base.checkpoint.dtype
+    save_checkpoint(model, base.tokenizer, out, to, dtype=dtype, tensors=tensors, config=config)

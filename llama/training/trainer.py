@@ -24,6 +24,9 @@ from llama.model import Transformer
 from llama.training.batches import Batch
 from llama.training.loss import LanguageLoss, PreferenceLoss
 
+# With more ranks than key and value heads, several have the same rows of these, and each a part of their gradient.
+COPIED = (".wk.weight", ".wv.weight", ".wk.lora.b", ".wv.lora.b")
+
 
 class Diverged(ValueError):
     """The loss or a gradient is not finite. The weights are those before the step."""
@@ -171,7 +174,7 @@ class Trainer:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            has_copies = copies > 1 and name.endswith((".wk.weight", ".wv.weight"))
+            has_copies = copies > 1 and name.endswith(COPIED)
             if has_copies:
                 self._sum_copies(_local(parameter.grad), copies)
             square = _local(parameter.grad).double().square().sum()
