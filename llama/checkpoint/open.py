@@ -107,9 +107,10 @@ def build_model(
         )
     rounded = quantize or checkpoint.quantization
     if train and rounded:
+        found = f"{checkpoint.paths[0].parent} is quantised to {rounded}" if checkpoint.quantization else "train = True"
         raise ValueError(
-            f"train = True with matrices in {rounded}, which cannot learn: expected the checkpoint as it was before it "
-            "was quantised, or an adapter beside it (`llama finetune --lora_rank`)"
+            f"{found}, and rounded matrices cannot learn: expected plain weights, or an adapter beside these "
+            "(`llama finetune --lora_rank`)"
         )
     # The fast kernels for rounded matrices compute in bfloat16.
     dtype = dtype or pick_dtype(torch.bfloat16 if rounded else checkpoint.dtype, device)
