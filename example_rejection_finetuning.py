@@ -12,10 +12,11 @@ import re
 import time
 from pathlib import Path
 
+import fire
+
 from demo.corpus import TEST_PAIRS
 from llama import Llama
 from llama.adapters import merge
-from llama.cli.arguments import run
 from llama.rejection_sampling.draw import rejection_sample
 from llama.training import Options, finetune
 
@@ -103,7 +104,7 @@ def main(
         seed: another one draws other sums and answers.
     """
     started, folder = time.time(), Path(out)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True)  # before any work: one that is there is not written over
     rows, unseen = sums(rounds * n_prompts, seed, unseen=False), sums(n_unseen, seed, unseen=True)
     ckpt_dir = DEMO
     curves = {}
@@ -133,4 +134,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main, name="example_rejection_finetuning.py")
+    fire.Fire(main)

@@ -30,6 +30,7 @@ setup(
             "matplotlib",
             "lm-eval",
             "accelerate",
+            "peft",
         ],
         "dev": ["ruff"],
     },
