@@ -42,7 +42,17 @@ def multiply_together(x: torch.Tensor, *linears: "ColumnParallelLinear") -> tupl
     layout = linears[0].layout
     if layout is None or layout is not linears[-1].layout:
         return tuple(linear(x) for linear in linears)
-    return layout(x).split(linears[0].widths, dim=-1)
+    return multiply(layout, x).split(linears[0].widths, dim=-1)
+
+
+def multiply(layout: Layout, x: torch.Tensor) -> torch.Tensor:
+    """What a layout makes of x. Raises RuntimeError where a gradient is wanted: layouts have none."""
+    if _needs_gradient(x, x):
+        raise RuntimeError(
+            "a gradient is wanted through a matrix that is quantised or packed for decoding, and has none: expected a "
+            "model of `Llama.build(train=True)`, or torch.no_grad()"
+        )
+    return layout(x)
 
 
 class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
@@ -66,7 +76,7 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
         if self.world_size > 1 and self.layout is None and _needs_gradient(x, self.weight):
             return super().forward(x)  # fairscale's collectives carry gradients
-        y = F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
+        y = F.linear(x, self.weight) if self.layout is None else multiply(self.layout, x)[..., self.rows]
         gathers = self.gather_output and self.world_size > 1
         return gather_last_dim(y, self.out_features, self.group) if gathers else y
 
@@ -91,7 +101,7 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
         if self.world_size > 1 and self.layout is None and _needs_gradient(x, self.weight):
             return super().forward(x)
-        y = F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
+        y = F.linear(x, self.weight) if self.layout is None else multiply(self.layout, x)[..., self.rows]
         return y if self.world_size == 1 else sum_over_ranks(y, self.group)
 
 

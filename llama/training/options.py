@@ -10,7 +10,7 @@ Learn = Literal["answers", "last", "all"]
 Long = Literal["skip", "cut"]
 Head = Literal["scalar"]
 Format = Literal["meta", "hf"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16"]  # float16 would need its losses scaled
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from training_helpers import run, write_rows
 
 from llama import Llama, Tokenizer
@@ -114,7 +115,7 @@ def test_an_adapter_for_another_base_is_refused(write_checkpoint, tmp_path):
         Llama.build(write_checkpoint("same_shape", seed=1), max_seq_len=64, adapter=tmp_path / "out")
     with pytest.raises(ValueError, match=r"changes layers.0.attention.wk.weight of \[32, 64\], and this has one of"):
         Llama.build(write_checkpoint("other_shape", n_kv_heads=2), max_seq_len=64, adapter=tmp_path / "out")
-    with pytest.raises(ValueError, match="14 tensors that are not, such as base_model.*in the 1 layers of the base"):
+    with pytest.raises(ValueError, match=r"14 tensors that are not, such as base_model.*in the 1 layers of the base"):
         Llama.build(write_checkpoint("shallow", n_layers=1), max_seq_len=64, adapter=tmp_path / "out")
     config = tmp_path / "out" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
@@ -126,8 +127,6 @@ def test_an_adapter_for_another_base_is_refused(write_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_checkpoint, tmp_path, kind):
-    import torch
-
     ckpt, data = write_checkpoint(dim=128), write_rows(tmp_path / "rows.jsonl")
     quantize(ckpt, tmp_path / kind, kind)
     with pytest.raises(ValueError, match=rf"is quantised to {kind}, and rounded matrices cannot learn"):
@@ -146,6 +145,16 @@ def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_c
     )
     with torch.inference_mode():
         assert (beside(ids) - without(ids)).abs().max() > 0.1
+
+
+def test_a_forward_pass_that_would_need_gradients_of_codes_is_an_error(write_checkpoint):
+    model = Llama.build(write_checkpoint(), max_seq_len=64, quantize="int8", dtype="float32").model
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        model(ids)
+    model.tok_embeddings.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="gradient"):
+        model(ids)
 
 
 def test_a_file_where_the_result_should_go_or_no_data_is_refused_first(write_checkpoint, tmp_path):
