@@ -1,5 +1,6 @@
 """The commands about weights that learn: finetune and merge. Arguments become calls; nothing else happens here."""
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,11 @@ def finetune(
         force: forgets a run that was started otherwise, and starts over.
     """
     where = {"tokenizer_path": tokenizer_path, "device": device, "model_parallel_size": model_parallel_size}
-    training.finetune(data, out, ckpt_dir, training.Options(**vars(learning)), **where, force=force)
+    try:
+        training.finetune(data, out, ckpt_dir, training.Options(**vars(learning)), **where, force=force)
+    except KeyboardInterrupt:
+        print(f"stopped: the same command goes on from the last save in {out}.training", file=sys.stderr)
+        raise
 
 
 def merge(

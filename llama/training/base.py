@@ -1,4 +1,4 @@
-"""The model that is to learn: a checkpoint's weights as parameters, whole or frozen beside an adapter's.
+"""What a run starts from: a checkpoint's weights as parameters, whole or frozen beside an adapter's.
 
 Quantised matrices stay as they are and let gradients through. Knows nothing of data or optimizers.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from llama import parallel
@@ -23,45 +24,59 @@ from llama.training.options import Options
 
 @dataclass
 class Base:
-    """A checkpoint and the model made of it. `digests` are what an adapter knows it by, `dtype` is computed in."""
+    """An open checkpoint. `dtype` is that of the computation, `digests` are what an adapter knows the base by."""
 
     path: Path
     dtype: torch.dtype
     tokenizer: Tokenizer
     checkpoint: Checkpoint
-    model: Transformer
     digests: dict[str, str]
 
 
-def load_base(path: Path, tokenizer_path: str | None, options: Options, device: torch.device) -> Base:
-    """Loads a checkpoint to be trained: all of it, in float32, or frozen for an adapter, in the computation's dtype.
+def open_base(path: Path, tokenizer_path: str | None, options: Options) -> Base:
+    """Opens the checkpoint that is to be trained; nothing is loaded yet.
 
     Raises:
-        FileNotFoundError, ValueError, MemoryError: as `open_checkpoint` and `build_model`; the checkpoint is quantised,
-            and all of it is to learn or is to be split over ranks; its vocabulary cannot be split evenly.
+        FileNotFoundError, ValueError: as `open_checkpoint`; the checkpoint is quantised, and all of it is to learn or
+            is to be split over ranks; its vocabulary cannot be split evenly.
     """
-    with parallel.fail_together():
-        tokenizer, checkpoint = open_checkpoint(path, tokenizer_path, options.max_seq_len)
-        is_exact = checkpoint.dtype == torch.float32 and not checkpoint.quantization
-        dtype = parallel.dtype_by_name(options.dtype) or (torch.float32 if is_exact else torch.bfloat16)
-        if checkpoint.quantization and options.head is not None:
-            raise ValueError(f"{path} is quantised, and a reward model is written whole: expected plain weights")
-        learns = options.lora_rank is None
-        model, _ = build_model(checkpoint, torch.float32 if learns else dtype, device, train=learns, alone=True)
-        model.cache = None
-        n_ranks = model.tok_embeddings.world_size
-        if checkpoint.quantization and n_ranks > 1:
+    tokenizer, checkpoint = open_checkpoint(path, tokenizer_path, options.max_seq_len)
+    n_ranks = dist.get_world_size() // parallel.n_replicas()
+    if checkpoint.quantization:
+        found = f"{path} is quantised to {checkpoint.quantization}"
+        if options.lora_rank is None or options.head is not None:
             raise ValueError(
-                f"{path} is quantised, and quantised matrices carry no gradients between processes: expected "
+                f"{found}, and rounded matrices cannot learn: expected the checkpoint that it was made of, or an "
+                "adapter beside it (--lora_rank, without --head)"
+            )
+        if n_ranks > 1:
+            raise ValueError(
+                f"{found}, and quantised matrices carry no gradients between processes: expected "
                 "--model_parallel_size 1, with which the processes are replicas"
             )
-        if checkpoint.args.vocab_size % n_ranks:
-            raise ValueError(
-                f"a vocabulary of {checkpoint.args.vocab_size:,} over {n_ranks} processes: expected a "
-                "--model_parallel_size that divides it, for gradients are gathered in equal parts"
-            )
-        freeze_quantized(model)
-        return Base(path, dtype, tokenizer, checkpoint, model, base_digests(checkpoint))
+    if checkpoint.args.vocab_size % n_ranks:
+        raise ValueError(
+            f"a vocabulary of {checkpoint.args.vocab_size:,} over {n_ranks} processes: expected a "
+            "--model_parallel_size that divides it, for gradients are gathered in equal parts"
+        )
+    is_exact = checkpoint.dtype == torch.float32 and not checkpoint.quantization
+    dtype = parallel.dtype_by_name(options.dtype) or (torch.float32 if is_exact else torch.bfloat16)
+    return Base(path, dtype, tokenizer, checkpoint, base_digests(checkpoint))
+
+
+def load_model(base: Base, options: Options, device: torch.device) -> Transformer:
+    """The model: all of it learns, in float32; or it is frozen for an adapter, in the dtype of the computation.
+
+    Raises MemoryError if the device has no room for it.
+    """
+    learns = options.lora_rank is None
+    model, _ = build_model(base.checkpoint, torch.float32 if learns else base.dtype, device, train=learns, alone=True)
+    model.cache = None
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and module.layout is not None:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, FrozenMatrix(module.layout))
+    return model
 
 
 class FrozenMatrix(nn.Module):
@@ -86,14 +101,6 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.matrix.to_dense().to(gradient.dtype), None
-
-
-def freeze_quantized(model: Transformer) -> None:
-    """Puts a FrozenMatrix in the place of each matrix that is quantised."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and module.layout is not None:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, FrozenMatrix(module.layout))
 
 
 @torch.no_grad()

@@ -4,11 +4,15 @@ Written by torch.distributed.checkpoint, each process its own part, into a direc
 killed at any moment. Reading runs no code of the files. Knows nothing of data or losses.
 """
 
+import contextlib
 import errno
+import fcntl
+import json
 import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +26,57 @@ from torch.optim import Optimizer
 
 from llama import parallel
 
+RUN = "run.json"  # what the run was started as
 STEP = re.compile(r"step-(\d{8})")
 # What the index of a save may be made of.
 INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 INDEX_NAMES = {("torch", "Size"), ("torch", "device"), ("collections", "OrderedDict"), ("builtins", "dict")}
 INDEX_NAMES |= {("torch.serialization", "_get_layout"), ("torch._C", "_get_layout"), ("pathlib", "PosixPath")}
 INDEX_NAMES |= {("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"), ("builtins", "set")}
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path, started_as: dict[str, Any], force: bool) -> Iterator[None]:
+    """Makes a run's directory, or takes up the one that is there; no other process can take it up meanwhile.
+
+    Args:
+        started_as: what a run must have in common with the one that it goes on with, as JSON has it.
+        force: whether to forget a run that is there. All processes call this.
+
+    Raises:
+        ValueError: the run that is there was started otherwise; says what differs.
+        FileExistsError: another process is at it.
+    """
+    with contextlib.ExitStack() as stack:
+        with parallel.fail_together():
+            if dist.get_rank() == 0:
+                folder.mkdir(exist_ok=True)
+                stack.callback(os.close, lock := os.open(folder, os.O_RDONLY))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+                except BlockingIOError:
+                    raise FileExistsError(f"another process is training in {folder}: wait for it, or end it") from None
+                _take_up(folder, started_as, force)
+        yield
+
+
+def _take_up(folder: Path, started_as: dict[str, Any], force: bool) -> None:
+    path = folder / RUN
+    before = json.loads(path.read_text()) if path.is_file() and not force else None
+    if before is None:
+        remove_all(folder)
+        (folder / f"{RUN}.new").write_text(json.dumps(started_as, indent=1) + "\n")
+        os.replace(folder / f"{RUN}.new", path)
+    elif keys := [key for key in {**before, **started_as} if before.get(key) != started_as.get(key)]:
+        found = "; ".join(f"{key} was {before.get(key)!r} and is {started_as.get(key)!r}" for key in keys)
+        raise ValueError(f"{folder} is a run that was started otherwise: {found}. Start it so, or pass --force")
+
+
+def remove_all(folder: Path) -> None:
+    """Removes the saves of a run."""
+    for entry in folder.iterdir():
+        if STEP.fullmatch(entry.name):
+            shutil.rmtree(entry)
 
 
 def state_of(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,8 +21,9 @@ from llama import parallel
 from llama.checkpoint.config import REWARD_MODEL
 from llama.checkpoint.save import save_checkpoint
 from llama.datasets.rows import Rows
+from llama.model import Transformer
 from llama.training import saves
-from llama.training.base import Base, load_base, weights
+from llama.training.base import Base, load_model, open_base, weights
 from llama.training.batches import Batch, collate, cut_into_passes, plan_steps
 from llama.training.examples import Example, Reader
 from llama.training.lora import add_lora, gather_adapter, write_adapter
@@ -32,7 +32,6 @@ from llama.training.options import Options
 from llama.training.report import Report, measured_peak, plot_curves
 from llama.training.trainer import Diverged, Trainer, adamw, cosine, shard_over_replicas
 
-RUN = "run.json"
 # What config.json of a reward model says beside what a language model's does.
 REWARD_CONFIG = {"architectures": [REWARD_MODEL], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
 COLUMNS_AS_JSON = ("messages", "answers", "tokens")  # of a CSV file; the others are text
@@ -81,28 +80,26 @@ def finetune(
         if not out.parent.is_dir():
             raise FileNotFoundError(f"{out.parent}, where {out.name} is to be made, is not a directory")
         rows = Rows(data, COLUMNS_AS_JSON)
-    base = load_base(ckpt_dir, tokenizer_path, options, device)
-    with parallel.fail_together():
+        base = open_base(ckpt_dir, tokenizer_path, options)
         training, held_out = read_examples(rows, base, options)
         steps = plan_steps(training, options.batch_tokens, options.epochs, options.seed, options.steps)
+        if not steps:
+            found = f"epochs = {options.epochs} of {len(training)} examples"
+            raise ValueError(f"{found} is not one example: expected more of them")
         started_as = describe(options, base, [*training, *held_out])
-        if dist.get_rank() == 0:
-            prepare_folder(folder, started_as, force)
-    module = prepare_module(base, options)
-    shard_over_replicas(module, base.model)
-    optimizers = [adamw(module, options.weight_decay)]
-    peak_rate = options.lr or (1e-5 if options.lora_rank is None else 2e-4)
-    rate = cosine(peak_rate, len(steps), math.ceil(options.warmup * len(steps)))
-    trainer = Trainer(module, optimizers, rate, options.clip or None, base.dtype)
-    with parallel.fail_at_once():
+        model = load_model(base, options, device)
+    with saves.run_folder(folder, started_as, force), parallel.fail_at_once():
+        module = prepare_module(model, options)
+        shard_over_replicas(module, model)
+        peak_rate = options.lr or (1e-5 if options.lora_rank is None else 2e-4)
+        rate = cosine(peak_rate, len(steps), math.ceil(options.warmup * len(steps)))
+        trainer = Trainer(module, [adamw(module, options.weight_decay)], rate, options.clip or None, base.dtype)
         report = open_report(trainer, base, options, folder, len(steps), progress)
         run_steps(trainer, steps, training, held_out, options, folder, report)
         write_result(base, options, out, module)
-    if dist.get_rank() == 0:
-        plot_curves(folder)
-        for entry in folder.iterdir():
-            if saves.STEP.fullmatch(entry.name):
-                shutil.rmtree(entry)
+        if dist.get_rank() == 0:
+            plot_curves(folder)
+            saves.remove_all(folder)
 
 
 def read_examples(rows: Rows, base: Base, options: Options) -> tuple[list[Example], list[Example]]:
@@ -139,36 +136,15 @@ def describe(options: Options, base: Base, examples: list[Example]) -> dict[str,
         for document in example.documents:
             digest.update(repr((document.ids, document.learned)).encode())
     layout = {"processes": dist.get_world_size(), "replicas": parallel.n_replicas()}
-    model = {name: value for name, value in vars(base.model.args).items() if name != "max_batch_size"}
+    model = {name: value for name, value in vars(base.checkpoint.args).items() if name != "max_batch_size"}
     known = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
     asked = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
     return json.loads(json.dumps(known | asked | layout))
 
 
-def prepare_folder(folder: Path, started_as: dict[str, Any], force: bool) -> None:
-    """Makes a run's directory, or checks that the one there is of the same run.
-
-    Raises:
-        ValueError: it is of another run; says what differs.
-    """
-    path = folder / RUN
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
-    if path.is_file():
-        before = json.loads(path.read_text())
-        keys = [key for key in {**before, **started_as} if before.get(key) != started_as.get(key)]
-        if keys:
-            found = "; ".join(f"{key} was {before.get(key)!r} and is {started_as.get(key)!r}" for key in keys)
-            raise ValueError(f"{folder} is a run that was started otherwise: {found}. Start it so, or pass --force")
-        return
-    folder.mkdir(exist_ok=True)
-    (folder / f"{RUN}.new").write_text(json.dumps(started_as, indent=1) + "\n")
-    os.replace(folder / f"{RUN}.new", path)
-
-
-def prepare_module(base: Base, options: Options) -> LanguageLoss | PreferenceLoss:
+def prepare_module(model: Transformer, options: Options) -> LanguageLoss | PreferenceLoss:
     """The loss to minimise, with the model in it and what is to learn requiring gradients."""
-    model, generator = base.model, torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
     if options.head is not None:
         # As small as the weights of the network, so that the first rewards are near each other.
         score = torch.randn(1, model.args.dim, generator=generator) * model.args.dim**-0.5
@@ -237,7 +213,7 @@ def _stop(trainer: Trainer, report: Report, folder: Path, done: int, state: dict
 
 def write_result(base: Base, options: Options, out: Path, module: LanguageLoss | PreferenceLoss) -> None:
     """Writes what was learned: a checkpoint, an adapter, or a reward model. All processes call this."""
-    model, head_dim = base.model, base.model.args.head_dim
+    model, head_dim = module.model, module.model.args.head_dim
     if options.lora_rank is not None and options.head is None:
         adapter = gather_adapter(model, base.digests)
         with parallel.fail_together():

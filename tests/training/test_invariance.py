@@ -11,16 +11,18 @@ from training_helpers import relative_difference, run, write_pairs, write_rows
 
 from llama.checkpoint.meta import open_shard
 from llama.tokenizer import Tokenizer
+from llama.training import Options, finetune
 from llama.training.batches import collate, cut_into_passes, plan_steps
 from llama.training.examples import Document, Example
 from llama.training.loss import LanguageLoss
 from llama.training.report import read_log
 
+# Runs fine-tunings in the same processes, each [split over, options, data, checkpoint, result].
 SCRIPT = """
 import json, sys
 from llama.training import Options, finetune
-data, out, ckpt, size, options = sys.argv[1:]
-finetune(data, out, ckpt, Options(**json.loads(options)), model_parallel_size=int(size), device="cpu", progress=False)
+for size, options, data, ckpt, out in json.loads(sys.argv[1]):
+    finetune(data, out, ckpt, Options(**options), model_parallel_size=size, device="cpu", progress=False)
 """
 
 
@@ -79,47 +81,40 @@ def test_passes_are_about_equal_and_a_multiple_of_the_replicas():
     assert [len(group) for group in cut_into_passes(examples[:2], 5, 1)] == [1, 1]  # no example is cut in two
 
 
-CASES = {  # processes, and over how many of them the model is split
-    "split over 2": (2, 2),
-    "2 replicas": (2, 1),
-    "split over 4": (4, 4),
-    "2 replicas split over 2": (4, 2),
-    "4 replicas": (4, 1),
+PLAIN = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 8, "lr": 1e-3, "pass_tokens": 128}
+KINDS = {"full": PLAIN, "lora": PLAIN | {"lora_rank": 4, "lr": 1e-2}, "head": PLAIN | {"head": "scalar"}}
+KINDS |= {"head and lora": KINDS["lora"] | {"head": "scalar"}}
+CASES = {  # what is learned by how many processes, over how many of which the model is split
+    2: [("full", 2), ("full", 1), ("lora", 2)],
+    4: [("full", 4), ("full", 2), ("full", 1), ("lora", 2), ("lora", 4), ("head", 4), ("head and lora", 2)],
 }
 
 
-@pytest.mark.parametrize(("case", "kind"), [*((case, "full") for case in CASES), ("2 replicas split over 2", "lora")])
-def test_any_number_of_processes_has_the_losses_of_one(write_checkpoint, tmp_path, case, kind):
-    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
-    options = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 8, "lr": 1e-3, "pass_tokens": 128}
-    options |= {"lora_rank": 4, "lr": 1e-2} if kind == "lora" else {}
-    one = run(data, tmp_path / "one", ckpt, **options)
+@pytest.mark.parametrize("n_processes", CASES)
+def test_any_number_of_processes_has_the_losses_and_weights_of_one(write_checkpoint, tmp_path, n_processes):
+    rows, pairs = write_rows(tmp_path / "rows.jsonl"), write_pairs(tmp_path / "pairs.jsonl")
+    ckpt = write_checkpoint(n_kv_heads=2)  # fewer than four processes
+    runs = []
+    for kind, size in CASES[n_processes]:
+        data = pairs if "head" in kind else rows
+        runs.append((size, KINDS[kind], str(data), str(ckpt), str(tmp_path / f"{kind} over {size}")))
+        if not (tmp_path / kind).exists():
+            finetune(data, tmp_path / kind, ckpt, Options(**KINDS[kind]), progress=False)
     (tmp_path / "script.py").write_text(SCRIPT)
-    n_processes, size = CASES[case]
-    result = torchrun(
-        *(n_processes, tmp_path / "script.py", data, tmp_path / "many", ckpt, size, json.dumps(options)), timeout=580
-    )
+    result = torchrun(n_processes, tmp_path / "script.py", json.dumps(runs), timeout=580)
     assert result.returncode == 0, result.stderr[-3000:]
-    many = read_log(tmp_path / "many.training")
-    assert largest_difference(losses(one), losses(many)) < 1e-5
-    assert relative_difference(written(tmp_path / "many"), written(tmp_path / "one")) < 1e-4
+    for kind, size in CASES[n_processes]:
+        one, many = (read_log(tmp_path / f"{name}.training") for name in (kind, f"{kind} over {size}"))
+        assert largest_difference(losses(one), losses(many)) < 1e-5, (kind, size)
+        ours, theirs = (written(tmp_path / name) for name in (f"{kind} over {size}", kind))
+        assert relative_difference(ours, theirs) < 1e-4, (kind, size)
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / "adapter_model.safetensors"
-    return load_file(path) if path.is_file() else open_shard(folder / "consolidated.00.pth")
-
-
-def test_more_ranks_than_key_heads_and_a_scalar_head_train_as_on_one(write_checkpoint, tmp_path):
-    ckpt, data = write_checkpoint(n_kv_heads=2), write_pairs(tmp_path / "pairs.jsonl")
-    options = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 8, "lr": 1e-3, "head": "scalar"}
-    one = run(data, tmp_path / "one", ckpt, **options)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    result = torchrun(4, tmp_path / "script.py", data, tmp_path / "many", ckpt, 4, json.dumps(options), timeout=580)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert largest_difference(losses(one), losses(read_log(tmp_path / "many.training"))) < 1e-5
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("many", "one"))
-    assert relative_difference(ours, theirs) < 1e-4
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (folder / name).is_file():
+            return load_file(folder / name)
+    return open_shard(folder / "consolidated.00.pth")
 
 
 def test_llama_2s_dialogs_are_learned_as_they_are_prompted(stories):

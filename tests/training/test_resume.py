@@ -1,41 +1,71 @@
 """A run that is killed, at any moment, and started again ends with the weights of one that was not, to the bit."""
 
-import contextlib
 import json
 import os
-import random
 import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import run_python
 from training_helpers import run, write_rows
 
 from llama.checkpoint.meta import open_shard
 from llama.training import Diverged, Options, finetune, saves
 from llama.training.report import read_log
 
-OPTIONS = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 30, "lr": 1e-3, "save_every": 2}
-OPTIONS |= {"eval_share": 0.1, "eval_every": 10}
+OPTIONS = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 12, "lr": 1e-3, "save_every": 2}
+OPTIONS |= {"eval_share": 0.1, "eval_every": 5}
+# Each run is forked from a process that has imported everything; its ranks are killed where its log has some lines.
 SCRIPT = """
-import json, os, sys, time
+import json, os, random, signal, socket, sys, time
 import torch
 torch.set_num_threads(1)
 from llama.training import Options, finetune
 from llama.training.trainer import Trainer
-data, out, ckpt, size, options, pause = sys.argv[1:]
-open(f"{out}.pid.{os.environ.get('RANK', 0)}", "w").write(str(os.getpid()))
+data, ckpt, folder, cases = sys.argv[1:4] + [json.loads(sys.argv[4])]
 plain = Trainer.step
-def slower(self, number, passes):  # so that a kill falls between steps, into one, and into saves
-    time.sleep(float(pause))
-    return plain(self, number, passes)
-Trainer.step = slower
-finetune(data, out, ckpt, Options(**json.loads(options)), model_parallel_size=int(size), device="cpu", progress=False)
+
+def start(out, n_processes, size, options, pause):
+    def slower(self, number, passes):  # so that a kill falls between steps, into one, and into saves
+        time.sleep(pause)
+        return plain(self, number, passes)
+    Trainer.step = slower
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(n_processes):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        if n_processes > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_processes))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        finetune(data, out, ckpt, Options(**options), model_parallel_size=size, device="cpu", progress=False)
+        sys.exit()
+    return ranks
+
+def ended(ranks):
+    return [os.waitpid(pid, 0)[1] for pid in ranks]
+
+rng = random.Random(7)
+for name, n_processes, size, options in cases:
+    assert not any(ended(start(f"{folder}/{name}", n_processes, size, options, 0)))
+    log, n_lines, killed = f"{folder}/{name}-killed.training/log.jsonl", 0, []
+    for _ in range(3):
+        ranks = start(f"{folder}/{name}-killed", n_processes, size, options, 0.05)
+        until = n_lines + rng.randint(2, 3)
+        while n_lines < until and os.waitpid(ranks[0], os.WNOHANG) == (0, 0):
+            time.sleep(0.01)
+            n_lines = len(open(log).readlines()) if os.path.exists(log) else 0
+        time.sleep(rng.random() * 0.1)
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        killed += ended(ranks)
+        n_lines = int(max((d for d in os.listdir(f"{folder}/{name}-killed.training") if d.startswith("step-")), default="step-0")[5:])
+    assert killed == [signal.SIGKILL] * len(killed) and not os.path.exists(f"{folder}/{name}-killed"), killed
+    assert not any(ended(start(f"{folder}/{name}-killed", n_processes, size, options, 0)))
 """
 
 
@@ -48,52 +78,24 @@ def untimed_log(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in timed} for line in read_log(folder)]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_run_killed_at_three_random_moments_ends_with_the_same_weights_to_the_bit(write_checkpoint, tmp_path, kind):
-    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
-    options = OPTIONS | ({"lora_rank": 4} if kind == "lora" else {})
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "script.py"), str(data)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    rest = [str(ckpt), "1", json.dumps(options), "0.05"]
-    subprocess.run([*command, str(tmp_path / "whole"), *rest], env=env, check=True, timeout=580)
-    rng, log, done = random.Random(7), tmp_path / "out.training" / "log.jsonl", 0
-    for _ in range(3):
-        with subprocess.Popen([*command, str(tmp_path / "out"), *rest], env=env) as process:
-            until = done + rng.randint(3, 8)
-            while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= until):
-                time.sleep(0.01)
-            time.sleep(rng.random() * 0.1)
-            process.send_signal(signal.SIGKILL)
-        done = saves.newest(tmp_path / "out.training")
-        assert done and not (tmp_path / "out").exists()
-    subprocess.run([*command, str(tmp_path / "out"), *rest], env=env, check=True, timeout=580)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert untimed_log(tmp_path / "out.training") == untimed_log(tmp_path / "whole.training")
-    assert not list((tmp_path / "out.training").glob("step-*"))  # the result is written: its saves go
+CASES = {  # processes, over how many of them the model is split, options
+    "lora": (1, 1, {"lora_rank": 4}),
+    "replicas": (2, 1, {}),
+    "split": (2, 2, {}),
+}
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_two_processes_killed_and_started_again_end_with_the_same_weights_to_the_bit(write_checkpoint, tmp_path, size):
+def test_a_run_killed_at_three_random_moments_ends_with_the_same_weights_to_the_bit(write_checkpoint, tmp_path):
     ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    arguments = [ckpt, size, json.dumps(OPTIONS | {"steps": 12})]
-    whole = torchrun(2, tmp_path / "script.py", data, tmp_path / "whole", *arguments, "0", timeout=580)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "script.py"), str(data), str(tmp_path / "out"), *map(str, arguments), "0.1"]
-    log = tmp_path / "out.training" / "log.jsonl"
-    with subprocess.Popen(command, env=env) as process:
-        while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= 5):
-            time.sleep(0.01)
-        for rank in (0, 1):
-            with contextlib.suppress(ProcessLookupError):  # it has ended because the other one did
-                os.kill(int((tmp_path / f"out.pid.{rank}").read_text()), signal.SIGKILL)
-    assert saves.newest(tmp_path / "out.training") in (4, 6) and not (tmp_path / "out").exists()
-    again = torchrun(2, tmp_path / "script.py", data, tmp_path / "out", *arguments, "0", timeout=580)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    cases = [(name, n, size, OPTIONS | options) for name, (n, size, options) in CASES.items()]
+    result = run_python(SCRIPT, data, ckpt, tmp_path, json.dumps(cases), timeout=580, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in CASES:
+        killed, whole = tmp_path / f"{name}-killed", tmp_path / name
+        assert files_of(killed) == files_of(whole), name
+        logs = [untimed_log(folder.with_name(f"{folder.name}.training")) for folder in (killed, whole)]
+        assert logs[0] == logs[1] and len(logs[0]) == OPTIONS["steps"], name
+        assert not list(tmp_path.glob("*.training/step-*"))  # the result is written: its saves go
 
 
 def test_other_data_or_parameters_do_not_go_on_with_a_run(write_checkpoint, tmp_path, monkeypatch):
