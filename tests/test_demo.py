@@ -116,12 +116,12 @@ def test_only_answers_are_learned_from_a_dialog():
 
 
 def test_the_training_goes_on_where_it_was_killed_and_writes_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "STEP_TOKENS", 1500)
+    monkeypatch.setattr(train, "STEP_TOKENS", 700)
     monkeypatch.setattr(train, "CHUNK_STEPS", 4)
     for name in ("whole", "twice"):  # the tokenizer takes minutes to learn: the committed one's vocabulary is the same
         (tmp_path / name).mkdir()
         shutil.copyfile(CHECKPOINT / "tokenizer.model", tmp_path / name / "tokenizer.model")
-    train.train(tmp_path / "a", tmp_path / "whole", 6 * 1500, 3e-3, 100)
+    train.train(tmp_path / "a", tmp_path / "whole", 6 * 700, 3e-3, 100)
     plain = train.Trainer.step
 
     def killed(self, number, passes):
@@ -131,8 +131,8 @@ def test_the_training_goes_on_where_it_was_killed_and_writes_a_checkpoint(tmp_pa
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(train.Trainer, "step", killed)
-        train.train(tmp_path / "b", tmp_path / "twice", 6 * 1500, 3e-3, 2)
-    train.train(tmp_path / "b", tmp_path / "twice", 6 * 1500, 3e-3, 2)
+        train.train(tmp_path / "b", tmp_path / "twice", 6 * 700, 3e-3, 2)
+    train.train(tmp_path / "b", tmp_path / "twice", 6 * 700, 3e-3, 2)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "twice" / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
     a, b = (torch.load(tmp_path / name / "consolidated.00.pth", weights_only=True) for name in "ab")

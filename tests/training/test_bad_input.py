@@ -9,9 +9,11 @@ from training_helpers import run, write_rows
 
 from llama import Llama, Tokenizer
 from llama.checkpoint.convert import quantize
+from llama.datasets.fingerprint import fingerprint
 from llama.datasets.rows import Rows
 from llama.training import Options, finetune
 from llama.training.examples import Reader
+from llama.training.sft import COLUMNS_AS_JSON
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
@@ -75,6 +77,14 @@ def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted
     assert skipped[0].startswith("1 rows have no answer with a score of at least 0.5")
 
 
+def test_a_number_in_a_csv_file_is_text(write_checkpoint, tmp_path):
+    (tmp_path / "sums.csv").write_text("prompt,completion\n1 + 1 =,2\n[1],[2]\n")
+    tokenizer = Tokenizer(write_checkpoint() / "tokenizer.model")
+    reader = Reader(tokenizer, 60)
+    examples = reader.read(Rows(tmp_path / "sums.csv", COLUMNS_AS_JSON))
+    assert [learned(e, tokenizer) for e in examples] == ["2<|end_of_text|>", "[2]<|end_of_text|>"]
+
+
 def test_ids_outside_the_vocabulary_are_refused(read):
     _, skipped, _ = read({"tokens": [1, 512], "answers": [{"text": "a", "score": 1}]})
     assert "tokens: expected a list of ids from 0 to 511" in skipped[0]
@@ -86,6 +96,8 @@ def test_a_data_set_with_nothing_to_learn_from_is_refused(write_checkpoint, tmp_
         run(write(tmp_path / "empty.jsonl"), tmp_path / "out", ckpt)
     with pytest.raises(ValueError, match="nothing to learn from: 1 rows have no turn of the assistant"):
         run(write(tmp_path / "users.jsonl", {"messages": [USER]}), tmp_path / "out", ckpt)
+    with pytest.raises(ValueError, match=r"epochs = 0.01 of 3 examples is not one example"):
+        run(write(tmp_path / "few.jsonl", *[{"text": "a"}] * 3), tmp_path / "out", ckpt, epochs=0.01)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
 
 
@@ -140,11 +152,14 @@ def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_c
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(log, plain)) < (0.05 if kind == "int8" else 0.3)
     ids = torch.randint(512, (1, 20), generator=torch.Generator().manual_seed(0))
     beside, without = (
-        Llama.build(tmp_path / kind, max_seq_len=64, dtype="float32", adapter=adapter).model
+        Llama.build(tmp_path / kind, max_seq_len=64, dtype="float32", adapter=adapter)
         for adapter in (tmp_path / "out", None)
     )
     with torch.inference_mode():
-        assert (beside(ids) - without(ids)).abs().max() > 0.1
+        assert (beside.model(ids) - without.model(ids)).abs().max() > 0.1
+    assert fingerprint(beside) != fingerprint(without)  # no file of answers goes on with the other
+    with pytest.raises(ValueError, match=f"the weights are in {kind}: expected a model that was built without"):
+        without.save(tmp_path / "saved")
 
 
 def test_a_forward_pass_that_would_need_gradients_of_codes_is_an_error(write_checkpoint):

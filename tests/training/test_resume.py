@@ -11,6 +11,7 @@ import torch
 from conftest import run_python
 from training_helpers import run, write_rows
 
+from llama import Llama
 from llama.checkpoint.meta import open_shard
 from llama.training import Diverged, Options, finetune, saves
 from llama.training.report import read_log
@@ -63,7 +64,8 @@ for name, n_processes, size, options in cases:
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
         killed += ended(ranks)
-        n_lines = int(max((d for d in os.listdir(f"{folder}/{name}-killed.training") if d.startswith("step-")), default="step-0")[5:])
+        saves = [d for d in os.listdir(f"{folder}/{name}-killed.training") if d.startswith("step-")]
+        n_lines = max([int(d[5:]) for d in saves], default=0)
     assert killed == [signal.SIGKILL] * len(killed) and not os.path.exists(f"{folder}/{name}-killed"), killed
     assert not any(ended(start(f"{folder}/{name}-killed", n_processes, size, options, 0)))
 """
@@ -151,6 +153,24 @@ def test_a_full_disk_leaves_the_last_save_whole_and_nothing_else(tmp_path, small
     assert saves.newest(tmp_path) == 3 and [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
     saves.load(tmp_path, 3, state)
     assert torch.equal(module.weight, expected)
+
+
+def test_a_full_disk_leaves_nothing_of_a_checkpoint(write_checkpoint, tmp_path, small_files):
+    llama = Llama.build(write_checkpoint(), max_seq_len=64, max_batch_size=1, train=True)
+    before = set(tmp_path.iterdir())
+    small_files(50_000)
+    with pytest.raises(OSError, match="could not be written, and nothing of it is left"):
+        llama.save(tmp_path / "saved", "hf")
+    small_files(resource.RLIM_INFINITY)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path):
+    first, second = (saves.run_folder(tmp_path / "run", {"lr": 1}, force) for force in (False, True))
+    with first, pytest.raises(FileExistsError, match="another process is training in"):
+        second.__enter__()
+    with saves.run_folder(tmp_path / "run", {"lr": 1}, force=False):
+        pass
 
 
 def test_a_save_runs_no_code_and_a_damaged_one_is_refused(tmp_path):
