@@ -74,7 +74,7 @@ def cut_into_passes(examples: Sequence[Example], pass_tokens: int, n_replicas: i
     A group has more only where one example does. Some are empty where there are fewer examples than replicas.
     """
     total = sum(example.n_tokens for example in examples)
-    n_passes = max(1, -(-total // pass_tokens))
+    n_passes = max(1, min(-(-total // pass_tokens), len(examples)))
     n_passes = -(-n_passes // n_replicas) * n_replicas
     while True:
         passes: list[list[Example]] = [[] for _ in range(n_passes)]

@@ -87,8 +87,8 @@ def finetune(
             found = f"epochs = {options.epochs} of {len(training)} examples"
             raise ValueError(f"{found} is not one example: expected more of them")
         started_as = describe(options, base, [*training, *held_out])
-        model = load_model(base, options, device)
     with saves.run_folder(folder, started_as, force), parallel.fail_at_once():
+        model = load_model(base, options, device)
         module = prepare_module(model, options)
         shard_over_replicas(module, model)
         peak_rate = options.lr or (1e-5 if options.lora_rank is None else 2e-4)

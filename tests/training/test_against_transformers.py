@@ -20,6 +20,7 @@ from training_helpers import (
 
 from llama import Llama
 from llama.checkpoint.convert import convert
+from llama.checkpoint.meta import open_shard
 
 TOLERANCE = 1e-4
 
@@ -167,3 +168,12 @@ def test_a_saved_model_is_read_by_transformers_and_back_and_answers_with_its_new
     with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
         llama.save(tmp_path / "hf", "hf")
     convert(tmp_path / "hf", tmp_path / "again", "meta")
+
+
+def test_a_model_that_was_built_to_answer_is_saved_bit_for_bit(write_checkpoint, tmp_path):
+    ckpt = write_checkpoint()
+    llama = Llama.build(ckpt, max_seq_len=64, max_batch_size=1)
+    llama.generate([[1, 2, 3]], 4)  # its matrices are packed from now on
+    llama.save(tmp_path / "saved")
+    saved, original = (open_shard(folder / "consolidated.00.pth") for folder in (tmp_path / "saved", ckpt))
+    assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in saved)

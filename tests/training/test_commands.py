@@ -61,7 +61,7 @@ def test_the_example_draws_learns_and_asks_again(tmp_path):
 def test_a_mistake_is_one_line(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", n=4)
     for args, message in [
-        ((data, tmp_path / "out", "--ckpt_dir", DEMO, "--epochs", "-1"), "epochs = -1: expected a number above 0"),
+        ((data, tmp_path / "out", "--ckpt_dir", DEMO, "--epochs", "-1"), "--epochs = -1.0: expected a number above 0"),
         ((data, data, "--ckpt_dir", DEMO), "exists and is not an empty directory"),
         ((tmp_path / "no.jsonl", tmp_path / "out", "--ckpt_dir", DEMO), "there is no file"),
     ]:
