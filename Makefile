@@ -17,7 +17,7 @@ demo: $(VENV)/.runtime
 	$(VENV)/bin/python example_chat_completion.py
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

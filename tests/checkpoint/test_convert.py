@@ -222,8 +222,8 @@ def anonymous_bytes() -> int:
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
 def test_memory_is_a_few_pieces_and_not_a_tensor(write_checkpoint, tmp_path, monkeypatch, to):
-    changes = {"dim": 512, "n_layers": 1, "vocab_size": 8000}
-    largest = 8000 * 512 * 4
+    changes = {"dim": 512, "n_layers": 1, "vocab_size": 24000}
+    largest = 24000 * 512 * 4
     src = write_checkpoint(**changes)
     split = split_checkpoint(src, tmp_path / "columns", 2, embedding="columns")  # no piece lies in one place
     monkeypatch.setattr(loading, "CHUNK_BYTES", 1 << 19)
