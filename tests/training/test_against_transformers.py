@@ -19,6 +19,7 @@ from training_helpers import (
 )
 
 from llama import Llama
+from llama.adapters import merge
 from llama.checkpoint.convert import convert
 from llama.checkpoint.meta import open_shard
 
@@ -41,27 +42,6 @@ def test_full_fine_tuning_has_the_losses_and_weights_of_transformers(write_check
     assert relative_difference(ours, theirs) < TOLERANCE
 
 
-@pytest.fixture
-def lora(write_checkpoint, tmp_path):
-    """A checkpoint, the log of an adapter's training on it, and the adapter that changes nothing yet."""
-    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
-    run(data, tmp_path / "first", ckpt, lora_rank=4, lr=1e-30, steps=1)  # PEFT starts with the same A
-    log = run(data, tmp_path / "out", ckpt, lora_rank=4, lr=5e-3)
-    return ckpt, data, log
-
-
-def test_an_adapter_has_the_losses_and_weights_of_peft(lora, tmp_path):
-    from peft import PeftModel
-
-    ckpt, data, log = lora
-    model = PeftModel.from_pretrained(hugging_face(ckpt, tmp_path / "hf"), tmp_path / "first", is_trainable=True)
-    losses = train_with_transformers(model, steps_of(data, ckpt), language_loss, lr=5e-3)
-    assert differences(log, losses) < TOLERANCE and losses[-1] < losses[0] - 0.5
-    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    model.save_pretrained(tmp_path / "theirs")
-    assert relative_difference(ours, load_file(tmp_path / "theirs" / "adapter_model.safetensors")) < TOLERANCE
-
-
 def logits(ckpt, ids, **options) -> torch.Tensor:
     model = Llama.build(ckpt, max_seq_len=64, max_batch_size=1, dtype="float32", **options).model
     model.cache = None
@@ -69,20 +49,29 @@ def logits(ckpt, ids, **options) -> torch.Tensor:
         return model(ids)
 
 
-def test_an_adapter_gives_the_same_logits_here_and_in_peft_and_folded_in(lora, tmp_path):
+def test_an_adapter_has_the_losses_weights_and_logits_of_peft(write_checkpoint, tmp_path):
     from peft import PeftModel
 
-    from llama.adapters import merge
-
-    ckpt, _, _ = lora
-    ids = torch.randint(512, (1, 40), generator=torch.Generator().manual_seed(0))
+    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
+    run(data, tmp_path / "first", ckpt, lora_rank=4, lr=1e-30, steps=1)  # PEFT starts with the same A
+    log = run(data, tmp_path / "out", ckpt, lora_rank=4, lr=5e-3)
     base = hugging_face(ckpt, tmp_path / "hf")
+    ids = torch.randint(512, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = base(ids).logits
-        theirs = PeftModel.from_pretrained(base, tmp_path / "out").eval()(ids).logits
-    ours = logits(ckpt, ids, adapter=tmp_path / "out")
+    model = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
+    losses = train_with_transformers(model, steps_of(data, ckpt), language_loss, lr=5e-3)
+    assert differences(log, losses) < TOLERANCE and losses[-1] < losses[0] - 0.5
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    model.save_pretrained(tmp_path / "theirs")
+    assert relative_difference(ours, load_file(tmp_path / "theirs" / "adapter_model.safetensors")) < TOLERANCE
+
+    model.load_adapter(tmp_path / "out", "ours")
+    model.set_adapter("ours")
+    with torch.no_grad():
+        theirs = model.eval()(ids).logits
     assert (theirs - plain).abs().max() > 0.5
-    assert (ours - theirs).abs().max() < 1e-5
+    assert (logits(ckpt, ids, adapter=tmp_path / "out") - theirs).abs().max() < 1e-5
     merge(ckpt, tmp_path / "out", tmp_path / "merged")
     assert (logits(tmp_path / "merged", ids) - theirs).abs().max() < 1e-5
 

@@ -9,6 +9,8 @@ from conftest import torchrun
 from safetensors.torch import load_file
 from training_helpers import relative_difference, run, write_pairs, write_rows
 
+from llama import Llama
+from llama.checkpoint.convert import quantize
 from llama.checkpoint.meta import open_shard
 from llama.tokenizer import Tokenizer
 from llama.training import Options, finetune
@@ -17,12 +19,16 @@ from llama.training.examples import Document, Example
 from llama.training.loss import LanguageLoss
 from llama.training.report import read_log
 
-# Runs fine-tunings in the same processes, each [split over, options, data, checkpoint, result].
+# Fine-tunes, each [split over, options, data, checkpoint, result], then answers with [checkpoint, adapter].
 SCRIPT = """
 import json, sys
+from llama import Llama
 from llama.training import Options, finetune
 for size, options, data, ckpt, out in json.loads(sys.argv[1]):
     finetune(data, out, ckpt, Options(**options), model_parallel_size=size, device="cpu", progress=False)
+for ckpt, adapter in json.loads(sys.argv[2]):
+    llama = Llama.build(ckpt, max_seq_len=64, dtype="float32", device="cpu", adapter=adapter)
+    print(json.dumps(llama.generate([[1, 2, 3], [4, 5]], 10, 0)[0]))
 """
 
 
@@ -51,8 +57,6 @@ def test_packing_passes_and_recomputing_do_not_change_losses_or_weights(write_ch
 
 
 def test_a_document_in_a_packed_row_sees_no_other(write_checkpoint):
-    from llama import Llama
-
     model = Llama.build(write_checkpoint(), max_seq_len=64, max_batch_size=1, train=True).model
     packed = collate([example(9), example(20), example(5), example(30)], 64)
     assert packed.tokens.shape == (1, 64) and packed.documents is not None
@@ -82,7 +86,7 @@ def test_passes_are_about_equal_and_a_multiple_of_the_replicas():
     assert [len(group) for group in cut_into_passes(examples[:2], 5, 1)] == [1, 1]  # no example is cut in two
 
 
-PLAIN = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 8, "lr": 1e-3, "pass_tokens": 128}
+PLAIN = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 5, "lr": 1e-3, "pass_tokens": 128}
 KINDS = {"full": PLAIN, "lora": PLAIN | {"lora_rank": 4, "lr": 1e-2}, "head": PLAIN | {"head": "scalar"}}
 KINDS |= {"head and lora": KINDS["lora"] | {"head": "scalar"}}
 CASES = {  # what is learned by how many processes, over how many of which the model is split
@@ -94,16 +98,22 @@ CASES = {  # what is learned by how many processes, over how many of which the m
 @pytest.mark.parametrize("n_processes", CASES)
 def test_any_number_of_processes_has_the_losses_and_weights_of_one(write_checkpoint, tmp_path, n_processes):
     rows, pairs = write_rows(tmp_path / "rows.jsonl"), write_pairs(tmp_path / "pairs.jsonl")
-    ckpt = write_checkpoint(n_kv_heads=2)  # fewer than four processes
+    ckpt = write_checkpoint(n_kv_heads=2, dim=128)  # fewer heads than four processes
     runs = []
     for kind, size in CASES[n_processes]:
         data = pairs if "head" in kind else rows
         runs.append((size, KINDS[kind], str(data), str(ckpt), str(tmp_path / f"{kind} over {size}")))
         if not (tmp_path / kind).exists():
             finetune(data, tmp_path / kind, ckpt, Options(**KINDS[kind]), progress=False)
+    adapter = tmp_path / "lora"
+    quantize(ckpt, tmp_path / "int8", "int8")
+    adapted = [(str(folder), str(adapter)) for folder in (ckpt, tmp_path / "int8")]  # folded in, and beside
     (tmp_path / "script.py").write_text(SCRIPT)
-    result = torchrun(n_processes, tmp_path / "script.py", json.dumps(runs), timeout=580)
+    result = torchrun(n_processes, tmp_path / "script.py", json.dumps(runs), json.dumps(adapted), timeout=580)
     assert result.returncode == 0, result.stderr[-3000:]
+    for (folder, _), line in zip(adapted, result.stdout.splitlines()[-3::2]):
+        llama = Llama.build(folder, max_seq_len=64, dtype="float32", adapter=adapter)
+        assert llama.generate([[1, 2, 3], [4, 5]], 10, 0)[0] == json.loads(line)
     for kind, size in CASES[n_processes]:
         one, many = (read_log(tmp_path / f"{name}.training") for name in (kind, f"{kind} over {size}"))
         assert largest_difference(losses(one), losses(many)) < 1e-5, (kind, size)
@@ -128,28 +138,3 @@ def test_llama_2s_dialogs_are_learned_as_they_are_prompted(stories):
     prompt = reader.formatter.encode_dialog_prompt([*messages, messages[0]])
     assert document.ids[: len(prompt)] == prompt and document.ids[-1] == tokenizer.eos_id
     assert tokenizer.decode([i for i, ok in zip(document.ids, document.learned) if ok]).split() == ["Yes", "Yes"]
-
-
-ANSWERS = """
-import sys
-from llama import Llama
-for ckpt in sys.argv[2:]:
-    llama = Llama.build(ckpt, max_seq_len=64, dtype="float32", device="cpu", adapter=sys.argv[1])
-    tokens, logprobs = llama.generate([[1, 2, 3], [4, 5]], 10, 0, logprobs=True)
-    print("answers", tokens, [[round(value, 3) for value in row] for row in logprobs])
-"""
-
-
-def test_an_adapter_answers_alike_on_two_ranks_folded_in_and_beside_quantised_matrices(write_checkpoint, tmp_path):
-    from llama.checkpoint.convert import quantize
-
-    ckpt, data = write_checkpoint(dim=128), write_rows(tmp_path / "rows.jsonl")
-    quantize(ckpt, tmp_path / "int8", "int8")
-    run(data, tmp_path / "out", ckpt, lora_rank=4, lr=1e-2, steps=20)
-    (tmp_path / "script.py").write_text(ANSWERS)
-    arguments = [tmp_path / "script.py", tmp_path / "out", ckpt, tmp_path / "int8"]
-    one, two = (torchrun(n, *arguments, timeout=580) for n in (1, 2))
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    lines = [[line for line in result.stdout.splitlines() if line.startswith("answers")] for result in (one, two)]
-    assert len(lines[0]) == 2 and lines[0][0].split("]]")[0] == lines[1][0].split("]]")[0]
-    assert lines[0][1].split("]]")[0] == lines[1][1].split("]]")[0]

@@ -88,7 +88,7 @@ CASES = {  # processes, over how many of them the model is split, options
 
 
 def test_a_run_killed_at_three_random_moments_ends_with_the_same_weights_to_the_bit(write_checkpoint, tmp_path):
-    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
+    ckpt, data = write_checkpoint(n_layers=1), write_rows(tmp_path / "rows.jsonl")
     cases = [(name, n, size, OPTIONS | options) for name, (n, size, options) in CASES.items()]
     result = run_python(SCRIPT, data, ckpt, tmp_path, json.dumps(cases), timeout=580, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
