@@ -22,7 +22,9 @@ OPTIONS |= {"eval_share": 0.1, "eval_every": 5}
 SCRIPT = """
 import json, os, random, signal, socket, sys, time
 import torch
+import torch._dynamo  # as optimizers do
 torch.set_num_threads(1)
+sys.modules["matplotlib.figure"] = None  # curves take longer than the training
 from llama.training import Options, finetune
 from llama.training.trainer import Trainer
 data, ckpt, folder, cases = sys.argv[1:4] + [json.loads(sys.argv[4])]
