@@ -56,6 +56,7 @@ setup(
             "jsonschema",
             "schemathesis",
             "selenium",
+            "peft",
         ],
         "dev": ["ruff", "pdoc"],
     },

@@ -15,12 +15,13 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from typing_extensions import Unpack
 
 from llama import parallel
-from llama.checkpoint import build_model, open_checkpoint
+from llama.adapters import build_adapted
+from llama.checkpoint import open_checkpoint, save_checkpoint
 from llama.decoding import predictions, scoring
 from llama.decoding.answering import Answer, Answerer, Jobs
 from llama.decoding.predictions import ChatPrediction, CompletionPrediction
 from llama.decoding.rollouts import answer_dialogs, encode_dialog, named
-from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
+from llama.decoding.speculative import Proposer, SpeculativeEngine, make_proposer, open_draft
 from llama.engine import Engine
 from llama.keywords import Options, StreamOptions
 from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p, shared_attribute  # noqa: F401  # importable
@@ -46,6 +47,8 @@ class Llama:
         compile: bool = False,
         quantize: str | None = None,
         draft: str | os.PathLike | None = None,
+        adapter: str | os.PathLike | None = None,
+        train: bool = False,
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
@@ -53,8 +56,7 @@ class Llama:
         0 stdout is silenced. Nothing else that is global is touched.
 
         Args:
-            ckpt_dir: a directory with params.json and consolidated.NN.pth, or Hugging Face's with config.json and
-                safetensors files; of any number of shards.
+            ckpt_dir: Meta's directory (params.json and consolidated.NN.pth) or Hugging Face's, of any number of shards.
             tokenizer_path: tokenizer.model of `ckpt_dir` when None, or its tokenizer.json where there is no other.
             max_seq_len: room for a prompt and its answer, tokens.
             max_batch_size: how many sequences run at a time; more prompts than that take turns.
@@ -63,32 +65,27 @@ class Llama:
             device: "cuda", "mps", "cpu"; the first of these that is there when None.
             dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
             compile: whether to compile the decoding step with `torch.compile`: a minute the first time on a machine.
-            quantize: "int8" or "int4" rounds the matrices while they are loaded, to a half or a quarter of bfloat16's
-                bytes; the embedding and the norms stay. The computation is in bfloat16 unless `dtype` is given.
-            draft: what proposes tokens for the model to check several at a time: the same answers, sooner. The
-                directory of a smaller model with the same tokenizer, or "ngram" (`llama.decoding.speculative`).
+            quantize: "int8" or "int4" rounds the matrices while they are loaded; in bfloat16, unless `dtype` is given.
+            draft: a smaller model's directory, or "ngram", which proposes tokens: the same answers, sooner.
+            adapter: a LoRA's directory, as `llama finetune` and PEFT write it; folded in, or beside quantised weights.
+            train: whether all weights are parameters that learn, and are never packed.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or broken, or a number is out of range.
             MemoryError: the device has no room for the weights and the cache.
         """
         started = time.perf_counter()
-        if not isinstance(draft, (str, os.PathLike, type(None))):
-            raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
         if not isinstance(compile, bool):
             raise TypeError(f"compile = {compile!r}: expected True or False")
         device = parallel.pick_device(device)
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
-        proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         with parallel.fail_together():
             tokenizer, checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
-            smaller = None if draft in (None, "ngram") else open_draft(draft, tokenizer, max_seq_len, max_batch_size)
-            model, loaded = build_model(checkpoint, dtype, device, quantize)
-            if smaller is not None:
-                proposer = DraftModel(build_model(smaller, model.norm.weight.dtype, device)[0])
-        if dist.get_rank() == 0:
-            print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
+            smaller = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
+            model, loaded = build_adapted(checkpoint, adapter, dtype, device, quantize, train)
+            proposer = make_proposer(draft, smaller, model.norm.weight.dtype, device)
+        print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
         del checkpoint, smaller  # which hold the weights: only those that nobody else holds are packed
         llama = Llama(model, tokenizer, seed, proposer, compile)
         llama._engine.model_is_held = False  # nobody has seen it
@@ -109,9 +106,7 @@ class Llama:
         self._engine.model_is_held = True
         if compile:
             with parallel.fail_at_once():
-                took = self._engine.compile()
-            if dist.get_rank() == 0:
-                print(took)
+                print(self._engine.compile())
         self.answerer = Answerer(self._engine, tokenizer, seed)
 
     tokenizer = shared_attribute("answerer", "tokenizer")
@@ -125,6 +120,10 @@ class Llama:
     @model.setter
     def model(self, model: torch.nn.Module) -> None:
         self.answerer.shared.exchange(model)
+
+    def save(self, dst: str | os.PathLike, to: str = "meta", **options: Any) -> None:
+        """Writes the weights as they are now, whole or not at all: see `llama.checkpoint.save_checkpoint`."""
+        save_checkpoint(self._engine.opened, self.tokenizer, dst, to, **options)
 
     @property
     def args(self) -> ModelArgs:

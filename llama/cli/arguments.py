@@ -93,6 +93,7 @@ class Loading:
     model_parallel_size: int | None = None  # over how many processes the model is split; all when left out
     compile: bool = False  # compiles the decoding step: a minute the first time, a little faster then
     quantize: str | None = None  # "int8" or "int4" rounds the matrices while they are loaded
+    adapter: str | None = None  # a LoRA's directory, as `llama finetune` and PEFT write it
     draft: str | None = None  # a smaller model's directory, or "ngram", proposes tokens: the same answers, sooner
 
     def build(self, decoding: Decoding | None = None) -> Llama:

@@ -12,12 +12,13 @@ from llama import __version__
 from llama.cli.arguments import MISTAKES, is_first_rank
 from llama.cli.checkpoints import convert, info, quantize, verify
 from llama.cli.datasets import batch, rescore, sample
+from llama.cli.finetune import finetune, merge
 from llama.cli.serve import serve
 from llama.cli.texts import chat, complete, score
 from llama.keywords import PORTED
 from llama.options import NAMES
 
-COMMANDS = (chat, complete, score, batch, sample, rescore, info, verify, convert, quantize, serve)
+COMMANDS = (chat, complete, score, batch, sample, rescore, finetune, merge, info, verify, convert, quantize, serve)
 
 CONFIG = (
     tyro.conf.OmitArgPrefixes,  # --device, not --loading.device

@@ -27,7 +27,8 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
     if (template := llama.formatter.template) is not None:
         tokenizer += f", chat template {template.digest}"
-    return {**args, "dtype": dtype, "weights": weights_digest(model), "tokenizer": tokenizer}
+    adapter = {"adapter": model.adapter} if hasattr(model, "adapter") else {}  # beside quantised weights
+    return {**args, "dtype": dtype, "weights": weights_digest(model), **adapter, "tokenizer": tokenizer}
 
 
 @torch.inference_mode()

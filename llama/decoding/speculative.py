@@ -24,7 +24,7 @@ from typing import Protocol
 
 import torch
 
-from llama.checkpoint import Checkpoint, open_checkpoint
+from llama.checkpoint import Checkpoint, build_model, open_checkpoint
 from llama.decode_step import run_rows
 from llama.engine import PREFILL_TOKENS, Engine
 from llama.kv_cache import Slots
@@ -273,8 +273,17 @@ class DraftModel:
         return draw(sequences, logits, ahead).tolist()
 
 
-def open_draft(draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, max_batch_size: int) -> Checkpoint:
-    """The checkpoint of a draft, of which no weight has been read. Arguments and errors as in `Llama.build`."""
+def open_draft(
+    draft: str | os.PathLike | None, target: Tokenizer, max_seq_len: int, max_batch_size: int
+) -> Checkpoint | None:
+    """The checkpoint of a draft, of which no weight has been read; None if it has none.
+
+    Arguments and errors as in `Llama.build`.
+    """
+    if draft is None or draft == "ngram":
+        return None
+    if not isinstance(draft, (str, os.PathLike)):
+        raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
     if not Path(draft).is_dir():
         raise FileNotFoundError(f"draft = {str(draft)!r}: expected the directory of a smaller model, or 'ngram'")
     tokenizer, checkpoint = open_checkpoint(draft, None, max_seq_len, max_batch_size)
@@ -285,6 +294,15 @@ def open_draft(draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, ma
     except ValueError as error:
         raise ValueError(f"draft {draft} cannot propose tokens to this model: {error}") from error
     return checkpoint
+
+
+def make_proposer(
+    draft: str | os.PathLike | None, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device
+) -> Proposer | None:
+    """What `Llama.build(draft=…)` asks for; `checkpoint` is what `open_draft` found."""
+    if checkpoint is None:
+        return None if draft is None else NgramLookup()
+    return DraftModel(build_model(checkpoint, dtype, device)[0])
 
 
 def check_tokenizer(draft: Tokenizer, target: Tokenizer) -> None:

@@ -29,6 +29,7 @@ class Tokenizer:
     `model_path` is a `tokenizer.model`, or Hugging Face's `tokenizer.json` of Llama 3; the contents tell which.
 
     Attributes:
+        path: its file.
         kind: `"llama3"` or `"llama2"`.
         n_words: size of the vocabulary, special tokens included (128,256 and 32,000 for Meta's files).
         bos_id, eos_id: ids that begin and end a text.
@@ -45,7 +46,8 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | os.PathLike):
-        self._model = _read_model(Path(model_path))
+        self.path = Path(model_path)
+        self._model = _read_model(self.path)
         self.kind: Literal["llama3", "llama2"] = self._model.kind
         self.special_tokens: dict[str, int] = self._model.special_tokens
         self.ranks: dict[bytes, int] | None = getattr(self._model, "ranks", None)
