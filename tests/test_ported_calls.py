@@ -4,6 +4,7 @@ import pytest
 from conftest import DEMO
 
 from llama import Llama
+from llama.cli import commands as cli
 from llama.datasets.batch import run_batch
 from llama.keywords import PORTED, Options, StreamOptions, unknown
 from llama.options import NAMES, DecodingOptions
@@ -128,6 +129,22 @@ def test_several_gpus_in_a_plain_script_are_told_the_command(tmp_path, monkeypat
         Llama.build(DEMO, model_parallel_size=2, device="cpu")
     assert str(found.value).startswith("model_parallel_size=2 in a run of one process: a model is split over processes")
     assert f"`torchrun --nproc_per_node 2 {script} …`" in str(found.value)
+
+
+def test_a_flag_of_another_program_is_answered_with_ours(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["complete", "One", "--max_new_tokens", "5", "--do-sample"])
+    said = capsys.readouterr().err.splitlines()[-2:]
+    assert said[0] == "llama: --max_new_tokens is --max_gen_len here"
+    assert said[1].startswith("llama: --do_sample is --temperature here: 0 takes")
+
+
+def test_what_would_be_taken_for_something_else_is_refused(demo):
+    with pytest.raises(TypeError, match="compile = 'yes': expected True or False"):
+        Llama.build(DEMO, compile="yes")
+    for text, found in (("", "is empty"), ([5], "has one token")):
+        with pytest.raises(ValueError, match=f"text 1 {found}: a perplexity needs a token after the first"):
+            demo.perplexity(["One day", text])
 
 
 # Several answers to a dialog with open turns

@@ -133,7 +133,8 @@ def test_other_values_have_the_types_of_the_options():
         "logit_bias": {97: -float("inf"), 98: 2},
     }
     assert decoding("--early-stopping", "True") == {"early_stopping": True}
-    assert decoding("--temperature", "0.6") == {}  # the default
+    assert decoding("--top_p", "0.9") == {}  # the default
+    assert decoding("--temperature", "0.6") == {"temperature": 0.6}  # which in a beam search is none
 
 
 @pytest.mark.parametrize("text", ["12", "(a, b)", "[1]", "None", "{x", "--x", "-1"])
