@@ -98,9 +98,9 @@ def main(
         n_prompts: sums to draw answers to, in each round.
         n_unseen: sums to be asked.
         temperature: of the answers that are drawn; so high that a single one is often wrong.
-        epochs: how often a round's right answers are gone through.
+        epochs: how often the first round's right answers are gone through; round k has a k-th of it.
         lora_rank: of the adapter.
-        lr: the largest learning rate.
+        lr: the largest learning rate of the first round; round k has a k-th of it.
         seed: another one draws other sums and answers.
     """
     started, folder = time.time(), Path(out)
@@ -121,10 +121,11 @@ def main(
         asked = rows[number * n_prompts : (number + 1) * n_prompts]
         n_right = write_right_answers(llama, asked, n, temperature, seed + number, data)
         print(f"round {number + 1}: {n_right} of {n * len(asked)} answers are right", flush=True)
+        # Later rounds have more right answers and less to learn: they go gently, to keep what else the model can.
         # The loss is that of the distribution the answers were drawn from, at its temperature: they are samples of it.
         options = Options(
-            **{"max_seq_len": 256, "batch_tokens": 2048, "epochs": epochs, "lora_rank": lora_rank, "lr": lr},
-            **{"temperature": temperature, "seed": seed},
+            **{"max_seq_len": 256, "batch_tokens": 2048, "epochs": epochs / (number + 1), "lora_rank": lora_rank},
+            **{"lr": lr / (number + 1), "temperature": temperature, "seed": seed},
         )
         finetune(data, adapter, ckpt_dir, options)
         merge(ckpt_dir, adapter, merged)
