@@ -64,7 +64,7 @@ def attach(model: Transformer, name: str, a: torch.Tensor, b: torch.Tensor, scal
     start, stop = slice_of_rank(name, size, model.args, table.rank, table.world_size)
     a, b = (a[:, start:stop], b) if split == COLUMNS else (a, b[start:stop])
     a, b = (part.to(model.rotary.device, torch.float32).contiguous() for part in (a, b))
-    linear.lora = Lora(a, b, scale, split, table.group)
+    linear.add_module("lora", Lora(a, b, scale, split, table.group))  # an attribute would ask for a quantised weight
     linear.register_forward_hook(_add_lora)
 
 
