@@ -11,8 +11,8 @@ from pathlib import Path
 import fire
 
 from demo import corpus
-from demo.train import encode
-from llama import ChatFormat, Llama, Tokenizer
+from llama import Llama, Tokenizer
+from llama.training.examples import Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
@@ -22,9 +22,9 @@ SEED = 2_000_000_011  # not of the training's chunks
 
 def demo_texts(n: int) -> list[list[int]]:
     """Documents as the embedded checkpoint was trained on, as ids."""
-    tokenizer = Tokenizer(DEMO / "tokenizer.model")
-    chat = ChatFormat(tokenizer)
-    texts = (encode(document, tokenizer, chat)[0] for document in corpus.documents(SEED))
+    reader = Reader(Tokenizer(DEMO / "tokenizer.model"), max_seq_len=256)
+    drawn = corpus.documents(SEED)
+    texts = ((reader.text(d) if isinstance(d, str) else reader.dialog(d)).ids for d in drawn)
     return list(itertools.islice((text for text in texts if 2 <= len(text) <= 256), n))
 
 

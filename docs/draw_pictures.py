@@ -26,6 +26,7 @@ FLOORS = [
     ["layers/"],
     ["model.py"],
     ["decode_step.py", "checkpoint/"],
+    ["adapters/"],
     ["engine.py"],
     ["decoding/"],
     ["generation.py"],

@@ -5,7 +5,6 @@ saved is the time between the kernels: a graph launches them all at once, and a 
 nothing of sequences or sampling.
 """
 
-import bisect
 import os
 import tempfile
 import time
@@ -14,10 +13,10 @@ from getpass import getuser
 
 import torch
 
-from llama.layers.cuda_graph import CUDAGraph
+from llama.layers.cuda_graph import CUDAGraphs
+from llama.layers.hooks import Logits, watched
+from llama.layers.packing import signature
 from llama.model import Transformer
-
-SHORTEST_LENGTH = 256  # of the keys that a graph reads; its other lengths are 1.5 and 2 times as much, and so on
 
 
 class DecodeStep:
@@ -30,10 +29,10 @@ class DecodeStep:
 
     def __init__(self, model: Transformer, compile: bool = False):
         self.model = model
-        self.device = model.rotary.device
+        self.device = model.device
         self.compiled = compile
         self.key_positions = torch.arange(model.args.max_seq_len, device=self.device)
-        self._step: Callable[..., torch.Tensor] = model.step
+        self._step: Callable[..., torch.Tensor] | None = getattr(model, "step", None)  # `ForwardOnly` has none
         if compile:
             # On CUDA the compiler makes and tunes the kernels; on a CPU the products stay oneDNN's or PyTorch's own,
             # which are as fast as the memory there, and what is between them is fused.
@@ -42,13 +41,17 @@ class DecodeStep:
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
             # In a region of its own: PyTorch counts the programs of all models together otherwise, and stops at eight.
             self._step = torch.compile(model.step, fullgraph=True, isolate_recompiles=True, options=options)
-        self._graphs: dict[tuple[int, int], CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.batch_sizes = _sizes(1, model.args.max_batch_size)
-        self.lengths = _sizes(SHORTEST_LENGTH, model.args.max_seq_len)
+        self._graphs: CUDAGraphs | None = None
+        if self.device.type == "cuda" and self._step is not None:
+            self._graphs = CUDAGraphs(self._step, model.args.max_batch_size, self.key_positions)
+        self._signature: tuple | None = None  # of the model that was compiled or recorded
 
     def __call__(
-        self, tokens: list[int], positions: list[int], spare: Callable[[int], int] | None = None
+        self,
+        tokens: list[int],
+        positions: list[int],
+        spare: Callable[[int], int] | None = None,
+        as_it_comes: bool = False,
     ) -> torch.Tensor:
         """Logits of the tokens that follow, float32 [B, vocab_size].
 
@@ -57,13 +60,23 @@ class DecodeStep:
             positions: where it belongs.
             spare: gives a position of a row above these that nothing is lost from if a graph for more rows writes
                 there; None if there is no such row.
+            as_it_comes: whether the step runs as PyTorch runs it, for matrices that are not packed.
         """
-        if self.device.type == "cuda":
-            return self._replay(tokens, positions, spare)
-        if not self.compiled:
+        if as_it_comes or not (self.compiled or self._graphs):
             rows = torch.tensor(tokens, device=self.device)[:, None]
-            return self.model.logits(self.model.hidden_states(rows, positions)[:, -1])
+            return self.model.run(rows, positions)[:, -1]
+        if self._signature is None:
+            self._signature = signature(self.model)
+        if self._graphs is not None:
+            return self._graphs(tokens, positions, spare)
         return self._step(*self._inputs(tokens, positions), exact=len(tokens) == 1 and positions[0] > 0)
+
+    def of_the_model_as_it_is(self) -> "DecodeStep | None":
+        """Of a model that somebody may have changed: this step, or a new one; None where each module must be called."""
+        if not self.compiled and (self._graphs is None or any(watched(self.model))):
+            return None
+        is_stale = self._signature not in (None, signature(self.model))
+        return DecodeStep(self.model, self.compiled) if is_stale else self
 
     def warm_up(self) -> str:
         """Compiles for one row and for several, which are two programs; says how long it took."""
@@ -86,22 +99,21 @@ class DecodeStep:
             torch._dynamo.mark_dynamic(places, 0)
         return rows, places, key_positions
 
-    def _replay(self, tokens: list[int], positions: list[int], spare: Callable[[int], int] | None) -> torch.Tensor:
-        """Runs a graph for at least so many rows and keys; it is captured the first time."""
-        n_rows = len(tokens)
-        if spare is not None:
-            n_rows = self.batch_sizes[bisect.bisect_left(self.batch_sizes, n_rows)]
-        length = self.lengths[bisect.bisect_left(self.lengths, max(positions) + 1)]
-        graph = self._graphs.get((n_rows, length))
-        if graph is None:
-            graph = self._graphs[n_rows, length] = CUDAGraph(
-                self._step, n_rows, self.key_positions[:length], self._pool
-            )
-        more = range(len(tokens), n_rows)
-        return graph([*tokens, *(0 for _ in more)], [*positions, *(spare(row) for row in more)])[: len(tokens)]
 
+def run_rows(
+    model: Transformer, texts: list[list[int]], starts: list[int], first_slot: int
+) -> tuple[Logits, list[int]]:
+    """Runs text[start:] of each of B texts, whose earlier keys are in its slot, right-padded to one width.
 
-def _sizes(first: int, most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, … times `first` up to `most`, and `most`."""
-    sizes = {size for i in range(32) for size in (first << i, (first << i) * 3 // 2) if size < most}
-    return sorted({*sizes, most})
+    Rows whose padding would leave the cache start earlier instead, and write again what is there already. Returns the
+    logits [B, T, vocab_size], and the column at which text[start] is in each row.
+    """
+    width = max(map(int.__sub__, map(len, texts), starts))
+    rows, firsts, columns = [], [], []
+    for text, start in zip(texts, starts):
+        first = min(start, model.args.max_seq_len - width)
+        rows.append(text[first:] + [0] * (width - len(text) + first))
+        firsts.append(first)
+        columns.append(start - first)
+    tokens = torch.tensor(rows, device=model.device)
+    return model.run(tokens, firsts, slice(first_slot, first_slot + len(rows))), columns

@@ -10,10 +10,13 @@ others, and leave their slot to the next.
 from collections import deque
 
 import torch
+from torch import nn
 
-from llama.decode_step import DecodeStep
+from llama.decode_step import DecodeStep, run_rows
 from llama.kv_cache import Slots, shared_prefix
+from llama.layers.hooks import check_hooks
 from llama.layers.packing import pack
+from llama.meta_names import ForwardOnly, runnable
 from llama.model import Transformer
 from llama.sequence import Counters, Search, Sequence, choose, score_prompt
 
@@ -37,22 +40,43 @@ class Engine:
     """
 
     def __init__(self, model: Transformer):
-        self.model = model
+        self.opened, self.model = model, runnable(model)  # what users see, and how it is run
+        self.model_is_held = False  # by somebody who may change it, or run it, at any time
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how much of its prompt is done
-        self.slots = Slots(model.cache)
+        self.slots = Slots(self.model.cache)
         self.counters = Counters()
-        self.decode_step = DecodeStep(model)
+        self.decode_step = DecodeStep(self.model)
         self.reuse_prefixes = True
         self.packed = False
         self._ended: list[Sequence] = []  # since the last step returned
 
     def compile(self) -> str:
         """Compiles the decoding step, with the matrices as they will be then; returns how long it took."""
-        self._pack()
+        check_hooks(self.opened)
+        self.model_is_held |= not self._pack()
         self.decode_step = DecodeStep(self.model, compile=True)
         return self.decode_step.warm_up()
+
+    def check(self, model: nn.Module) -> "Transformer | ForwardOnly":
+        """How a model would be run. Raises ValueError or TypeError if it cannot be, or not in a compiled step."""
+        if self.decode_step.compiled:
+            check_hooks(model)
+        return runnable(model)
+
+    def look_again(self) -> None:
+        """Runs the model as it is now; what was in progress in another has failed. Raises as `check`."""
+        now = self.check(self.opened)
+        if now != self.model:
+            self._give_up("the model was exchanged for another, or runs one sequence at a time from now on")
+            self.model, self.slots = now, Slots(now.cache)
+            self.decode_step = DecodeStep(now, self.decode_step.compiled)
+            for sequence in [sequence for sequence in self.waiting if sequence.n_slots > len(self.slots)]:
+                self.waiting.remove(sequence)
+                self._ended.append(sequence)
+                sequence.fail("beams share keys, which a model that runs one sequence at a time cannot")
+        self.model.allocate_cache()  # the cache follows casts, and modules that were exchanged
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of those that wait for a slot; `step` returns it once it has ended."""
@@ -71,9 +95,8 @@ class Engine:
         if self.partial is not None and self.partial[0] in sequences:
             self.partial = None
         searches = {s.search for s in sequences} - {None}
-        for sequence in self.running[:]:
-            if sequence in sequences or sequence.search in searches:
-                self._release(sequence)
+        for sequence in [s for s in self.running if s in sequences or s.search in searches]:
+            self._release(sequence)
 
     @property
     def has_work(self) -> bool:
@@ -87,6 +110,8 @@ class Engine:
         of memory: all sequences in progress have failed then, for their keys may be half written; the others wait on.
         """
         try:
+            if self.model_is_held:
+                self.look_again()
             if self.partial is not None:
                 self._prefill(*self._next_piece())
             elif self.waiting and (batch := self._admit()) is not None:
@@ -110,7 +135,7 @@ class Engine:
         group, starts, stops, width = [], [], [], 0
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
-            limit = sequence.n_reusable if self.reuse_prefixes else 0
+            limit = sequence.n_reusable if self.reuse_prefixes and self.model is self.opened else 0
             source, shared = self.slots.find(sequence.prompt, limit)
             # One that begins like a prompt of this group waits until that one's keys are there.
             if group and any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
@@ -121,6 +146,7 @@ class Engine:
             self.waiting.popleft()
             self.slots.take(first_slot + len(group), source, shared)
             self.counters.reused += shared
+            sequence.n_cached = shared
             if wider > budget:  # alone, and in pieces
                 self.partial = (sequence, first_slot, shared)
                 return self._next_piece()
@@ -135,14 +161,8 @@ class Engine:
     @property
     def n_free(self) -> int:
         """How many slots neither a sequence has nor a search may still grow into."""
-        n_free = len(self.slots) - (0 if self.partial is None else self.partial[0].n_slots)
-        searches = set()
-        for sequence in self.running:
-            if sequence.search not in searches:
-                n_free -= sequence.n_slots
-            if sequence.search is not None:
-                searches.add(sequence.search)
-        return n_free
+        taken = {sequence.search or sequence: sequence.n_slots for sequence in self.running}
+        return len(self.slots) - sum(taken.values()) - (0 if self.partial is None else self.partial[0].n_slots)
 
     def _next_piece(self) -> Batch:
         """The next piece of a long prompt; with the last, the sequence is running."""
@@ -162,13 +182,14 @@ class Engine:
         texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
         if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
             self._pack()
-        hidden, at = run_rows(self.model, texts, starts, first_slot)
+        logits, at = run_rows(self.model, texts, starts, first_slot)
         whole, last = [], []  # the rows that get a token now, and their last columns
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
             self.counters.prefilled += stop - start
             self.slots.record(first_slot + row, start, sequence.prompt[start:stop])
             if sequence.score_from is not None and sequence.finish_reason is None:
-                score_prompt(sequence, hidden[row, at[row] :], start, stop, self.model.logits)
+                column = at[row] - start  # of position 0
+                score_prompt(sequence, lambda a, b, r=row, c=column: logits[r, a + c : b + c], stop)
             if stop == sequence.n_prefill and sequence.finish_reason is None:
                 if sequence.max_new_tokens == 0:
                     sequence.finish_reason = "length"
@@ -176,38 +197,34 @@ class Engine:
                     whole.append(row)
                     last.append(at[row] + stop - start - 1)
         if whole:
-            self._choose([group[row] for row in whole], self.model.logits(hidden[whole, last]))
+            self._choose([group[row] for row in whole], logits[whole, last])
 
     # Decode
 
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
-        self._pack()
-        tokens, positions = [], []
+        packed, tokens, positions = self._pack(), [], []
         for sequence in self.running:
             tokens.append(sequence.tokens[-1])
             positions.append(len(sequence.prompt) + len(sequence.tokens) - 1)
-        logits = self.decode_step(tokens, positions, self.slots.spare_position)
+        step = self.decode_step.of_the_model_as_it_is() if packed and self.model_is_held else self.decode_step
+        self.decode_step = step or self.decode_step
+        logits = self.decode_step(tokens, positions, self.slots.spare_position, not packed or step is None)
         for slot, (token, position) in enumerate(zip(tokens, positions)):
             self.slots.record(slot, position, [token])
         self.counters.decoded += len(self.running)
         self._choose(self.running, logits)
 
-    def _pack(self) -> None:
-        """Lays the matrices out for fast decoding, once: not while loading, for the sake of the first token."""
-        if not self.packed:
-            pack(self.model)
-            self.packed = True
+    def _pack(self) -> bool:
+        """Packs the matrices for fast decoding: not while loading, for the sake of the first token."""
+        self.packed = True
+        return pack(self.model)
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Gives each sequence its next token, from the logits after its last [B, vocab_size]; a search its beams."""
-        rows, sampled, searches = {}, [], {}
-        for row, sequence in enumerate(sequences):
-            rows[sequence] = row
-            if sequence.search is None:
-                sampled.append(sequence)
-            else:
-                searches[sequence.search] = None
+        rows = {sequence: row for row, sequence in enumerate(sequences)}
+        sampled = [sequence for sequence in sequences if sequence.search is None]
+        searches = dict.fromkeys(sequence.search for sequence in sequences if sequence.search is not None)
         if sampled:
             choose(sampled, logits[[rows[sequence] for sequence in sampled]] if searches else logits)
         for search in searches:
@@ -278,22 +295,3 @@ class Engine:
             self._ended.append(sequence)
         self.running, self.partial = [], None
         self.slots.forget()
-
-
-def run_rows(
-    model: Transformer, texts: list[list[int]], starts: list[int], first_slot: int
-) -> tuple[torch.Tensor, list[int]]:
-    """Runs text[start:] of each of B texts, whose earlier keys are in its slot, right-padded to one width.
-
-    Rows whose padding would leave the cache start earlier instead, and write again what is there already. Returns the
-    hidden states [B, T, dim], and the column at which text[start] is in each row.
-    """
-    width = max(map(int.__sub__, map(len, texts), starts))
-    rows, firsts, columns = [], [], []
-    for text, start in zip(texts, starts):
-        first = min(start, model.args.max_seq_len - width)
-        rows.append(text[first:] + [0] * (width - len(text) + first))
-        firsts.append(first)
-        columns.append(start - first)
-    tokens = torch.tensor(rows, device=model.rotary.device)
-    return model.hidden_states(tokens, firsts, slice(first_slot, first_slot + len(rows))), columns

@@ -11,14 +11,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+from typing_extensions import Unpack
 
 from llama import parallel
-from llama.checkpoint import build_model, open_checkpoint
-from llama.decoding import scoring
-from llama.decoding.answering import Answer, Answerer, ChatPrediction, CompletionPrediction, Jobs, wants_top
-from llama.decoding.speculative import DraftModel, NgramLookup, Proposer, SpeculativeEngine, open_draft
+from llama.adapters import build_adapted
+from llama.checkpoint import open_checkpoint, save_checkpoint
+from llama.decoding import predictions, scoring
+from llama.decoding.answering import Answer, Answerer, Jobs
+from llama.decoding.predictions import ChatPrediction, CompletionPrediction
+from llama.decoding.rollouts import answer_dialogs, encode_dialog, named
+from llama.decoding.speculative import Proposer, SpeculativeEngine, make_proposer, open_draft
 from llama.engine import Engine
-from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p  # noqa: F401  # importable from here
+from llama.keywords import Options, StreamOptions
+from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p, shared_attribute  # noqa: F401  # importable
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer  # noqa: F401
 from llama.tokenizer.open_turns import OpenDialog
@@ -41,6 +47,8 @@ class Llama:
         compile: bool = False,
         quantize: str | None = None,
         draft: str | os.PathLike | None = None,
+        adapter: str | os.PathLike | None = None,
+        train: bool = False,
     ) -> "Llama":
         """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
 
@@ -48,8 +56,7 @@ class Llama:
         0 stdout is silenced. Nothing else that is global is touched.
 
         Args:
-            ckpt_dir: a directory with params.json and consolidated.NN.pth, or Hugging Face's with config.json and
-                safetensors files; of any number of shards.
+            ckpt_dir: Meta's directory (params.json and consolidated.NN.pth) or Hugging Face's, of any number of shards.
             tokenizer_path: tokenizer.model of `ckpt_dir` when None, or its tokenizer.json where there is no other.
             max_seq_len: room for a prompt and its answer, tokens.
             max_batch_size: how many sequences run at a time; more prompts than that take turns.
@@ -58,31 +65,31 @@ class Llama:
             device: "cuda", "mps", "cpu"; the first of these that is there when None.
             dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
             compile: whether to compile the decoding step with `torch.compile`: a minute the first time on a machine.
-            quantize: "int8" or "int4" rounds the matrices while they are loaded, to a half or a quarter of bfloat16's
-                bytes; the embedding and the norms stay. The computation is in bfloat16 unless `dtype` is given.
-            draft: what proposes tokens for the model to check several at a time: the same answers, sooner. The
-                directory of a smaller model with the same tokenizer, or "ngram" (`llama.decoding.speculative`).
+            quantize: "int8" or "int4" rounds the matrices while they are loaded; in bfloat16, unless `dtype` is given.
+            draft: a smaller model's directory, or "ngram", which proposes tokens: the same answers, sooner.
+            adapter: a LoRA's directory, as `llama finetune` and PEFT write it; folded in, or beside quantised weights.
+            train: whether all weights are parameters that learn, and are never packed.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or broken, or a number is out of range.
             MemoryError: the device has no room for the weights and the cache.
         """
         started = time.perf_counter()
-        if not isinstance(draft, (str, os.PathLike, type(None))):
-            raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile = {compile!r}: expected True or False")
         device = parallel.pick_device(device)
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
-        proposer: Proposer | None = NgramLookup() if draft == "ngram" else None
         with parallel.fail_together():
             tokenizer, checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
-            smaller = None if draft in (None, "ngram") else open_draft(draft, tokenizer, max_seq_len, max_batch_size)
-            model, loaded = build_model(checkpoint, dtype, device, quantize)
-            if smaller is not None:
-                proposer = DraftModel(build_model(smaller, model.norm.weight.dtype, device)[0])
-        if dist.get_rank() == 0:
-            print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
-        return Llama(model, tokenizer, seed, proposer, compile)
+            smaller = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
+            model, loaded = build_adapted(checkpoint, adapter, dtype, device, quantize, train)
+            proposer = make_proposer(draft, smaller, model.norm.weight.dtype, device)
+        print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
+        del checkpoint, smaller  # which hold the weights: only those that nobody else holds are packed
+        llama = Llama(model, tokenizer, seed, proposer, compile)
+        llama._engine.model_is_held = False  # nobody has seen it
+        return llama
 
     def __init__(
         self,
@@ -92,23 +99,31 @@ class Llama:
         proposer: Proposer | None = None,
         compile: bool = False,
     ):
-        self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
-        if model.cache is None:
+        if getattr(model, "cache", None) is None and isinstance(model, Transformer):
             model.allocate_cache()
         self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
+        self._engine.model_is_held = True
         if compile:
             with parallel.fail_at_once():
-                took = self._engine.compile()
-            if dist.get_rank() == 0:
-                print(took)
+                print(self._engine.compile())
         self.answerer = Answerer(self._engine, tokenizer, seed)
+
+    tokenizer = shared_attribute("answerer", "tokenizer")
 
     @property
     def model(self) -> Transformer:
         """The network. Who holds it may run or change it, so later calls take no keys that were made before them."""
-        self.answerer.shared.model_is_held = True
-        return self._engine.model
+        self._engine.model_is_held = True
+        return self._engine.opened
+
+    @model.setter
+    def model(self, model: torch.nn.Module) -> None:
+        self.answerer.shared.exchange(model)
+
+    def save(self, dst: str | os.PathLike, to: str = "meta", **options: Any) -> None:
+        """Writes the weights as they are now, whole or not at all: see `llama.checkpoint.save_checkpoint`."""
+        save_checkpoint(self._engine.opened, self.tokenizer, dst, to, **options)
 
     @property
     def args(self) -> ModelArgs:
@@ -118,19 +133,19 @@ class Llama:
     @property
     def group(self) -> dist.ProcessGroup:
         """The ranks that the model is split over."""
-        return self._engine.model.tok_embeddings.group
+        return get_model_parallel_group()
 
     def generate(
         self,
         prompt_tokens: SequenceOf[SequenceOf[int]],
-        max_gen_len: int | list[int] | None = None,
-        temperature: float | list[float] = 0.6,
-        top_p: float | list[float] = 0.9,
+        max_gen_len: int | SequenceOf[int | None] | None = None,
+        temperature: float | SequenceOf[float | None] | None = None,
+        top_p: float | SequenceOf[float] = 0.9,
         logprobs: bool = False,
         echo: bool = False,
         *,
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> tuple:
         """Continues prompts of token ids. Any number of threads may call this, and all that follows, at once.
 
@@ -140,7 +155,8 @@ class Llama:
         Args:
             prompt_tokens: the prompts, each a list of at least one id; any number of them.
             max_gen_len: the most new tokens of an answer; as many as fit when None.
-            temperature, top_p: as in `DecodingOptions`; temperature 0 takes the most likely token each time.
+            temperature: 0 takes the most likely token each time; 0.6 when None, or 0 in a beam search.
+            top_p: as in `DecodingOptions`.
             logprobs: whether to return the log-probability of each token.
             echo: whether each answer begins with its prompt; the first prompt token's logprob is 0.0.
             progress: whether to show a bar of the prompts done and tokens/s.
@@ -166,93 +182,76 @@ class Llama:
         answers = [(prompt, answer) for prompt, group in zip(prompts, by_prompt) for answer in group]
         tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
         values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
-        if not wants_top(options):
+        if not predictions.wants_top(options):
             return tokens, values
         return tokens, values, [a.prompt_top_logprobs + a.top_logprobs for _, a in answers]
 
     def text_completion(
         self,
         prompts: SequenceOf[str],
-        temperature: float | list[float] = 0.6,
-        top_p: float | list[float] = 0.9,
-        max_gen_len: int | list[int] | None = None,
+        temperature: float | SequenceOf[float | None] | None = None,
+        top_p: float | SequenceOf[float] = 0.9,
+        max_gen_len: int | SequenceOf[int | None] | None = None,
         logprobs: bool = False,
         echo: bool = False,
         *,
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> list[CompletionPrediction]:
         """Continues texts. Arguments and errors as in `generate`; an empty text is continued from nothing.
 
         Returns:
-            For each answer {"generation": text}, with "tokens", "logprobs" and "top_logprobs" when these are asked for.
+            For each answer {"generation": text, "finish_reason": "stop" or "length"}, with a beam's "score", and
+            "tokens", "logprobs" and "top_logprobs" when these are asked for.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         ids = self.answerer.encode_texts(prompts)
-        by_prompt = self.answerer.answer(ids, self.answerer.check_options(ids, options), logprobs, echo, progress)
-        pairs = [(prompt, answer) for prompt, group in zip(ids, by_prompt) for answer in group]
-        return [{"generation": a.text, **self.answerer.details(p, a, logprobs, echo, options)} for p, a in pairs]
+        settings = self.answerer.check_options(ids, options)
+        if (generate := self._other_generate) is None:
+            groups = self.answerer.answer(ids, settings, logprobs, echo, progress)
+        else:
+            groups = predictions.answers_of(generate, self.answerer, ids, logprobs, echo, options)
+        return predictions.completions(self.answerer, ids, groups, logprobs, echo, options)
 
     def chat_completion(
         self,
-        dialogs: SequenceOf[Dialog],
-        temperature: float | list[float] = 0.6,
-        top_p: float | list[float] = 0.9,
-        max_gen_len: int | list[int] | None = None,
+        dialogs: SequenceOf[Dialog | str],
+        temperature: float | SequenceOf[float | None] | None = None,
+        top_p: float | SequenceOf[float] = 0.9,
+        max_gen_len: int | SequenceOf[int | None] | None = None,
         logprobs: bool = False,
         *,
         progress: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> list[ChatPrediction]:
-        """Answers dialogs, each a list of {"role", "content"} that ends with the user's message.
+        """Answers dialogs, each a list of {"role", "content"}, or the user's message; Llama 2's end with the user's.
 
         Arguments and errors as in `generate`. Text in a message is text: "<|eot_id|>" is those characters. Messages of
         the assistant whose content is "<PLACEHOLDER>" are generated in their places, in order, each as a call with all
-        the messages before it would, of the same options and seed.
+        the messages before it would, of the same options and seed. Each of several answers has such turns of its own.
 
         Returns:
-            For each answer {"generation": {"role": "assistant", "content": text}}, with "tokens", "logprobs" and
-            "top_logprobs" when these are asked for. For a dialog with placeholders it is the last of its answers, and
-            "dialog" has all the messages.
+            For each answer {"generation": {"role": "assistant", "content": text}}, and what a text's has. For a dialog
+            with placeholders it is the last of its answers, and "dialog" has all the messages.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        opened = [_named(f"dialog {index}", OpenDialog, dialog, self.formatter) for index, dialog in enumerate(dialogs)]
-        settings = self.answerer.check_options(opened, options)
-        for index, (dialog, option) in enumerate(zip(opened, settings)):
-            if dialog.has_placeholders and option.num_return_sequences > 1:
-                n = option.num_return_sequences
-                raise ValueError(f"dialog {index}: num_return_sequences = {n}: expected 1 where there are open turns")
-        last: list[tuple[list[int], list[Answer]]] = [([], [])] * len(settings)  # prompt and answers
-        while turn := [index for index, dialog in enumerate(opened) if not dialog.is_done]:
-            prompts = [self._encode_dialog(index, opened[index]) for index in turn]
-            groups = self.answerer.answer(prompts, [settings[i] for i in turn], logprobs, False, progress, names=turn)
-            for index, prompt, group in zip(turn, prompts, groups):
-                opened[index].fill(group[0].text)
-                last[index] = prompt, group
-        predictions: list[ChatPrediction] = []
-        for dialog, (prompt, group) in zip(opened, last):
-            whole = {"dialog": dialog.messages} if dialog.has_placeholders else {}
-            for a in group:
-                message: Message = {"role": "assistant", "content": a.text}
-                details = self.answerer.details(prompt, a, logprobs, False, options)
-                predictions.append({"generation": message, **whole, **details})
-        return predictions
+        return answer_dialogs(self.answerer, self.formatter, dialogs, options, logprobs, progress, self._other_generate)
 
-    def stream_text(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream_text(self, prompt: str, **options: Unpack[StreamOptions]) -> Iterator[str]:
         """Yields the text that continues a prompt while it is decided; the options are those of `DecodingOptions`.
 
-        A piece is never half a character, and nothing of a stop string is yielded; joined, the pieces are what
-        `text_completion` returns with the same seed. An answer of nothing yields nothing. Closing the iterator ends
-        the answer and frees its slot.
+        A piece is the text that is new, not the text so far. It is never half a character, and nothing of a stop string
+        is yielded; joined, the pieces are what `text_completion` returns with the same seed. An answer of nothing
+        yields nothing. Closing the iterator ends the answer and frees its slot.
         """
         return self.answerer.open_stream(self.answerer.encode_texts([prompt])[0], options)
 
-    def stream_chat(self, dialog: Dialog, **options: Any) -> Iterator[str]:
-        """Yields the answer to a dialog while it is decided, as `stream_text` does."""
-        opened = _named("dialog 0", OpenDialog, dialog, self.formatter)
+    def stream_chat(self, dialog: Dialog | str, **options: Unpack[StreamOptions]) -> Iterator[str]:
+        """Yields the answer to a dialog piece by piece, as `stream_text` does: print(piece, end="") shows it."""
+        opened = named("dialog 0", OpenDialog, dialog, self.formatter)
         if opened.has_placeholders:
             raise ValueError("a stream is one answer: expected a dialog without open turns")
-        return self.answerer.open_stream(self._encode_dialog(0, opened), options)
+        return self.answerer.open_stream(encode_dialog(self.answerer, self.formatter, 0, opened.prompt), options)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[scoring.Score]:
         """The log-probability of each token of texts, without generating.
@@ -268,8 +267,11 @@ class Llama:
         return scoring.score_texts(self.answerer, texts, top_logprobs, stride)
 
     def perplexity(self, texts: SequenceOf, stride: int | None = None) -> list[float]:
-        """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`."""
-        return [scoring.perplexity(score) for score in self.score(texts, stride=stride)]
+        """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`.
+
+        Raises as `score`; ValueError also for a text that has no token after its first.
+        """
+        return scoring.perplexities(self.answerer, texts, stride)
 
     # What the other houses build on
 
@@ -285,15 +287,7 @@ class Llama:
         """The scores of the tokens of each (ids, start), from start on: see `llama.decoding.scoring.score_tokens`."""
         return scoring.score_tokens(self.answerer, texts, shared=shared)
 
-    def _encode_dialog(self, index: int, dialog: OpenDialog) -> list[int]:
-        """The prompt of the next open turn."""
-        ids = _named(f"dialog {index}", self.formatter.encode_dialog_prompt, dialog.prompt)
-        return self.answerer.check_prompt(index, ids)
-
-
-def _named(name: str, call: Callable[..., Any], *args: Any) -> Any:
-    """call(*args), whose ValueError says which of a call's inputs it is about."""
-    try:
-        return call(*args)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    @property
+    def _other_generate(self) -> Callable[..., tuple] | None:
+        """The `generate` that somebody has put in the place of ours, which texts and dialogs are answered by then."""
+        return None if getattr(self.generate, "__func__", None) is Llama.generate else self.generate

@@ -8,7 +8,6 @@ begins alike.
 import math
 import mmap
 import sys
-from dataclasses import dataclass
 
 import torch
 
@@ -55,33 +54,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
-@dataclass
-class CacheView:
-    """The part of the cache that one forward pass of B rows and T positions works on."""
-
-    cache: KVCache
-    slots: slice  # the B rows, next to each other, so that nothing is copied when reading
-    positions: slice | torch.Tensor  # where in its row each new position goes: of all rows, or [B, T]
-    length: int  # how many positions of each row are read: the longest row's, counting the new ones
-
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a layer's new keys and values, [B, n_kv_heads, T, head_dim].
-
-        Returns:
-            all of its keys and values up to `length`, [B, n_kv_heads, length, head_dim].
-        """
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if isinstance(self.positions, slice):
-            keys[self.slots, :, self.positions] = k
-            values[self.slots, :, self.positions] = v
-        else:
-            slots = torch.arange(self.slots.start, self.slots.stop, device=k.device)
-            # Index tensors on both sides of a full slice put their dimensions first: [B, T, n_kv_heads, head_dim].
-            keys[slots[:, None], :, self.positions] = k.transpose(1, 2)
-            values[slots[:, None], :, self.positions] = v.transpose(1, 2)
-        return keys[self.slots, :, : self.length], values[self.slots, :, : self.length]
 
 
 class Slots:

@@ -4,8 +4,8 @@ Read it upwards from `Transformer.forward` or downwards from `RMSNorm`; each cla
 Knows nothing of text, files, sampling or when an answer ends.
 
 Sources: Touvron et al. 2023, "Llama 2" (arXiv 2307.09288); Grattafiori et al. 2024, "The Llama 3 herd of models"
-(arXiv 2407.21783); rotary embedding, Su et al. 2021 (arXiv 2104.09864); grouped-query attention, Ainslie et al. 2023
-(arXiv 2305.13245); SwiGLU, Shazeer 2020 (arXiv 2002.05202); RMSNorm, Zhang and Sennrich 2019 (arXiv 1910.07467).
+(arXiv 2407.21783); grouped-query attention, Ainslie et al. 2023 (arXiv 2305.13245); SwiGLU, Shazeer 2020 (arXiv
+2002.05202); RMSNorm, Zhang and Sennrich 2019 (arXiv 1910.07467).
 """
 
 import math
@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.kv_cache import CacheView, KVCache
-from llama.layers.attention import attend
+import llama.meta_names as meta
+from llama.kv_cache import KVCache
+from llama.layers.attention import CacheView, Mask, Place, Starts, as_list, attend, positions_and_mask
+from llama.layers.hooks import Logits, is_plain
 from llama.layers.linear import (
     ColumnParallelLinear,
     Linear,
@@ -25,7 +27,9 @@ from llama.layers.linear import (
     VocabParallelEmbedding,
     multiply_together,
 )
-from llama.layers.rotary import apply_rotary, rotary_frequencies, rotary_table
+from llama.layers.packing import groups
+from llama.layers.rotary import apply_rotary, rotary_table
+from llama.meta_names import apply_rotary_emb, precompute_freqs_cis, repeat_kv  # noqa: F401 # importable from here
 
 
 @dataclass
@@ -68,17 +72,21 @@ class ModelArgs:
 
     @property
     def hidden_dim(self) -> int:
-        """The width of the feed-forward layer: two thirds of 4 dim, scaled, rounded up to `multiple_of`."""
-        hidden_dim = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden_dim = int(self.ffn_dim_multiplier * hidden_dim)
-        return self.multiple_of * math.ceil(hidden_dim / self.multiple_of)
+        return feed_forward_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+
+def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """The width of SwiGLU: two thirds of `hidden_dim`, scaled, rounded up to `multiple_of`."""
+    hidden_dim = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        hidden_dim = int(ffn_dim_multiplier * hidden_dim)
+    return multiple_of * math.ceil(hidden_dim / multiple_of)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -89,47 +97,53 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-class Attention(nn.Module):
+class Attention(meta.OwnCache):
     """Causal self-attention; several query heads share one key and value head. This rank's share of the heads."""
 
-    def __init__(self, layer: int, args: ModelArgs, n_ranks: int):
+    same_input = ("wq", "wk", "wv")
+
+    def __init__(self, args: ModelArgs):
         super().__init__()
-        self.layer = layer
-        self.head_dim = args.head_dim
+        self.n_kv_heads, self.head_dim = args.n_kv_heads, args.head_dim
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
+        n_ranks = self.wq.world_size
         # With more ranks than key and value heads, each of those is on several ranks.
         n_kv_heads = max(args.n_kv_heads, n_ranks)
-        self.n_local_heads = args.n_heads // n_ranks
-        self.n_local_kv_heads = n_kv_heads // n_ranks
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
         self.wk = ColumnParallelLinear(args.dim, n_kv_heads * args.head_dim)
         self.wv = ColumnParallelLinear(args.dim, n_kv_heads * args.head_dim)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
+        self.n_local_heads, self.n_local_kv_heads = args.n_heads // n_ranks, n_kv_heads // n_ranks
+        self.n_rep = self.n_local_heads // self.n_local_kv_heads
+        self.cache_shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, args.head_dim)
 
-    def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor | None, cache: CacheView | None
-    ) -> torch.Tensor:
-        """[B, T, dim] -> [B, T, dim]. `mask` [B or 1, 1, T, length]: True where a query sees a key; None: causal."""
+    def forward(self, x: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """[B, T, dim] -> [B, T, dim].
+
+        `start_pos` is the place in the cache, `freqs_cis` the angles of the positions (`apply_rotary`), `mask` which
+        keys the tokens see (`attend`).
+        """
         q, k, v = multiply_together(x, self.wq, self.wk, self.wv)
         q = q.unflatten(-1, (self.n_local_heads, self.head_dim))
         k = k.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
-        q = apply_rotary(q, rotary).transpose(1, 2)  # [B, n_local_heads, T, head_dim]
-        k = apply_rotary(k, rotary).transpose(1, 2)
-        v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # [B, n_local_kv_heads, length, head_dim]
-        y = attend(q, k, v, mask)  # [B, n_local_heads, T, head_dim]
+        q = apply_rotary(q, freqs_cis).transpose(1, 2)  # [B, n_local_heads, T, head_dim]
+        k = apply_rotary(k, freqs_cis).transpose(1, 2)
+        k, v = self.remember(start_pos, q, k, v.transpose(1, 2))  # [B, n_local_kv_heads, length, head_dim]
+        y = attend(q, k, v, mask)
         return self.wo(y.transpose(1, 2).flatten(-2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, args: ModelArgs):
+    same_input = ("w1", "w3")
+
+    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None = None):
         super().__init__()
-        self.w1 = ColumnParallelLinear(args.dim, args.hidden_dim)
-        self.w2 = RowParallelLinear(args.hidden_dim, args.dim)
-        self.w3 = ColumnParallelLinear(args.dim, args.hidden_dim)
+        width = feed_forward_width(hidden_dim, multiple_of, ffn_dim_multiplier)
+        self.w1 = ColumnParallelLinear(dim, width)
+        self.w2 = RowParallelLinear(width, dim)
+        self.w3 = ColumnParallelLinear(dim, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, dim] -> [B, T, dim]
         gate, up = multiply_together(x, self.w1, self.w3)
@@ -139,47 +153,51 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward; each reads a normed copy of the stream and adds to it."""
 
-    def __init__(self, layer: int, args: ModelArgs, n_ranks: int):
+    def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
-        self.attention = Attention(layer, args, n_ranks)
-        self.feed_forward = FeedForward(args)
+        self.layer_id = layer_id
+        self.n_heads, self.dim, self.head_dim = args.n_heads, args.dim, args.head_dim
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor | None, cache: CacheView | None
-    ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+    def forward(self, x: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """[B, T, dim] -> [B, T, dim]; arguments as of `Attention`."""
+        x = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class Transformer(nn.Module):
+class Transformer(meta.RotaryAsComplex):
     """A Llama, split over the ranks of the model-parallel group (`llama.parallel.initialize` makes it).
 
-    Parameters carry the names of Meta's checkpoints. Without a cache (`allocate_cache`) the model is a plain
-    differentiable function of its tokens, for training.
+    With a cache, `forward` takes new tokens and reads the keys and values of those before. Without, it is a plain
+    function of its tokens, for training.
     """
 
-    def __init__(self, args: ModelArgs):
+    packable = True  # whether `layers.packing.pack` may pack the matrices for decoding
+
+    def __init__(self, params: ModelArgs):
         super().__init__()
-        if args.vocab_size < 1:
-            raise ValueError(f"vocab_size = {args.vocab_size}: expected the size of the tokenizer's vocabulary")
-        self.args = args
-        self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
+        if params.vocab_size < 1:
+            raise ValueError(f"vocab_size = {params.vocab_size}: expected the size of the tokenizer's vocabulary")
+        self.args = self.params = params
+        self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
+        self.tok_embeddings = VocabParallelEmbedding(params.vocab_size, params.dim)
         n_ranks = self.tok_embeddings.world_size
-        if n_ranks not in args.model_parallel_sizes:
+        if n_ranks not in params.model_parallel_sizes:
             raise ValueError(
-                f"{args.n_heads} heads with {args.n_kv_heads} of keys and values cannot be shared out among {n_ranks} "
-                f"processes: expected model_parallel_size to be one of {args.model_parallel_sizes}"
+                f"{params.n_heads} heads with {params.n_kv_heads} of keys and values cannot be shared out among "
+                f"{n_ranks} processes: expected model_parallel_size to be one of {params.model_parallel_sizes}"
             )
-        self.layers = nn.ModuleList(TransformerBlock(i, args, n_ranks) for i in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = ColumnParallelLinear(args.dim, args.vocab_size, gather_output=True)
-        if args.tied_embeddings:
+        self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(params.n_layers))
+        self.norm = RMSNorm(params.dim, params.norm_eps)
+        self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
+        if params.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        scale_factor = args.rope_scale_factor if args.use_scaled_rope else None
-        frequencies = rotary_frequencies(args.head_dim, args.rope_theta, scale_factor)
-        self.register_buffer("rotary", rotary_table(frequencies, args.max_seq_len), persistent=False)
+        scale = params.rope_scale_factor if params.use_scaled_rope else None
+        rotary = rotary_table(params.max_seq_len, params.head_dim, params.rope_theta, scale)
+        self.register_buffer("rotary", rotary, persistent=False)
         self.cache: KVCache | None = None
 
     @torch.no_grad()
@@ -189,90 +207,93 @@ class Transformer(nn.Module):
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:
-                adds_to_stream = name.endswith(("wo.weight", "w2.weight"))
-                scale = (2 * self.args.n_layers) ** -0.5 if adds_to_stream else 1.0
+                scale = (2 * self.args.n_layers) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1.0
                 parameter.normal_(std=std * scale, generator=generator)
 
     def matrices(self) -> Iterator[tuple[Linear, ...]]:
         """All matrices but the embedding, in the order of a pass; those that multiply the same input together."""
-        for block in self.layers:
-            attention, feed_forward = block.attention, block.feed_forward
-            yield from ((attention.wq, attention.wk, attention.wv), (attention.wo,))
-            yield from ((feed_forward.w1, feed_forward.w3), (feed_forward.w2,))
-        if "output" in self._modules:  # a reward model has none
-            yield (self.output,)
+        return groups(self)
 
     def allocate_cache(self) -> None:
-        """Makes room for the keys and values of `max_batch_size` sequences of `max_seq_len` positions."""
-        args, weight = self.args, self.norm.weight
-        n_kv_heads = self.layers[0].attention.n_local_kv_heads
-        shape = (args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim)
-        self.cache = KVCache(args.n_layers, shape, weight.dtype, weight.device)
+        """Makes room for the keys and values of `max_batch_size` sequences of `max_seq_len` positions.
 
-    def forward(self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor" = 0) -> torch.Tensor:
+        Layers that have room keep it: call this again when modules were exchanged.
+        """
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        for attention in attentions:
+            attention.allocate_cache(self.norm.weight.dtype, self.norm.weight.device)
+        if self.cache is None:
+            self.cache = KVCache(0, (), self.norm.weight.dtype, self.norm.weight.device)
+        self.cache.keys = [attention.keys for attention in attentions]
+        self.cache.values = [attention.values for attention in attentions]
+
+    def forward(self, tokens: torch.Tensor, start_pos: Starts = None) -> torch.Tensor:
         """Logits of the token that follows each position.
 
         Args:
-            tokens: ids, [B, T]. Row b goes into row b of the cache, if there is one.
+            tokens: ids, [B, T]. Row b goes into row b of the cache.
             start_pos: the position of the first column, one for all rows or one for each, [B], as a list or a tensor
-                (a list saves reading it back from the device). Positions before it are read from the cache. A row
-                shorter than T is padded on the right, with any id: its next token overwrites what the padding writes.
+                (a list saves reading it back from the device). Positions before it are read from the cache, which the
+                first call with a `start_pos` makes. A row shorter than T is padded on the right, with any id: its next
+                token overwrites what the padding writes. None: from position 0, without a cache.
 
         Returns float32 [B, T, vocab_size]. Raises ValueError for more rows or positions than there is room for, or a
-        start without a cache.
+        start before which nothing was run.
         """
-        return self.logits(self.hidden_states(tokens, start_pos))
+        return self.run(tokens, start_pos)[:]
+
+    def run(self, tokens: torch.Tensor, start_pos: Starts = None, slots: slice | None = None) -> Logits:
+        """`forward`, with the logits made where they are indexed; `slots` are the rows of the cache, as below."""
+        hidden = self.hidden_states(tokens, start_pos, slots)
+        return Logits(hidden, self.logits, at_once=not is_plain(self.output, ColumnParallelLinear.forward))
+
+    def hidden_states(self, tokens: torch.Tensor, start_pos: Starts = None, slots: slice | None = None) -> torch.Tensor:
+        """`forward` up to the last norm, [B, T, dim]; `slots` are the rows of the cache, the first B when None."""
+        return self._run(tokens, *self._locate(tokens, start_pos, slots))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The output matrix, [..., dim] -> float32 [..., vocab_size]: call it with those positions that are needed."""
+        """The output matrix, [..., dim] -> float32 [..., vocab_size]."""
         return self.output(hidden).float()
-
-    def hidden_states(
-        self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor" = 0, slots: slice | None = None
-    ) -> torch.Tensor:
-        """`forward` up to the last norm, [B, T, dim]; `slots` are the rows of the cache, the first B when None."""
-        rotary, mask, cache = self._locate(tokens, start_pos, slots)
-        x = self.tok_embeddings(tokens)
-        for block in self.layers:
-            x = block(x, rotary, mask, cache)
-        return self.norm(x)
 
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor, exact: bool = False
     ) -> torch.Tensor:
-        """One token of each of the first B rows of the cache, without a decision that depends on what a tensor holds.
+        """The logits after one more token in each of the first B rows of the cache, float32 [B, vocab_size].
+
+        No decision depends on what a tensor holds, so that a step can be compiled or recorded.
 
         `tokens` are ids [B, 1], `positions` where each goes [B], `key_positions` 0, 1, … up to the last position of the
-        longest row at least; `exact`, if they end where every row does. Returns logits, float32 [B, vocab_size].
+        longest row at least; `exact`, if they end where every row does.
         """
         positions = positions[:, None]
         mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]
-        cache = CacheView(self.cache, slice(0, tokens.shape[0]), positions, key_positions.shape[0])
-        x, rotary = self.tok_embeddings(tokens), self.rotary[positions]
+        place = CacheView(0, positions, key_positions.shape[0])
+        return self.logits(self._run(tokens, place, self.rotary[positions], mask)[:, -1])
+
+    def _run(self, tokens: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
+        x = self.tok_embeddings(tokens)
         for block in self.layers:
-            x = block(x, rotary, mask, cache)
-        return self.logits(self.norm(x)[:, -1])
+            x = block(x, start_pos, freqs_cis, mask)
+        return self.norm(x)
 
     def _locate(
-        self, tokens: torch.Tensor, start_pos: "int | list[int] | torch.Tensor", slots: slice | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, CacheView | None]:
-        """Where the tokens are: their rotary angles, what each may see, and their place in the cache."""
-        batch_size, n_new = tokens.shape
-        starts = start_pos.tolist() if isinstance(start_pos, torch.Tensor) else start_pos
-        starts = starts if isinstance(starts, list) else [int(starts)]
+        self, tokens: torch.Tensor, start_pos: Starts, slots: slice | None
+    ) -> tuple[meta.StartPos, torch.Tensor, Mask]:
+        """Where the tokens are, their rotary angles, and what each may see."""
+        (batch_size, n_new), starts = tokens.shape, as_list(start_pos)
         first, last = min(starts), max(starts)
         length = last + n_new  # of the longest row
         if first < 0 or length > self.args.max_seq_len:
             raise ValueError(f"positions {first} to {length - 1} asked for: expected 0 to {self.args.max_seq_len - 1}")
+        if start_pos is not None and batch_size > self.args.max_batch_size:
+            raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {self.args.max_batch_size}")
         if self.cache is None and last > 0:
-            raise ValueError(f"start_pos = {last} without a cache: call allocate_cache() first, or pass every token")
-        if self.cache is not None and batch_size > self.cache.max_batch_size:
-            raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {self.cache.max_batch_size}")
+            raise ValueError(f"start_pos = {last}, but nothing was run at the positions before it")
+        if self.cache is None and start_pos is not None:
+            self.allocate_cache()
         slots = slice(0, batch_size) if slots is None else slots
-        positions, mask = slice(first, length), None
-        if first != last or (first > 0 and n_new > 1):
-            queries = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(n_new, device=tokens.device)
-            mask = (torch.arange(length, device=tokens.device) <= queries[:, :, None])[:, None]  # [.., 1, T, length]
-            positions = positions if first == last else queries  # [B, T]
-        cache = None if self.cache is None else CacheView(self.cache, slots, positions, length)
-        return self.rotary[positions], mask, cache
+        positions, mask = positions_and_mask(starts, n_new, tokens.device)
+        if (mask is not None or slots.start > 0) and meta.has_foreign_blocks(self.layers):
+            mask = meta.mask_for_foreign_blocks(starts, n_new, slots, self.norm.weight)
+        place = None if start_pos is None else CacheView(slots.start, positions, length)
+        return meta.StartPos(first, place), self.angles(positions), mask

@@ -5,18 +5,13 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-
-# (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size]: the face of Transformers' LogitsProcessor.
-LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-PENALTIES = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "logits_processor")
+from llama.keywords import LogitsProcessor, unknown
 
 # The most answers to one prompt. They are all set up at once: without a limit, a mistyped number in one line of a data
 # set would take all the memory there is.
@@ -29,10 +24,12 @@ NUMBERS = {
     "max_gen_len": (Integral, 0, MAX_INT),
     "temperature": (Real, 0, 1e30),
     "top_p": (Real, 1e-30, 1),
-    "top_k": (Integral, 0, MAX_INT),
+    "top_k": (Integral, -1, MAX_INT),
     "min_p": (Real, 0, 1),
     "repetition_penalty": (Real, 1e-6, 1e6),
     "no_repeat_ngram_size": (Integral, 0, MAX_INT),
+    "presence_penalty": (Real, -2, 2),
+    "frequency_penalty": (Real, -2, 2),
     "num_return_sequences": (Integral, 1, MAX_SEQUENCES),
     "num_beams": (Integral, 1, MAX_SEQUENCES),
     "length_penalty": (Real, -50, 50),
@@ -47,16 +44,18 @@ class DecodingOptions:
     """How the answers to one prompt are decoded. `per_prompt` makes one for each prompt of a call."""
 
     max_gen_len: int | None = None  # the most new tokens of an answer; None: as many as fit
-    temperature: float = 0.6  # divides the logits before sampling; 0 takes the most likely token each time
+    # Divides the logits before sampling; 0 takes the most likely token each time. None: 0.6, or 0 in a beam search.
+    temperature: float | None = None
     top_p: float = 0.9  # samples from the smallest set of tokens that holds this much of the probability, in (0, 1]
-    top_k: int | None = (
-        None  # samples from the k most likely tokens (and those tied with the last); None or 0: from all
-    )
+    # Samples from the k most likely tokens (and those tied with the last); None, 0 or -1: from all.
+    top_k: int | None = None
     min_p: float | None = None  # drops tokens less than min_p times as likely as the likeliest (arXiv 2407.01082)
     # Divides the logits above 0, and multiplies those below, of every token of the prompt and the answer so far (CTRL,
     # arXiv 1909.05858); 1 is none.
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice in prompt and answer; 0: no such rule
+    presence_penalty: float = 0.0  # subtracted from the logits of each token of the answer so far, -2 to 2
+    frequency_penalty: float = 0.0  # subtracted once for each time that the token has occurred there, -2 to 2
     num_return_sequences: int = 1  # answers to each prompt, at most 10,000
     num_beams: int = 1  # beam search with that many beams if more than 1; needs temperature 0
     length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
@@ -65,6 +64,11 @@ class DecodingOptions:
     stop: str | int | list[str | int] | None = None
     logit_bias: Mapping[int, float] | None = None  # added to the logits of the ids it names
     seed: int | None = None  # makes the answers reproducible
+    # What the answer must fit, at most one of these (`llama.decoding.grammar`):
+    json_schema: Mapping[str, Any] | str | None = None  # the answer is JSON of this schema
+    regex: str | None = None  # the whole answer matches this regular expression, in the syntax of Rust's
+    choice: list[str] | None = None  # the answer is one of these texts
+    grammar: str | None = None  # the answer is a text of this grammar, in Lark's notation
     logits_processor: LogitsProcessor | None = None  # called as Transformers'; returns logits [1, vocab_size]
     top_logprobs: int = 0  # how many of the most likely tokens to report at each position
 
@@ -86,6 +90,10 @@ class DecodingOptions:
             raise _mistake(self, "stop", "strings that are not empty and token ids")
         if self.logit_bias is not None and not _is_bias(self.logit_bias):
             raise _mistake(self, "logit_bias", f"a dictionary of token ids to numbers of at most {MAX_BIAS}, or -inf")
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 0.0 if self.num_beams > 1 else 0.6)
+        if self.top_k == -1:  # vLLM's
+            object.__setattr__(self, "top_k", None)
         if self.num_beams > 1:
             self._check_beams()
 
@@ -124,28 +132,12 @@ class DecodingOptions:
         """Those of `stops` that are ids."""
         return frozenset(self.stops).difference(self.stop_strings) if self.stop is not None else frozenset()
 
-    @property
-    def has_penalties(self) -> bool:
-        """Whether the logits depend on more than the model."""
-        none = self.repetition_penalty == 1 and self.no_repeat_ngram_size == 0
-        return bool(self.logit_bias) or not none or self.logits_processor is not None
-
-    @property
-    def penalties(self) -> tuple:
-        """What the logits depend on besides the model, as `sampling.process_logits` takes it."""
-        return tuple(getattr(self, name) for name in PENALTIES)
-
-    @property
-    def penalty_names(self) -> str:
-        """Those of them that are in use."""
-        return " and ".join(n for n in PENALTIES if getattr(self, n) != self.__dataclass_fields__[n].default)
-
     def check_model(self, vocab_size: int, max_batch_size: int, name: str = "") -> None:
         """Raises ValueError, begun by `name`, for a token or a beam that the model has no room for."""
         for option, ids in (("stop", self.stop_ids), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    found = f"{name}{option} names token {_shown(token)}"
+                    found = f"{name}{option} names token {shown(token)}"
                     raise ValueError(f"{found}: expected ids from 0 to {vocab_size - 1}")
         if self.top_logprobs > vocab_size:
             found = f"top_logprobs = {self.top_logprobs}"
@@ -161,13 +153,13 @@ NAMES = tuple(field.name for field in fields(DecodingOptions))
 def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
     """The options of each prompt; a list among the values holds one value for each prompt.
 
-    For `stop`, whose value may be a list, that is a list with a list or None in it. Raises ValueError for a value or a
-    length out of range, and TypeError for a name that is none.
+    For `stop` and `choice`, whose values may be lists, that is a list with a list or None in it. Raises ValueError for
+    a value or a length out of range, and TypeError for a name that is none.
     """
     lists = {}
     for name, value in options.items():
         if name not in NAMES:
-            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+            raise TypeError(unknown(name, NAMES))
         # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
         options[name] = value = value.tolist() if hasattr(value, "tolist") else value
         if _is_per_prompt(name, value):
@@ -209,16 +201,16 @@ def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[i
 
 
 def _is_per_prompt(name: str, value: Any) -> bool:
-    if name == "stop":
+    if name in ("stop", "choice"):
         return isinstance(value, list) and any(item is None or isinstance(item, (list, tuple, set)) for item in value)
     return isinstance(value, (list, tuple)) and not callable(value)  # Transformers' LogitsProcessorList is both
 
 
 def _mistake(options: DecodingOptions, name: str, expected: str) -> ValueError:
-    return ValueError(f"{name} = {_shown(getattr(options, name))}: expected {expected}")
+    return ValueError(f"{name} = {shown(getattr(options, name))}: expected {expected}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, cut to a line."""
     try:
         return reprlib.repr(value)

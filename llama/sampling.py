@@ -5,7 +5,7 @@ Knows nothing of models, caches or text. A row's result depends on that row alon
 
 import hashlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -166,49 +166,3 @@ def top_logprobs(logits: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
     """The k most likely (id, log-probability) of each row [T, vocab_size], best first."""
     values, ids = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
     return [list(zip(row_ids, row)) for row_ids, row in zip(ids.tolist(), values.tolist())]
-
-
-def process_logits(
-    logits: torch.Tensor,
-    ids: list[int],
-    logit_bias: Mapping[int, float] | None = None,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
-    logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """The logits of one row after what depends on the ids so far, in the order of Transformers' `generate`.
-
-    `logits` float32 [vocab_size] are not changed; `ids` are the prompt and the answer so far; the others as in
-    `DecodingOptions`. Raises ValueError if the processor raises, or returns something of another shape.
-    """
-    if logit_bias:
-        tokens = torch.tensor(list(logit_bias), device=logits.device)
-        bias = torch.tensor(list(logit_bias.values()), dtype=logits.dtype, device=logits.device)
-        logits = logits.index_add(0, tokens, bias)
-    if repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(ids)), device=logits.device)
-        scores = logits[seen]
-        scores = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
-        logits = logits.index_copy(0, seen, scores)
-    if no_repeat_ngram_size > 0:
-        banned = _completions_of_ngrams(ids, no_repeat_ngram_size)
-        logits = logits.index_fill(0, torch.tensor(banned, dtype=torch.long, device=logits.device), -torch.inf)
-    if logits_processor is not None:
-        name = getattr(logits_processor, "__name__", type(logits_processor).__name__)
-        try:
-            processed = logits_processor(torch.tensor([ids], device=logits.device), logits[None].clone())
-        except (Exception, SystemExit) as error:  # whatever a caller's code may raise ends its own prompt alone
-            raise ValueError(f"logits_processor {name} raised {type(error).__name__}: {error}") from error
-        shape = list(getattr(processed, "shape", [])) or type(processed).__name__
-        if shape != [1, len(logits)]:
-            raise ValueError(f"logits_processor {name} returned {shape}: expected logits of shape {[1, len(logits)]}")
-        logits = processed[0].to(logits)
-    return logits
-
-
-def _completions_of_ngrams(ids: list[int], n: int) -> list[int]:
-    """The tokens that would make the last n - 1 ids an n-gram that has occurred."""
-    if len(ids) < n:
-        return []
-    start = ids[len(ids) - n + 1 :]
-    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == start]

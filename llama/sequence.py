@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from llama.options import DecodingOptions
-from llama.sampling import RandomStream, next_tokens, process_logits, token_logprobs, top_logprobs
+from llama.sampling import RandomStream, next_tokens, token_logprobs, top_logprobs
 
 # Logits of a prompt's positions are made this many at a time: 256 x 128,256 float32 are 131 MB.
 LOGITS_CHUNK = 256
@@ -44,19 +44,21 @@ class Sequence:
 
     prompt: list[int]  # the ids to continue, at least one
     max_new_tokens: int  # the answer's budget; with 0 the prompt is only scored
-    options: DecodingOptions  # how the tokens are chosen
+    options: DecodingOptions  # how the tokens are chosen; what changes the logits for it is `process`
     random: RandomStream | None = None  # where the random numbers come from
     stop_tokens: frozenset[int] = frozenset()  # ids that end the answer, and are not part of it
     should_stop: Callable[[list[int]], bool] | None = None  # called with the answer after each token; True ends it
     logprobs: bool = False  # whether to keep the log-probability of each token of the answer
     score_from: int | None = None  # from which token on the prompt itself is scored; None: not at all
     search: "Search | None" = None  # who chooses the tokens, where that is not the engine: a beam search
+    process: Callable[..., torch.Tensor] | None = None  # changes logits [vocab_size], given them and the answer so far
     # What comes of it:
     tokens: list[int] = field(default_factory=list)  # the answer
     token_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     prompt_token_logprobs: list[float] = field(default_factory=list)  # from score_from on; 0 for a prompt's first token
     prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    n_cached: int = 0  # how many of the prompt's keys were in the cache already
     prompt_is_greedy: bool = True  # whether greedy decoding would have chosen every scored token of the prompt
     finish_reason: str | None = None  # "stop", "length" or "error" once it has ended
     error: str | None = None  # what went wrong,
@@ -122,7 +124,7 @@ class Search(Protocol):
 def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
     """Gives each sequence its next token by its options, and returns them all, also those that ended an answer.
 
-    A sequence whose logits cannot be used, or whose logits_processor raises, fails; the others go on.
+    A sequence whose logits cannot be used, or whose `process` raises ValueError, fails; the others go on.
 
     `logits` are those after the last token of each, float32 [B, vocab_size].
     """
@@ -131,16 +133,16 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
     peaks = logits.amax(dim=-1).tolist()
     chosen_from, wants_logprobs = logits, False
     for row, sequence in enumerate(sequences):
-        options, processed = sequence.options, None
+        processed = None
         wants_logprobs |= sequence.logprobs
         try:
             if not math.isfinite(peaks[row]):
                 raise ValueError(UNUSABLE_LOGITS)
-            if options.has_penalties:
-                processed = process_logits(logits[row], sequence.prompt + sequence.tokens, *options.penalties)
+            if sequence.process is not None:
+                processed = sequence.process(logits[row], sequence.tokens)
                 if not math.isfinite(peak := processed.amax().item()):
                     left = "no token to choose" if peak == -math.inf else f"a logit of {peak}"
-                    raise ValueError(f"{options.penalty_names} left {left}")
+                    raise ValueError(f"{sequence.process} left {left}, after {len(sequence.tokens)} tokens")
         except ValueError as error:
             sequence.fail(error)
             processed = torch.zeros_like(logits[row])  # for a token that is not kept
@@ -174,20 +176,17 @@ def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> tor
     return next_tokens(logits, torch.tensor(seeds, device=logits.device), *columns)
 
 
-def score_prompt(
-    sequence: Sequence, hidden: torch.Tensor, start: int, stop: int, logits_of: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    """Scores the tokens of a prompt that follow positions [start, stop) and have no score yet.
+def score_prompt(sequence: Sequence, logits_of: Callable[[int, int], torch.Tensor], stop: int) -> None:
+    """Scores the tokens of a prompt that follow the positions before `stop`, which have run, and have no score yet.
 
-    `hidden` are the hidden states of these positions, [at least stop - start, dim]; `logits_of` makes [T, vocab_size]
-    logits of [T, dim] of them.
+    `logits_of(a, b)` are the logits [b - a, vocab_size] after the positions [a, b).
     """
     first = sequence.score_from + len(sequence.prompt_token_logprobs)
-    following = torch.tensor(sequence.prompt[first : stop + 1], device=hidden.device)
-    hidden = hidden[first - 1 - start :]
-    for i in range(0, len(following), LOGITS_CHUNK):
-        targets = following[i : i + LOGITS_CHUNK]
-        logits = logits_of(hidden[i : i + len(targets)])
+    n_targets = len(sequence.prompt[first : stop + 1])
+    for i in range(first, first + n_targets, LOGITS_CHUNK):
+        ids = sequence.prompt[i : min(i + LOGITS_CHUNK, first + n_targets)]
+        logits = logits_of(i - 1, i - 1 + len(ids))
+        targets = torch.tensor(ids, device=logits.device)
         if not bool(logits.amax(dim=-1).isfinite().all()):
             sequence.fail(UNUSABLE_LOGITS)
             return

@@ -1,16 +1,15 @@
 """The step in its three forms: compiled, and as recorded graphs run it, it gives the tokens of the plain one."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import torchrun
 from torch._dynamo.utils import counters
 
-import llama.decode_step
 from llama import Llama
 from llama.decode_step import DecodeStep
+from llama.layers import cuda_graph
 
 # Greedy, sampled, penalised, ended by a token: what an answer can depend on.
 OPTIONS = [
@@ -100,11 +99,13 @@ def test_graphs_for_more_rows_and_keys_than_there_are_change_nothing(write_check
     folder = write_checkpoint()
     size = {"max_seq_len": 96, "max_batch_size": 7, "device": "cpu"}
     expected = answers(Llama.build(folder, **size))
-    monkeypatch.setattr(llama.decode_step, "CUDAGraph", Recorded)
-    monkeypatch.setattr(llama.decode_step, "SHORTEST_LENGTH", 16)
+    monkeypatch.setattr(cuda_graph, "CUDAGraph", Recorded)
+    monkeypatch.setattr(cuda_graph, "SHORTEST_LENGTH", 16)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(Recorded, "made", [])
     llm = Llama.build(folder, **size)
-    llm._engine.decode_step.device = SimpleNamespace(type="cuda")
+    step = llm._engine.decode_step
+    step._graphs = cuda_graph.CUDAGraphs(step.model.step, 7, step.key_positions)
     assert answers(llm) == expected
     assert 6 in {rows for rows, _ in Recorded.made} <= {1, 2, 3, 4, 6, 7}  # which five rows share
     assert {length for _, length in Recorded.made} <= {16, 24, 32, 48, 64, 96}

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from demo import corpus, evaluate, stories, train, train_tokenizer, words
 from llama import Llama, Tokenizer
+from llama.training.examples import Reader
 
 CHECKPOINT = Path(train.__file__).parent / "checkpoint"
 N_DOCS = 6000
@@ -105,10 +107,37 @@ def test_the_tokenizer_trainer_spells_every_text_and_never_merges_digits(tmp_pat
 def test_only_answers_are_learned_from_a_dialog():
     tokenizer = Tokenizer(CHECKPOINT / "tokenizer.model")
     dialog = [corpus.system("Be kind."), corpus.user("Hi"), corpus.assistant("Hello!")]
-    ids, learned = train.encode(dialog, tokenizer, train.ChatFormat(tokenizer))
-    assert tokenizer.decode([i for i, yes in zip(ids, learned) if yes]) == "Hello!<|eot_id|>"
-    ids, learned = train.encode("A story.", tokenizer, train.ChatFormat(tokenizer))
-    assert tokenizer.decode([i for i, yes in zip(ids, learned) if yes]) == "A story.<|end_of_text|>"
+    reader = Reader(tokenizer, train.MAX_LEN)
+    for document, expected in (
+        (reader.dialog(dialog), "Hello!<|eot_id|>"),
+        (reader.text("A story."), "A story.<|end_of_text|>"),
+    ):
+        assert tokenizer.decode([i for i, yes in zip(document.ids, document.learned) if yes]) == expected
+
+
+def test_the_training_goes_on_where_it_was_killed_and_writes_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STEP_TOKENS", 700)
+    monkeypatch.setattr(train, "CHUNK_STEPS", 4)
+    for name in ("whole", "twice"):  # the tokenizer takes minutes to learn: the committed one's vocabulary is the same
+        (tmp_path / name).mkdir()
+        shutil.copyfile(CHECKPOINT / "tokenizer.model", tmp_path / name / "tokenizer.model")
+    train.train(tmp_path / "a", tmp_path / "whole", 6 * 700, 3e-3, 100)
+    plain = train.Trainer.step
+
+    def killed(self, number, passes):
+        if number == 5:
+            raise KeyboardInterrupt
+        return plain(self, number, passes)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train.Trainer, "step", killed)
+        train.train(tmp_path / "b", tmp_path / "twice", 6 * 700, 3e-3, 2)
+    train.train(tmp_path / "b", tmp_path / "twice", 6 * 700, 3e-3, 2)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "twice" / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
+    a, b = (torch.load(tmp_path / name / "consolidated.00.pth", weights_only=True) for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert Llama.build(tmp_path / "b", max_seq_len=64).generate([[1, 2]], 4)[0]
 
 
 def test_the_checkpoint_is_small_whole_and_tied():

@@ -86,4 +86,5 @@ def test_the_readmes_python_prints_what_it_says():
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     result = run_python(f"import os; os.chdir({str(ROOT)!r})\n{block}")
     assert result.returncode == 0, result.stderr
-    assert "So 21 + 34 = 55." in result.stdout and "8 ['generation', 'tokens', 'logprobs']" in result.stdout
+    assert "So 21 + 34 = 55." in result.stdout and "So 15 + 62 = 77." in result.stdout
+    assert "8 ['generation', 'finish_reason', 'tokens', 'logprobs']" in result.stdout

@@ -146,9 +146,9 @@ def test_a_prompt_given_ten_times_gets_ten_answers(small):
 
 def test_text_completion_returns_metas_keys(small):
     plain = small.text_completion(["Hello", ""], max_gen_len=5, temperature=0)
-    assert [set(prediction) for prediction in plain] == [{"generation"}] * 2
+    assert [set(prediction) for prediction in plain] == [{"generation", "finish_reason"}] * 2
     full = small.text_completion(["Hello", ""], 0, 0.9, 5, True, True)  # by position, as Meta's
-    assert [set(prediction) for prediction in full] == [{"generation", "tokens", "logprobs"}] * 2
+    assert [set(prediction) for prediction in full] == [{"generation", "finish_reason", "tokens", "logprobs"}] * 2
     # The echo is of the prompt's tokens, begin_of_text first.
     assert full[0]["tokens"][:6] == ["<|begin_of_text|>", *"Hello"]
     assert full[0]["generation"].endswith(plain[0]["generation"])
@@ -219,8 +219,8 @@ def test_bad_texts_and_dialogs_are_named(small):
     with pytest.raises(TypeError, match="prompt 1 is a NoneType"):
         small.text_completion(["Hello", None])
     good = [{"role": "user", "content": "Hello"}]
-    with pytest.raises(ValueError, match=r"dialog 1: .* of the user"):
-        small.chat_completion([good, [*good, {"role": "assistant", "content": "Hi"}]])
+    with pytest.raises(ValueError, match=r"dialog 1: message 1 of the dialog has no .content."):
+        small.chat_completion([good, [*good, {"role": "assistant"}]])
     with pytest.raises(ValueError, match=r"dialog 0: .*'bot'"):
         small.chat_completion([[{"role": "bot", "content": "Hello"}]])
     with pytest.raises(ValueError, match=r"dialog 1: a dialog is a list .* found dict"):
@@ -293,3 +293,17 @@ def test_bfloat16_checkpoints_compute_in_bfloat16_on_the_cpu(write_checkpoint):
     logits = [m.model(torch.tensor([[1, 2, 3]])) for m in (llama, wide)]
     assert logits[0].dtype == torch.float32
     torch.testing.assert_close(*logits, atol=0.1, rtol=0.05)
+
+
+def test_texts_and_dialogs_go_through_a_generate_that_somebody_has_put_in_place(small, monkeypatch):
+    calls, ids, dialog = [], small.tokenizer.encode("Hi"), [{"role": "user", "content": "Hello"}]
+
+    def generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs=False, echo=False):
+        calls.append((len(prompt_tokens), max_gen_len, echo))
+        return [(prompt if echo else []) + ids for prompt in prompt_tokens], None
+
+    monkeypatch.setattr(small, "generate", generate)
+    texts = [p["generation"] for p in small.text_completion(["a", "b"], max_gen_len=3, echo=True)]
+    assert texts == [small.tokenizer.decode(small.tokenizer.encode(text, bos=True)) for text in ("aHi", "bHi")]
+    assert small.chat_completion([dialog], max_gen_len=4)[0]["generation"] == {"role": "assistant", "content": "Hi"}
+    assert calls == [(2, 3, True), (1, 4, False)]

@@ -20,6 +20,17 @@ def sessions() -> list[tuple[str, str]]:
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.M)
 
 
+def test_the_python_of_the_guide_prints_what_it_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S) if '"demo/' in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {"__name__": "guide"})
+        shown = capsys.readouterr().out.splitlines()[1:]  # after the line on loading
+        assert len(shown) > 2 and [f"# {line}" for line in shown] == re.findall(r"^# [-\[{O].*", block, re.M)
+
+
 def run(command: str) -> None:
     if not command.startswith("python -m llama "):
         program, target = command.removeprefix("python ").split(" > ")
@@ -52,4 +63,4 @@ def test_the_commands_of_the_guide_print_what_it_says(tmp_path, monkeypatch, cap
                 run(command)
             said = "".join(capsys.readouterr())
             assert all(line in said for line in shown.splitlines()), said
-    assert n_shown == 3
+    assert n_shown == 4

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "llama"
 # From the ground up: a house (a folder, or a file on the landing) imports only from those on the lines above its own.
 # Those on one line do not know each other, but for the ground floor, which goes from left to right.
 FLOORS = [
-    *(["tokenizer"], ["parallel"], ["kv_cache"], ["sampling"], ["meta_names", "options"], ["sequence"]),
-    *(["layers"], ["model"], ["decode_step", "checkpoint"], ["engine"], ["decoding"], ["generation"], ["datasets"]),
-    *(["rejection_sampling", "training", "server"], ["cli"]),
+    *(["tokenizer"], ["parallel"], ["kv_cache"], ["sampling"], ["keywords"], ["options"], ["sequence"], ["layers"]),
+    *(["meta_names"], ["model"], ["decode_step", "checkpoint"], ["adapters"], ["engine"], ["decoding"], ["generation"]),
+    *(["datasets"], ["rejection_sampling", "training", "server"], ["cli"]),
 ]
 FLOOR = {house: floor for floor, houses in enumerate(FLOORS) for house in houses}
 DOORS = ("__init__", "__main__", "evaluation")  # they hand out, or start, what lies in the houses

@@ -177,11 +177,11 @@ def test_positions_out_of_room_are_refused():
     model = random_model(**SHAPE, max_batch_size=2)
     with pytest.raises(ValueError, match=r"positions 0 to 128 asked for: expected 0 to 127"):
         model(torch.zeros(1, 129, dtype=torch.long))
-    with pytest.raises(ValueError, match="start_pos = 3 without a cache"):
+    with pytest.raises(ValueError, match="start_pos = 3, but nothing was run"):
         model(torch.zeros(1, 1, dtype=torch.long), 3)
     model.allocate_cache()
     with pytest.raises(ValueError, match="3 rows: the cache was built for max_batch_size = 2"):
-        model(torch.zeros(3, 1, dtype=torch.long))
+        model(torch.zeros(3, 1, dtype=torch.long), 0)
     with pytest.raises(ValueError, match="positions 127 to 128"):
         model(torch.zeros(1, 2, dtype=torch.long), 127)
 

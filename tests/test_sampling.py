@@ -11,7 +11,6 @@ from llama.sampling import (
     RandomStream,
     filtered,
     next_tokens,
-    process_logits,
     race,
     token_logprobs,
     uniforms,
@@ -205,53 +204,3 @@ def test_logprobs_are_minus_the_cross_entropy():
     tokens = torch.tensor([3, 0, 29, 7])
     expected = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
     torch.testing.assert_close(token_logprobs(logits, tokens), expected)
-
-
-IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 1]
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor(1.3)"),
-        ({"repetition_penalty": 0.7}, "RepetitionPenaltyLogitsProcessor(0.7)"),
-        ({"no_repeat_ngram_size": 1}, "NoRepeatNGramLogitsProcessor(1)"),
-        ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor(2)"),
-        ({"no_repeat_ngram_size": 3}, "NoRepeatNGramLogitsProcessor(3)"),
-        ({"logit_bias": {2: 1.5, 9: -2.0}}, "SequenceBiasLogitsProcessor([[[2], 1.5], [[9], -2.0]])"),
-    ],
-)
-def test_penalties_equal_transformers(ours, theirs):
-    transformers = pytest.importorskip("transformers", reason="pip install transformers to compare with it")
-    logits = torch.randn(10, generator=torch.Generator().manual_seed(0))
-    processor = eval(f"p.{theirs}", {"p": transformers.generation.logits_process})
-    expected = processor(torch.tensor([IDS]), logits[None].clone())[0]
-    before = logits.clone()
-    torch.testing.assert_close(process_logits(logits, IDS, **ours), expected)
-    assert not torch.equal(expected, logits) and torch.equal(logits, before)
-
-
-def test_penalties_come_in_the_order_of_transformers():
-    logits = torch.tensor([1.0, -1.0, 2.0, 0.5])
-    seen = []
-
-    def look(ids, scores):
-        seen.append((ids.tolist(), scores.tolist()))
-        return scores + 1
-
-    result = process_logits(logits, [2, 0, 2, 0], {0: 3.0}, 2.0, 2, look)
-    assert seen == [([[2, 0, 2, 0]], [[2.0, -1.0, -torch.inf, 0.5]])]  # (1 + 3) / 2; 0 2 has occurred
-    assert result.tolist() == [3.0, 0.0, -torch.inf, 1.5]
-
-
-@pytest.mark.parametrize(
-    ("processor", "message"),
-    [
-        (lambda ids, scores: scores[0], r"logits_processor <lambda> returned \[4\]: expected logits of shape \[1, 4\]"),
-        (lambda ids, scores: None, r"returned NoneType: expected logits of shape \[1, 4\]"),
-        (lambda ids, scores: {}["absent"], "logits_processor <lambda> raised KeyError: 'absent'"),
-    ],
-)
-def test_a_logits_processor_that_returns_nonsense_is_named(processor, message):
-    with pytest.raises(ValueError, match=message):
-        process_logits(torch.zeros(4), [1], logits_processor=processor)

@@ -5,5 +5,6 @@ of it. `llama.checkpoint.convert` writes directories, `llama.checkpoint.inspect`
 """
 
 from llama.checkpoint.open import Checkpoint, build_model, open_checkpoint
+from llama.checkpoint.save import save_checkpoint
 
-__all__ = ["Checkpoint", "build_model", "open_checkpoint"]
+__all__ = ["Checkpoint", "build_model", "open_checkpoint", "save_checkpoint"]

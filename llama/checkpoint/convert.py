@@ -22,7 +22,7 @@ from llama.checkpoint.config import config_json, params_json, read_json
 from llama.checkpoint.huggingface import INDEX_NAME, HuggingFaceCheckpoint, file_name, has_rotary_rows, rows_in_halves
 from llama.checkpoint.loading import pieces
 from llama.checkpoint.meta import COLUMNS, ROWS, MetaCheckpoint, Part, part_of_rank, shape_of_part
-from llama.checkpoint.open import Checkpoint, find_tokenizer, open_checkpoint
+from llama.checkpoint.open import Checkpoint, open_checkpoint
 from llama.checkpoint.quantized import Stored, is_matrix, packed, scales_of, stored, zeros_of
 from llama.checkpoint.writer import PthFile, appear_whole, progress, safetensors_header, write_checklist
 from llama.layers import layouts
@@ -77,11 +77,8 @@ def convert(
             has no place for the special tokens; a number is beyond float16.
         OSError: it could not be written, as when the disk is full. Nothing is left then.
     """
-    if to not in ("meta", "hf"):
-        raise ValueError(f"to = {to!r}: expected 'meta' or 'hf'")
-    if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
-        raise ValueError(f"shards = {shards!r}: expected an integer of at least 1, or None")
-    _write(Path(src), Path(dst), to, shards, dtype_by_name(dtype))
+    tokenizer, source = open_checkpoint(src)
+    write_checkpoint(source, tokenizer, dst, to, shards, dtype)
 
 
 def quantize(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
@@ -92,31 +89,53 @@ def quantize(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
     """
     if to not in KINDS:
         raise ValueError(f"to = {to!r}: expected {' or '.join(map(repr, KINDS))}")
-    _write(Path(src), Path(dst), to, None, None)
-
-
-def _write(src: Path, dst: Path, to: str, shards: int | None, dtype: torch.dtype | None) -> None:
     tokenizer, source = open_checkpoint(src)
+    write_checkpoint(source, tokenizer, dst, "meta", kind=to)
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    tokenizer: Tokenizer,
+    dst: str | os.PathLike,
+    to: str,
+    shards: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    config: dict[str, Any] | None = None,
+    kind: str | None = None,
+) -> None:
+    """Writes weights into a directory; other arguments and errors as in `convert`.
+
+    Args:
+        source: anything that reads slices of full tensors, as a checkpoint does.
+        tokenizer: the model's, whose files are copied.
+        config: further keys of Hugging Face's config.json.
+        kind: "int8" or "int4" rounds the matrices.
+    """
+    if to not in ("meta", "hf"):
+        raise ValueError(f"to = {to!r}: expected 'meta' or 'hf'")
+    if shards is not None and (isinstance(shards, bool) or not isinstance(shards, int) or shards < 1):
+        raise ValueError(f"shards = {shards!r}: expected an integer of at least 1, or None")
+    dst, dtype = Path(dst), dtype_by_name(dtype) or source.dtype
     if source.quantization is not None:
-        raise ValueError(f"{src} is quantised to {source.quantization}: expected the checkpoint that it was made of")
-    dtype = dtype or source.dtype
+        found = f"{source.paths[0].parent} is quantised to {source.quantization}"
+        raise ValueError(f"{found}: expected the checkpoint that it was made of")
     tensors: dict[str, Stored] = {}
     for name, shape in source.shapes.items():
-        tensors |= stored(name, shape, to, dtype) if to in KINDS else {name: (shape, dtype)}
+        tensors |= stored(name, shape, kind, dtype) if kind else {name: (shape, dtype)}
     n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     with appear_whole(dst, n_bytes) as folder:
-        with progress(n_bytes, f"{dst.name} ({to})") as advance:
+        with progress(n_bytes, f"{dst.name} ({kind or to})") as advance:
             if to == "hf":
-                _write_hugging_face_texts(src, folder, tokenizer, source, dtype)
+                _write_hugging_face_texts(folder, tokenizer, source, dtype, config or {})
                 _write_safetensors_files(folder, source, shards, dtype, advance)
             else:
-                _write_meta_tokenizer(src, folder, tokenizer)
-            if to in KINDS:
-                _write_json(folder / "params.json", params_json(source.args) | {"quantization": {"kind": to}})
-                _write_quantised_file(folder, source, to, tensors, advance)
+                _write_meta_tokenizer(folder, tokenizer)
+            if kind:
+                _write_json(folder / "params.json", params_json(source.args) | {"quantization": {"kind": kind}})
+                _write_quantised_file(folder, source, kind, tensors, advance)
             elif to == "meta":
                 if isinstance(source, MetaCheckpoint):
-                    shutil.copyfile(src / "params.json", folder / "params.json")
+                    shutil.copyfile(source.paths[0].with_name("params.json"), folder / "params.json")
                 else:
                     _write_json(folder / "params.json", params_json(source.args))
                 _write_pth_files(folder, source, shards or 1, dtype, advance)
@@ -232,10 +251,10 @@ def _codes(source: Checkpoint, name: str, kind: str, rest: list[tuple], advance:
         yield from _bytes(packed(matrix), advance)
 
 
-def _write_meta_tokenizer(src: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    path = find_tokenizer(src)
-    if path.name == "tokenizer.model":
-        shutil.copyfile(path, folder / path.name)
+def _write_meta_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    path = tokenizer.path
+    if path.suffix != ".json":
+        shutil.copyfile(path, folder / "tokenizer.model")
         return
     ranks = tokenizer.ranks
     ids = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
@@ -249,19 +268,23 @@ def _write_meta_tokenizer(src: Path, folder: Path, tokenizer: Tokenizer) -> None
 
 
 def _write_hugging_face_texts(
-    src: Path, folder: Path, tokenizer: Tokenizer, source: Checkpoint, dtype: torch.dtype
+    folder: Path, tokenizer: Tokenizer, source: Checkpoint, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
     """config.json and the files of the tokenizer: the source's own where it has them."""
     dtype_name = str(dtype).removeprefix("torch.")
     if isinstance(source, HuggingFaceCheckpoint):
-        config = read_json(src / "config.json", "the config.json of a Llama") | {"torch_dtype": dtype_name}
+        config = read_json(source.paths[0].parent / "config.json", "the config.json of a Llama") | {
+            "torch_dtype": dtype_name
+        }
         config.pop("dtype", None)  # which Transformers 4 does not read
     else:
         config = config_json(source.args, tokenizer.bos_id, tokenizer.eos_id, dtype_name)
-    _write_json(folder / "config.json", config)
-    for name in ("tokenizer.model", "tokenizer.json", *TEXT_FILES):
-        if (src / name).is_file():
-            shutil.copyfile(src / name, folder / name)
+    _write_json(folder / "config.json", config | changes)
+    texts = {name: tokenizer.path.with_name(name) for name in ("tokenizer.model", "tokenizer.json", *TEXT_FILES)}
+    texts["tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"] = tokenizer.path
+    for name, path in texts.items():
+        if path.is_file():
+            shutil.copyfile(path, folder / name)
     settings: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
     if tokenizer.kind == "llama3":
         begin, end = "<|begin_of_text|>", "<|end_of_text|>"

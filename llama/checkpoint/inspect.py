@@ -17,6 +17,7 @@ from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.writer import CHECKLIST, md5_of
 from llama.layers.packing import drop_pages
 from llama.model import ModelArgs
+from llama.tokenizer import ChatFormat, Tokenizer
 
 # Published models by (dim, layers): a params.json does not name its model.
 LLAMA_1_AND_2 = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "33B", (8192, 80): "65B or 70B"}
@@ -64,7 +65,7 @@ def info(
 
     Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does.
     """
-    _, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
+    tokenizer, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
     args = checkpoint.args
     n_parameters = sum(map(math.prod, checkpoint.shapes.values()))
     name, context = family(args)
@@ -80,6 +81,8 @@ def info(
         ("dtype", str(checkpoint.dtype).removeprefix("torch.") + bits),
         ("files", f"{n_files} ({kind}), {_size(sum(path.stat().st_size for path in checkpoint.paths))}"),
         ("context", f"{context:,} tokens" if context else "unknown: the files do not say"),
+        ("dialogs", _dialogs(tokenizer)),
+        ("stop ids", ", ".join(f"{i} {tokenizer.decode([i]) or '</s>'}" for i in sorted(tokenizer.stop_tokens))),
     ]
     for n_ranks in [n for n in args.model_parallel_sizes if n <= 16]:
         parts = memory(args, n_parameters, checkpoint.dtype.itemsize, n_ranks)
@@ -91,6 +94,19 @@ def info(
             text += f", at max_batch_size {max_batch_size}, max_seq_len {max_seq_len}"
         lines.append(("memory", f"on {n_ranks} process{'es' if n_ranks > 1 else ''}: {text}{' each' * (n_ranks > 1)}"))
     return [*lines, ("model_parallel_size", "one of " + ", ".join(map(str, args.model_parallel_sizes)))]
+
+
+def _dialogs(tokenizer: Tokenizer) -> str:
+    """In which format dialogs become prompts."""
+    built_in = "Llama 2's built-in format" if tokenizer.kind == "llama2" else "Llama 3's built-in format"
+    if tokenizer.chat_template is None:
+        return built_in
+    name = tokenizer.chat_template.source.name
+    try:
+        own = ChatFormat(tokenizer).template is not None
+    except (ValueError, ImportError) as error:
+        return f"none: {error}"
+    return f"the directory's own template, {name}" if own else f"{built_in}, and {name} renders the same"
 
 
 def _size(n_bytes: int) -> str:

@@ -50,12 +50,14 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantize: str | None = None,
+    alone: bool = False,
 ) -> Loaded:
     """Gives a model built on the meta device its tensors: this rank's slices of the checkpoint's.
 
     On the CPU, a slice that is one piece of a file and has the right dtype stays mapped and takes no memory of its own.
     All else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", or where the checkpoint is quantised,
-    matrices are laid out as soon as those that belong together are there: at most a few are in memory unpacked.
+    matrices are laid out as soon as those that belong together are there: at most a few are in memory unpacked. With
+    `alone` each is laid out by itself, so that something can be added to its product.
 
     Raises RankFailed if another rank has failed meanwhile (inside `parallel.fail_together`).
     """
@@ -64,7 +66,8 @@ def load_weights(
     quantize = checkpoint.quantization or quantize
     copier = StagedCopy(device) if device.type == "cuda" else None
     parts: dict[Linear, torch.Tensor | Quantized] = {}  # that wait for others of their layout
-    loaded, together = Loaded(), {linear: group for group in model.matrices() for linear in group}
+    loaded = Loaded()
+    together = {linear: (linear,) if alone else group for group in model.matrices() for linear in group}
     is_silent = None if dist.get_rank() == 0 else True  # None: where stderr is no terminal
     total = sum(n_bytes.values())
     with tqdm(desc="Loading", total=total, unit="B", unit_scale=True, delay=1, disable=is_silent) as bar:
@@ -98,6 +101,14 @@ def load_weights(
             loaded.n_bytes += lay_out_together({model.output: model.output.weight}, quantize, dtype)
     model.to(device)  # the rotary table; the parameters are there
     return loaded
+
+
+def make_trainable(model: Transformer) -> None:
+    """Lets every weight require gradients, in memory of its own where it was a mapped file, and keeps it plain."""
+    model.packable = False
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() if is_mapped(parameter.data) else parameter.data
+        parameter.requires_grad_(True)
 
 
 def pieces(

@@ -10,13 +10,14 @@ import torch
 
 from llama.checkpoint.config import args_from_config, args_from_params, read_json
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.checkpoint.loading import Loaded, load_weights
+from llama.checkpoint.loading import Loaded, load_weights, make_trainable
 from llama.checkpoint.meta import SHARD_NAME, MetaCheckpoint, listing, require_directory
 from llama.checkpoint.quantized import QuantizedCheckpoint
 from llama.layers.quantization import KINDS
 from llama.model import Transformer
 from llama.parallel import dtype_by_name, pick_dtype
 from llama.tokenizer import Tokenizer
+from llama.tokenizer.chat_template import read_chat_files
 
 Checkpoint = MetaCheckpoint | HuggingFaceCheckpoint
 
@@ -70,6 +71,7 @@ def open_checkpoint(
     tokenizer = Tokenizer(find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
     sizes = tokenizer.n_words, max_seq_len, max_batch_size
     if not is_meta:
+        read_chat_files(tokenizer, ckpt_dir)
         return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args_from_config(config, ckpt_dir, *sizes), check)
     args = args_from_params(config, ckpt_dir, *sizes)
     if "quantization" in config:
@@ -78,16 +80,23 @@ def open_checkpoint(
 
 
 def build_model(
-    checkpoint: Checkpoint, dtype: torch.dtype | str | None, device: torch.device, quantize: str | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | str | None,
+    device: torch.device,
+    quantize: str | None = None,
+    train: bool = False,
+    alone: bool = False,
 ) -> tuple[Transformer, Loaded]:
     """The model of an open checkpoint, with its weights and an empty cache.
 
     Args:
         dtype: of the weights and the computation; the checkpoint's, or the nearest that the device has, when None.
         quantize: "int8", "int4" or None.
+        train: whether all weights are parameters that learn.
+        alone: whether each quantised matrix is laid out by itself.
 
     Raises:
-        ValueError: an argument is none of these; the checkpoint is quantised to another kind.
+        ValueError: an argument is none of these; the checkpoint is quantised to another kind, or is to learn.
         MemoryError: the device has no room for the weights and the cache.
     """
     args, dtype = checkpoint.args, dtype_by_name(dtype)
@@ -98,12 +107,22 @@ def build_model(
             f"quantize = {quantize!r}, but {checkpoint.paths[0].parent} is quantised to {checkpoint.quantization} "
             "already: pass None, or the checkpoint that it was made of"
         )
+    rounded = quantize or checkpoint.quantization
+    if train and rounded:
+        found = f"{checkpoint.paths[0].parent} is quantised to {rounded}" if checkpoint.quantization else "train = True"
+        raise ValueError(
+            f"{found}, and rounded matrices cannot learn: expected plain weights, or an adapter beside these "
+            "(`llama finetune --lora_rank`)"
+        )
     # The fast kernels for rounded matrices compute in bfloat16.
-    dtype = dtype or pick_dtype(torch.bfloat16 if quantize or checkpoint.quantization else checkpoint.dtype, device)
+    dtype = dtype or pick_dtype(torch.bfloat16 if rounded else checkpoint.dtype, device)
     try:
         with torch.device("meta"):
             model = Transformer(args)
-        loaded = load_weights(model, checkpoint, dtype, device, quantize)
+        loaded = load_weights(model, checkpoint, dtype, device, quantize, alone)
+        if train:
+            make_trainable(model)
+        model.quantization = rounded
         model.allocate_cache()
     except (RuntimeError, OSError, OverflowError) as error:  # a CPU out of memory has no class of its own
         too_large = isinstance(error, (torch.OutOfMemoryError, OverflowError))

@@ -70,10 +70,12 @@ def progress(n_bytes: int, what: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def safetensors_header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def safetensors_header(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, metadata: dict[str, str] | None = None
+) -> bytes:
     """The header of a safetensors file. The tensors' bytes follow it in this order, without gaps."""
     dtype_name = next(name for name, each in SAFETENSORS_DTYPES.items() if each == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize

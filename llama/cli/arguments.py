@@ -55,6 +55,7 @@ class Decoding(DecodingOptions):
     """How an answer is decoded."""
 
     stop: Annotated[Any, STOP] = None
+    json_schema: str | None = None  # the answer is JSON of this schema, itself in JSON
     logit_bias: UsePythonSyntaxForLiteralCollections[dict[int, float] | None] = None
     logits_processor: Suppress[Any] = None
 
@@ -95,6 +96,7 @@ class Loading:
     model_parallel_size: int | None = None  # over how many processes the model is split; all when left out
     compile: bool = False  # compiles the decoding step: a minute the first time, a little faster then
     quantize: str | None = None  # "int8" or "int4" rounds the matrices while they are loaded
+    adapter: str | None = None  # a LoRA's directory, as `llama finetune` and PEFT write it
     draft: str | None = None  # a smaller model's directory, or "ngram", proposes tokens: the same answers, sooner
 
     def build(self, decoding: Decoding | None = None) -> Llama:

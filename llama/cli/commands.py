@@ -12,9 +12,13 @@ from llama import __version__
 from llama.cli.arguments import MISTAKES, is_first_rank
 from llama.cli.checkpoints import convert, info, quantize, verify
 from llama.cli.datasets import batch, rescore, sample
+from llama.cli.finetune import finetune, merge
+from llama.cli.serve import serve
 from llama.cli.texts import chat, complete, score
+from llama.keywords import PORTED
+from llama.options import NAMES
 
-COMMANDS = (chat, complete, score, batch, sample, rescore, info, verify, convert, quantize)
+COMMANDS = (chat, complete, score, batch, sample, rescore, finetune, merge, info, verify, convert, quantize, serve)
 
 CONFIG = (
     tyro.conf.OmitArgPrefixes,  # --device, not --loading.device
@@ -58,14 +62,28 @@ def _call(argv: list[str]) -> None:
     app = tyro.extras.SubcommandApp()
     for command in COMMANDS:
         app.command(command)
-    app.cli(
-        prog="llama",
-        description=f"Llama inference, version {__version__}. `llama COMMAND --help` explains a command.",
-        args=argv or ["--help"],
-        use_underscores=True,
-        console_outputs=is_first_rank(),  # under torchrun every process reads the same line
-        config=CONFIG,
-    )
+    try:
+        app.cli(
+            prog="llama",
+            description=f"Llama inference, version {__version__}. `llama COMMAND --help` explains a command.",
+            args=argv or ["--help"],
+            use_underscores=True,
+            console_outputs=is_first_rank(),  # under torchrun every process reads the same line
+            config=CONFIG,
+        )
+    except SystemExit as end:
+        if end.code == 2 and is_first_rank():
+            _name_ported(argv)
+        raise
+
+
+def _name_ported(argv: list[str]) -> None:
+    """Says on stderr which of our flags the flags of other programs are."""
+    for word in argv:
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--") and name in PORTED and not (name == "n" and argv[0] == "sample"):
+            dashes = "--" if PORTED[name].startswith(NAMES) else ""
+            print(f"llama: --{name} is {dashes}{PORTED[name]}", file=sys.stderr)
 
 
 def _as_typed(message: str, argv: list[str]) -> str:

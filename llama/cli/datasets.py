@@ -5,10 +5,13 @@ Knows nothing of how rows are read, answered or scored. What can be checked is c
 
 import contextlib
 import functools
+import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +25,8 @@ from llama.datasets.batch import run_batch_files
 from llama.datasets.fingerprint import fingerprint as fingerprint_of
 from llama.datasets.journal import check_target
 from llama.datasets.rows import Rows
-from llama.datasets.runs import RemoteModel
-from llama.datasets.task_template import read_template
+from llama.datasets.runs import RemoteModel, check_indent
+from llama.datasets.task_template import read_template, report_of, table_of
 from llama.rejection_sampling.best_of_n import Summary, require_matplotlib
 from llama.rejection_sampling.draw import Plan, check_option
 from llama.rejection_sampling.files import RemoteScorer, rescore_files, sample_files
@@ -35,18 +38,34 @@ from llama.tokenizer import Tokenizer
 class Files:
     """What is read, and what is written."""
 
-    source: Positional[str]  # the rows: JSON lines, CSV or Parquet
-    target: Positional[str]  # the answers, in one of these formats
+    source: Positional[str]  # the rows: JSON lines or an array, CSV or Parquet; of `batch`, "-" is standard input
+    target: Positional[str]  # the answers, in one of these formats; of `batch`, "-" is standard output, as JSON lines
     force: bool = False  # starts over, whatever the target holds
     retry: bool = False  # tries rows again that have failed, or have an answer without a score
+    indent: int | None = None  # spaces by which the records of a .json target are indented
 
     def check(self, *others: str | None) -> None:
         """Raises OSError, ValueError or ImportError if rows cannot be read, or answers to them not be written."""
+        if self.target != "-":
+            check_indent(self.indent, self.target)
         if is_first_rank():
             inputs = [self.source, *(path for path in others if path is not None)]
-            check_target(self.target, *inputs)
+            if self.target != "-":
+                check_target(self.target, *inputs)
             for path in inputs:
                 next(iter(Rows(path)), None)  # reading a first row raises what is wrong with the file
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator["Files"]:
+        """The files; standard input, where that is the source, is read whole into a file."""
+        if self.source != "-":
+            yield self
+            return
+        with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+            if is_first_rank():
+                shutil.copyfileobj(sys.stdin.buffer, file)
+                file.flush()
+            yield replace(self, source=file.name)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -60,7 +79,13 @@ class Files:
 
 
 def batch(
-    files: Files, loading: BatchLoading, decoding: Decoding, *, template: str | None = None, logprobs: bool = False
+    files: Files,
+    loading: BatchLoading,
+    decoding: Decoding,
+    *,
+    template: str | None = None,
+    logprobs: bool = False,
+    report: str | None = None,
 ) -> None:
     """Answers the rows of a file, each with a prompt, messages or tokens. Started again, it does what is missing.
 
@@ -70,15 +95,29 @@ def batch(
     Args:
         template: a JSON file of task prompts, which are filled with the fields of the rows.
         logprobs: whether to write the log-probability of each token.
+        report: a JSON file to write, with what came of each task of a template: the means of its metric.
     """
-    files.check()
-    if template is not None and is_first_rank():
-        read_template(template)
-    options = {"template": template, "logprobs": logprobs, "force": files.force, "retry": files.retry}
-    with _model(loading, decoding) as llama, files.interruptible():
-        summary = run_batch_files(llama, files.source, files.target, progress=True, **options, **decoding.given())
+    if report is not None and (template is None or files.target == "-"):
+        raise ValueError(f"--report {report}: expected a --template, and a file as the target, with it")
+    if report is not None and is_first_rank():
+        check_report(Path(report), files)
+    with files.opened() as files:
+        files.check()
+        if template is not None and is_first_rank():
+            read_template(template)
+        options = {"template": template, "logprobs": logprobs, "force": files.force, "retry": files.retry}
+        with _model(loading, decoding) as llama, files.interruptible():
+            summary = run_batch_files(
+                llama, files.source, files.target, progress=True, indent=files.indent, **options, **decoding.given()
+            )
     if summary is not None:
         print(summary, file=sys.stderr)
+        if template is not None and files.target != "-":
+            with summary.path.open(encoding="utf-8") as lines:
+                found = report_of(map(json.loads, lines))
+            print(table_of(found))
+            if report is not None:
+                Path(report).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if summary.n_failed == summary.n_lines > 0:
             sys.exit(1)
 
@@ -135,7 +174,7 @@ class Scoring:
     def run(self, score: Callable[..., Summary | None], files: Files, *args: Any, **options: Any) -> None:
         """Scores with sample_files or rescore_files; shows the summary, and draws it for --plot."""
         with files.interruptible():
-            summary = score(*args, force=files.force, retry=files.retry, progress=True, **options)
+            summary = score(*args, force=files.force, retry=files.retry, progress=True, indent=files.indent, **options)
         if summary is None:
             return
         print(summary.text())
@@ -162,19 +201,32 @@ class Drawing(Plan):
         return Plan(**vars(self))
 
 
-def sample(files: Files, loading: BatchLoading, decoding: OneAnswer, scoring: Scoring, drawing: Drawing) -> None:
+def sample(
+    files: Files,
+    loading: BatchLoading,
+    decoding: OneAnswer,
+    scoring: Scoring,
+    drawing: Drawing,
+    *,
+    template: str | None = None,
+) -> None:
     """Draws n answers to each row of a file, scores them, keeps the best. Started again, it does what is missing.
 
     Rows are as for `llama batch`; the scorer reads their metadata. Under torchrun, which has an option --n of its own,
     write -n.
+
+    Args:
+        template: a JSON file of task prompts, which are filled with the fields of the rows.
     """
     plan = drawing.plan()
     check_option(DecodingOptions(**decoding.given()), plan)
     files.check()
+    if template is not None and is_first_rank():
+        read_template(template)
     scoring.check()
     with _model(loading, decoding) as llama:
         arguments = (llama, files.source, files.target, scoring.scorer_for(llama, loading), plan, scoring.fingerprint)
-        scoring.run(sample_files, files, *arguments, **decoding.given())
+        scoring.run(sample_files, files, *arguments, template=template, **decoding.given())
 
 
 def rescore(
@@ -209,6 +261,14 @@ def _model(
             yield remote
     else:
         yield loading.build(decoding) if has_model else None
+
+
+def check_report(path: Path, files: Files) -> None:
+    """Raises OSError or ValueError if a report could not be written at the end of the run."""
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise FileNotFoundError(f"--report {path}: expected a file in a directory that is there")
+    if path.exists() and any(Path(f).exists() and path.samefile(f) for f in (files.source, files.target)):
+        raise ValueError(f"--report {path} is the source or the target: expected another file")
 
 
 def _check_plot(path: Path) -> None:

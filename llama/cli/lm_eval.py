@@ -157,6 +157,9 @@ class LlamaLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A dialog as text in Llama 3's format; `tok_encode` makes the ids of `ChatFormat` from it."""
         tokenizer, formatter = self.llama.tokenizer, self.llama.formatter
+        if formatter.template is not None:
+            text = formatter.template.render(chat_history, add_generation_prompt)
+            return text if add_generation_prompt else text.rstrip()
         if tokenizer.kind != "llama3":
             raise ValueError("a dialog of Llama 2 cannot be written as text: the tokens between its turns have none")
         ids = [tokenizer.bos_id]

@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from llama.datasets.rows import Row, row_of, scan
 from llama.datasets.runs import RemoteModel, Result, Run, Summary, Task, decoding_parameters
 from llama.datasets.task_template import Template, read_template
 from llama.decoding.answering import Answer, Job
+from llama.decoding.predictions import details
+from llama.decoding.rollouts import Rollout, Rollouts
 from llama.generation import Llama
 from llama.tokenizer.open_turns import OpenDialog
 
@@ -89,6 +91,7 @@ def run_batch_files(
     force: bool = False,
     retry: bool = False,
     progress: bool = False,
+    indent: int | None = None,
     replicas: int | None = None,
     **options: Any,
 ) -> Summary | None:
@@ -107,12 +110,13 @@ def run_batch_files(
                 force=force,
                 retry=retry,
                 progress=progress,
+                indent=indent,
                 **options,
             )
     run = _batch(llama, template, logprobs, options)
     parameters = decoding_parameters(llama, run.options, run.seed)
     parameters |= {"logprobs": logprobs, "template": run.template and run.template.content}
-    return run.write(source, target, parameters, force, retry, progress)
+    return run.write(source, target, parameters, force, retry, progress, indent)
 
 
 def _on_replicas(model: Any, replicas: int) -> RemoteModel:
@@ -134,12 +138,11 @@ class _Line:
     """A task that is being answered."""
 
     task: Task
-    dialog: OpenDialog | None = None
-    turns: list[dict] = field(default_factory=list)  # the answers in its open turns so far
+    rollouts: Rollouts | None = None  # of a dialog
 
 
 class _Batch(Run):
-    """A job for each row; for a dialog, one for each open turn."""
+    """A job for each row; where turns are open, one for each turn of each rollout."""
 
     def __init__(self, llama: Llama, template: Any, logprobs: bool, options: dict[str, Any]):
         super().__init__(llama, options)
@@ -163,6 +166,7 @@ class _Batch(Run):
         else:
             task = self.template.task_of(row.fields)
             asked, options = task.render({"id": row.id, **row.fields}), task.options
+            task.measure("", {}, row.fields)  # raises where there is no right answer
             given = {name: v for name, v in row.fields.items() if name in KEYS and name not in (*KINDS, *task.fields)}
         logprobs = given.get("logprobs", self.logprobs)
         if not isinstance(logprobs, bool):
@@ -170,37 +174,30 @@ class _Batch(Run):
         options = options | {name: value for name, value in given.items() if name in OPTIONS}
         return {**asked, "logprobs": logprobs, "options": self.with_seed(options, row)}
 
-    def begin(self, task: Task) -> Job | Result:
-        option, line, asked = self.option_of(task["options"]), _Line(task), task
+    def begin(self, task: Task) -> list[Job] | Result:
+        option, line = self.option_of(task["options"]), _Line(task)
         if "messages" in task:
-            line.dialog = OpenDialog(task["messages"], self.llama.formatter)
-            asked = {"messages": line.dialog.prompt}
-            if line.dialog.has_placeholders and option.num_return_sequences > 1:
-                found = f"num_return_sequences = {option.num_return_sequences}"
-                raise ValueError(f"{found}: expected 1 where there are open turns")
-        return Job(line, prompt_ids(self.llama, asked), option, logprobs=task["logprobs"])
+            dialog = OpenDialog(task["messages"], self.llama.formatter)
+            line.rollouts = Rollouts(dialog, option, lambda dialog: prompt_ids(self.llama, {"messages": dialog}))
+            return [line.rollouts.first(line, logprobs=task["logprobs"])]
+        return [Job(line, prompt_ids(self.llama, task), option, logprobs=task["logprobs"])]
 
-    def go_on(self, job: Job, answers: list[Answer]) -> Job | Result:
-        line, result = job.key, self._result(job, answers)
-        if line.dialog is None or not line.dialog.has_placeholders:
-            return result
-        line.dialog.fill(result["text"])
-        line.turns.append({name: value for name, value in result.items() if name not in ("line", "seed")})
-        if not line.dialog.is_done and "error" not in result:
-            try:
-                return replace(job, prompt=prompt_ids(self.llama, {"messages": line.dialog.prompt}))
-            except ValueError as error:  # the dialog has become too long
-                result |= {"finish_reason": "error", "error": str(error)}
-        result |= {"turns": line.turns, "messages": line.dialog.messages}
-        result["answer_tokens"] = sum(turn["answer_tokens"] for turn in line.turns)
-        return result
+    def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | Result:
+        line = job.key
+        if line.rollouts is None or not line.rollouts.dialog.has_placeholders:
+            return self._result(job, [self._shown(job, job.prompt, answer) for answer in answers])
+        jobs = line.rollouts.go_on(job, answers)
+        if line.rollouts.n_open:
+            return jobs
+        return self._result(job, [self._shown_rollout(job, rollout) for rollout in line.rollouts.rollouts])
 
     def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
         failed = {"text": "", "finish_reason": "error"} if "error" in result else {}
         record = super().record_of(row, task, failed | result)
         if not failed and self.template is not None:
             template = self.template.task_of(row.fields)
-            record |= {"task": template.name, **template.read(record["text"])}
+            read = template.read(record["text"])
+            record |= {"task": template.name, **read, **template.measure(record["text"], read, row.fields)}
             for answer in record.get("answers", ()):
                 answer |= template.read(answer["text"])
             record |= {kind: task[kind] for kind in KINDS if kind in task}  # the row does not say what was asked
@@ -208,22 +205,30 @@ class _Batch(Run):
             record["metadata"] = row.fields["metadata"]
         return record
 
-    def _result(self, job: Job, answers: list[Answer]) -> Result:
-        """What the record says of the answers to a job."""
-        shown = []
-        for answer in answers:
-            shown.append({"text": answer.text, "finish_reason": answer.finish_reason})
-            shown[-1]["answer_tokens"] = len(answer.tokens)
-            if "tokens" in job.key.task:
-                shown[-1]["token_ids"] = answer.tokens
-            if answer.score is not None:
-                shown[-1]["score"] = answer.score
-            top = {"top_logprobs": job.option.top_logprobs}
-            shown[-1] |= self.llama.answerer.details(job.prompt, answer, job.logprobs, False, top)
-        result = {"line": job.key.task["line"], **shown[0], "prompt_tokens": len(job.prompt)}
-        result |= {"answer_tokens": sum(len(answer.tokens) for answer in answers), "seed": job.option.seed}
-        if len(answers) > 1:
-            result["answers"] = shown
-        if errors := [answer.error for answer in answers if answer.error is not None]:
+    def _result(self, job: Job, shown: list[dict]) -> Result:
+        """What the record says of the answers to a row."""
+        result = {"line": job.key.task["line"], **shown[0]}
+        filled = {name: result.pop(name) for name in ("turns", "messages") if name in result}
+        result |= {"answer_tokens": sum(answer["answer_tokens"] for answer in shown), "seed": job.option.seed, **filled}
+        if len(shown) > 1:
+            result["answers"] = [{n: v for n, v in answer.items() if n != "prompt_tokens"} for answer in shown]
+        if errors := [answer["error"] for answer in shown if "error" in answer]:
             result |= {"finish_reason": "error", "error": errors[0]}
         return result
+
+    def _shown(self, job: Job, prompt: list[int], answer: Answer) -> dict:
+        """One answer, as a record has it."""
+        shown = {"text": answer.text, "finish_reason": answer.finish_reason, "answer_tokens": len(answer.tokens)}
+        shown["prompt_tokens"] = len(prompt)
+        if "tokens" in job.key.task:
+            shown["token_ids"] = answer.tokens
+        shown |= {} if answer.error is None else {"error": answer.error}
+        top = {"top_logprobs": job.option.top_logprobs}
+        return shown | details(self.llama.answerer, prompt, answer, job.logprobs, False, top)
+
+    def _shown_rollout(self, job: Job, rollout: Rollout) -> dict:
+        """The last answer of a dialog, and those before it as its turns."""
+        turns = [self._shown(job, prompt, answer) for prompt, answer in rollout.turns]
+        shown = turns[-1] | {"turns": turns, "messages": rollout.dialog.messages}
+        shown["answer_tokens"] = sum(turn["answer_tokens"] for turn in turns)
+        return shown if rollout.error is None else shown | {"finish_reason": "error", "error": rollout.error}

@@ -25,11 +25,14 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
     """What identifies a model, as JSON. Collective: every process that holds a part of the model calls it."""
     if known := getattr(llama, "fingerprint", None):  # of a model that is elsewhere
         return known
-    model = llama.answerer.shared.engine.model  # which `llama.model` would take for changed from now on
+    model = llama.answerer.shared.engine.opened  # which `llama.model` would take for changed from now on
     args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
     dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
-    return {**args, "dtype": dtype, "weights": weights_digest(model), "tokenizer": tokenizer}
+    if (template := llama.formatter.template) is not None:
+        tokenizer += f", chat template {template.digest}"
+    adapter = {"adapter": model.adapter} if hasattr(model, "adapter") else {}  # beside quantised weights
+    return {**args, "dtype": dtype, "weights": weights_digest(model), **adapter, "tokenizer": tokenizer}
 
 
 @functools.cache
@@ -66,7 +69,7 @@ def _column_sums(
         n_copies = max(1, n_ranks // model.args.n_kv_heads)
     if rank % n_copies:
         return sums
-    layout = getattr(module, "layout", None)
+    layout = module.layout if isinstance(module, Linear) else None
     width = module.in_features if isinstance(module, Linear) else module.weight.shape[-1]
     start, stop = partition(width, rank, n_ranks) if isinstance(module, RowParallelLinear) else (0, width)
     indices = torch.arange(N_COLUMNS, device=sums.device) * width // N_COLUMNS

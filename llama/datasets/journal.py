@@ -1,7 +1,7 @@
 """A journal: the records of a run, one JSON line each, written as they come, so that a killed run can go on.
 
 Only whole lines are ever appended, by one writer. Beside the journal, OUT.run.json, its sidecar, says which rows and
-parameters it belongs to. A CSV or Parquet file, which cannot grow line by line, is made in the end of the journal
+parameters it belongs to. A CSV, Parquet or JSON file, which cannot grow line by line, is made in the end of the journal
 beside it (OUT.csv.jsonl). Knows nothing of models, or of what a record means beyond its `line`, `error` and `scores`.
 """
 
@@ -10,12 +10,14 @@ import json
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama.datasets.rows import Row, Rows, Scan, format_of, scan
+from llama.datasets.json_file import write_json_array
+from llama.datasets.rows import Row, Rows, Scan, counted, format_of, scan
 from llama.datasets.tables import import_pyarrow, write_table
 
 try:
@@ -125,13 +127,20 @@ class Journal(contextlib.AbstractContextManager):
         finally:
             os.close(self._file)
 
-    def finish(self) -> None:
-        """Makes the CSV or Parquet file of the journal, in the order of the rows: all of it or nothing."""
-        if self.path != self.target:
-            with self.path.open("rb") as file:
-                records = sorted(map(json.loads, file), key=lambda record: record["line"])
-            with _replacing(self.target) as file:
-                write_table(file, records, is_parquet=format_of(self.target) == ".parquet")
+    def finish(self, indent: int | None = None) -> None:
+        """Makes the CSV, Parquet or JSON file of the journal, in the order of the rows: all of it or nothing.
+
+        A JSON array has a record on each line, or each indented by that many spaces.
+        """
+        if self.path == self.target:
+            return
+        with self.path.open("rb") as file:
+            lines = sorted(file, key=lambda line: json.loads(line)["line"])
+        with _replacing(self.target) as file:
+            if (kind := format_of(self.target)) == ".json":
+                write_json_array(file, iter(lines), indent)
+            else:
+                write_table(file, list(map(json.loads, lines)), is_parquet=kind == ".parquet")
 
     def _lock(self) -> int:
         """The journal, opened to append to, and locked for as long as it is open."""
@@ -161,10 +170,16 @@ class Journal(contextlib.AbstractContextManager):
         found = scan(rows, before["rows"] if before else -1)
         self.n_rows = found.n_rows
         parameters = json.loads(json.dumps(parameters))  # as they will be read again: tuples become lists
+        if before is not None:
+            try:
+                self._check(before, found, parameters)
+            except ValueError:
+                if self._has_answers():
+                    raise
+                before = None  # there is nothing to lose: the input or the options have been mended
         if before is None:
             os.ftruncate(self._file, 0)
         else:
-            self._check(before, found, parameters)
             self._resume(retry, found.last)
         writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         content = {"rows": found.n_rows, "digest": found.digest, "parameters": parameters, "writer": writer}
@@ -187,13 +202,28 @@ class Journal(contextlib.AbstractContextManager):
         """Refuses rows and parameters other than those of the run before; new rows at the end are fine."""
         changes = []
         if found.n_rows < before["rows"]:
-            changes.append(f"the input had {before['rows']} lines, and has {found.n_rows}")
+            changes.append(f"the input had {counted(before['rows'], 'line')}, and has {found.n_rows}")
         elif found.digest_of_first != before["digest"]:
-            changes.append(f"the first {before['rows']} lines of the input have changed")
+            n = before["rows"]
+            first = "the first line of the input has" if n == 1 else f"the first {n:,} lines of the input have"
+            changes.append(f"{first} changed")
         changes += differences(before["parameters"], parameters)
         if changes:
             hint = "Choose another output, or --force to overwrite it"
             raise ValueError(f"{self.target} belongs to another run: {'; '.join(changes)}. {hint}")
+
+    def _has_answers(self) -> bool:
+        """Whether the journal holds anything but records of rows that failed before they were run."""
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                    if record["error"] and not record.get("text") and "answers" not in record:
+                        continue
+                except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+                    pass
+                return True
+        return False
 
     def _resume(self, retry: bool, last: int) -> None:
         """Reads which rows, numbered up to `last`, are done, and cuts off a last line that is not whole."""
@@ -229,6 +259,24 @@ class Journal(contextlib.AbstractContextManager):
             file.writelines(kept)
         old, self._file = self._file, self._lock()
         os.close(old)
+
+
+class Printed(contextlib.AbstractContextManager):
+    """Standard output in the place of a journal: each record is printed as it comes, and no run goes on from there."""
+
+    target = path = Path("-")
+
+    def __init__(self, rows: Iterable[Row]):
+        self.n_rows, self.done, self.n_failed = scan(rows).n_rows, set(), 0
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+
+    def append(self, record: dict[str, Any]) -> None:
+        print(_to_json(record).decode(), end="", flush=True)
+
+    def finish(self, indent: int | None = None) -> None:
+        """Nothing is left to do."""
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

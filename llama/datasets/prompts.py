@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama.generation import Llama
+from llama.keywords import unknown
 from llama.options import NAMES
+from llama.tokenizer.open_turns import as_dialog
 
 KINDS = ("prompt", "messages", "tokens")  # a text to be continued, a dialog to be answered, ids
 OPTIONS = tuple(name for name in NAMES if name != "logits_processor")  # a file holds no code
@@ -25,7 +27,7 @@ def check_names(row: Mapping[str, Any], others: Iterable[str], options: Iterable
     for name in row:
         if name not in (*KINDS, *others, *options):
             expected = f"one of {', '.join(KINDS)}; id, {', '.join(others)}; or a decoding option: {', '.join(options)}"
-            raise ValueError(f"{name!r} is not known: expected {expected}")
+            raise ValueError(unknown(name, (*KINDS, *others, *options), expected, "known"))
 
 
 def from_json(options: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def from_json(options: dict[str, Any]) -> dict[str, Any]:
     """
     for name in options:
         if name not in NAMES:
-            raise TypeError(f"{name!r} is not a decoding option: expected one of {', '.join(sorted(NAMES))}")
+            raise TypeError(unknown(name, NAMES))
     is_whole = {name: isinstance(value, float) and value.is_integer() for name, value in options.items()}
     options = {name: int(value) if is_whole[name] else value for name, value in options.items()}
     bias = options.get("logit_bias")
@@ -51,7 +53,7 @@ def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
     kind = kind_of(row)
     ids = row[kind]
     if kind == "messages":
-        ids = llama.formatter.encode_dialog_prompt(ids)
+        ids = llama.formatter.encode_dialog_prompt(as_dialog(ids))
     elif kind == "prompt":
         if not isinstance(ids, str) or not ids:
             raise ValueError(f"prompt = {ids!r}: expected a text that is not empty")

@@ -1,10 +1,11 @@
-"""Rows of data files: JSON lines, CSV and Parquet, read one at a time. A broken row is marked, and breaks no other.
+"""Rows of data files: JSON lines and arrays, CSV and Parquet, read one at a time. A broken row breaks no other.
 
 Knows nothing of models, or of what a row asks.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -12,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama.datasets.json_file import begins_as_whole, read_json_rows
 from llama.datasets.tables import read_csv, read_parquet
 
-FORMATS = (".jsonl", ".ndjson", ".csv", ".parquet")
+TEXT = ".txt"  # of which each line is a prompt: read, and not written
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 # How deep lists and objects may be nested. Each level takes stack wherever a row is walked, and Python's has an end.
 MAX_DEPTH = 100
+
+
+BLANK = b" \t\r\n\xef\xbb\xbf"  # white space, and a byte order mark
 
 
 @dataclass
@@ -33,7 +39,8 @@ class Rows:
     """The rows of a file, read one at a time, and read again each time they are iterated over.
 
     Args:
-        path: a .jsonl, .ndjson, .csv or .parquet file; the last two need pyarrow.
+        path: a .jsonl, .ndjson, .json, .csv or .parquet file; the last two need pyarrow. JSON is an array of rows, or
+            one after the other; a .jsonl file that is so is read so. Of a .txt file each line is a row's `prompt`.
         as_json: the columns of a CSV file whose cells hold JSON, such as numbers and lists; all others are text.
 
     Raises:
@@ -43,15 +50,27 @@ class Rows:
 
     def __init__(self, path: str | os.PathLike, as_json: Collection[str] = ()):
         self.path, self.as_json = Path(path), frozenset(as_json)
-        self._format = format_of(self.path)
+        self._format = self.path.suffix.lower() if self.path.suffix.lower() == TEXT else format_of(self.path)
         if not self.path.is_file():
             found = f"{self.path} is a directory" if self.path.is_dir() else f"there is no file {self.path}"
             raise FileNotFoundError(f"{found}: expected a file of rows")
 
     def __iter__(self) -> Iterator[Row]:
+        if self._format == TEXT:
+            with self.path.open("rb") as file:
+                yield from (_row_of_text(number, line) for number, line in enumerate(file, 1) if line.strip(BLANK))
+            return
         if self._format in (".jsonl", ".ndjson"):
             with self.path.open("rb") as file:
-                yield from (_row_of_json(number, line) for number, line in enumerate(file, 1) if line.strip())
+                lines = ((number, line) for number, line in enumerate(file, 1) if line.strip(BLANK))
+                if (first := next(lines, None)) is None:
+                    return
+                if not begins_as_whole(first[1]):
+                    yield from (_row_of_json(*line) for line in itertools.chain([first], lines))
+                    return
+        if self._format not in (".csv", ".parquet"):
+            for number, value in enumerate(read_json_rows(self.path), 1):
+                yield _row_of_value(number, value)
             return
         is_csv = self._format == ".csv"
         for number, (fields, error) in enumerate((read_csv if is_csv else read_parquet)(self.path), 1):
@@ -61,9 +80,26 @@ class Rows:
             yield row_of(number, fields) if error is None else Row(number, None, fields, error)
 
 
+def _row_of_text(number: int, line: bytes) -> Row:
+    try:
+        return row_of(number, {"prompt": line.decode("utf-8-sig").rstrip("\r\n")})
+    except UnicodeDecodeError as error:
+        return Row(number, None, {"raw": repr(line)}, f"not UTF-8: {error}")
+
+
+def _row_of_value(number: int, value: Any) -> Row:
+    try:
+        _check_depth(value, MAX_DEPTH)
+    except RecursionError:
+        return Row(number, None, {"raw": repr(value)[:1000]}, f"nested deeper than {MAX_DEPTH} levels")
+    return row_of(number, value)
+
+
 def _row_of_json(number: int, line: bytes) -> Row:
     try:
         return row_of(number, _from_json(line.decode("utf-8-sig")))
+    except json.JSONDecodeError as error:  # whose own message would count lines within this one
+        problem = f"not JSON: {error.msg} at character {error.pos + 1}"
     except UnicodeDecodeError as error:
         problem = f"not UTF-8: {error}"
     except RecursionError:
@@ -101,6 +137,11 @@ def _check_depth(value: Any, left: int) -> None:
             raise RecursionError
         for item in value.values() if isinstance(value, dict) else value:
             _check_depth(item, left - 1)
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things, in words: "1 line", "2,000 lines"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def format_of(path: Path) -> str:

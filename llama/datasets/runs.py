@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.datasets.fingerprint import fingerprint, package_digest
-from llama.datasets.journal import Journal
+from llama.datasets.journal import Journal, Printed
 from llama.datasets.prompts import KEYS, from_json
-from llama.datasets.rows import Row, Rows
+from llama.datasets.rows import Row, Rows, counted
 from llama.datasets.task_queue import TaskQueue
 from llama.decoding.answering import Answer, Job, Jobs
 from llama.generation import Llama
@@ -74,7 +74,7 @@ class Run(ABC):
             for result in self.llama.replicas.results(self.remote, tasks, _budget):
                 yield self.record_of(*waiting.pop(result["line"]), result)
             return
-        queue = TaskQueue(tasks, ahead=1 if self.llama is None else self.llama.answerer.max_batch_size)
+        queue = TaskQueue(tasks, ahead=1 if self.llama is None else self.llama.answerer.args.max_batch_size)
         with self.open_jobs() as jobs:
             more = True
             while more or jobs.n_open:
@@ -101,11 +101,10 @@ class Run(ABC):
         """Lets jobs run until some of them are done; returns the results of the tasks that are done by it."""
         return self._settle(jobs, [self.go_on(job, answers) for job, answers in jobs.step()])
 
-    def _settle(self, jobs: Jobs, outcomes: list[Job | Result]) -> list[Result]:
-        for outcome in outcomes:
-            if isinstance(outcome, Job):
-                jobs.add(outcome)
-        return [outcome for outcome in outcomes if not isinstance(outcome, Job)]
+    def _settle(self, jobs: Jobs, outcomes: list[list[Job] | Result]) -> list[Result]:
+        for job in [job for outcome in outcomes if isinstance(outcome, list) for job in outcome]:
+            jobs.add(job)
+        return [outcome for outcome in outcomes if isinstance(outcome, dict)]
 
     def write(
         self,
@@ -115,21 +114,27 @@ class Run(ABC):
         force: bool = False,
         retry: bool = False,
         progress: bool = False,
+        indent: int | None = None,
     ) -> "Summary | None":
         """Writes the records of the rows that have none yet; returns, on rank 0, what was done.
 
         Every process calls this; only rank 0 needs the files. Raises, before anything runs, as `Rows` and `Journal`.
 
         Args:
-            source, target: .jsonl, .csv or .parquet files; a target of the last two is made once all rows are done.
+            source, target: .jsonl, .json, .csv or .parquet files; a target of the last three is made once all rows are
+                done.
             parameters, force, retry: as in `Journal`.
             progress: whether to show a bar, and why the first rows failed, on stderr.
+            indent: by how many spaces the records of a .json target are indented; None: one record a line.
         """
+        if str(target) != "-":
+            check_indent(indent, target)
         journal, rows, summary = None, (), Summary(Path(target))
         with parallel.fail_together():
             if dist.get_rank() == 0:
                 every_row = Rows(source, self.as_json)
-                journal = Journal(target, every_row, parameters, force, retry)
+                is_file = str(target) != "-"
+                journal = Journal(target, every_row, parameters, force, retry) if is_file else Printed(every_row)
                 rows = (row for row in every_row if row.number not in journal.done)
                 n_done = len(journal.done)
                 summary = Summary(journal.path, journal.n_rows, n_done, journal.n_failed, n_done)
@@ -139,7 +144,7 @@ class Run(ABC):
                 journal.append(record)
                 summary.add(record, bar, f", {self.llama.replicas}" if isinstance(self.llama, RemoteModel) else "")
             if journal is not None:
-                journal.finish()
+                journal.finish(indent)
             parallel.gather_from_replicas([])  # none goes on before all are done
         return None if journal is None else summary
 
@@ -153,7 +158,7 @@ class Run(ABC):
         """The options of a row, which gets a seed if it has none."""
         return options if options.get("seed") is not None else options | {"seed": line_seed(self.seed, row.id)}
 
-    def _begin(self, task: Task) -> Job | Result:
+    def _begin(self, task: Task) -> list[Job] | Result:
         try:
             return task if "error" in task else self.begin(task)
         except (ValueError, TypeError) as error:
@@ -164,11 +169,11 @@ class Run(ABC):
         """On rank 0, what a replica must know of a row. Raises ValueError or TypeError."""
 
     @abstractmethod
-    def begin(self, task: Task) -> Job | Result:
-        """On a replica, a task's first job, or its result. Raises ValueError or TypeError."""
+    def begin(self, task: Task) -> list[Job] | Result:
+        """On a replica, a task's first jobs, or its result. Raises ValueError or TypeError."""
 
-    def go_on(self, job: Job, answers: list[Answer]) -> Job | Result:
-        """On a replica, what comes after the answers to a job: the task's next job, or its result."""
+    def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | Result:
+        """On a replica, what comes after the answers to a job: the next jobs, or the result once none are open."""
         raise NotImplementedError  # a run whose tasks have no jobs needs none
 
     def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
@@ -228,13 +233,15 @@ class _Worker:
         facts = {"package": package_digest(), "room": 16}
         if self.llama is not None:
             names = ("vocab_size", "max_batch_size", "max_seq_len")
-            facts |= {name: getattr(self.llama.answerer, name) for name in names}
+            facts |= {name: getattr(self.llama.answerer.args, name) for name in names}
             facts |= {"model": fingerprint(self.llama), "room": facts["max_batch_size"]}
         return facts
 
     def open(self, make: Callable[[Llama | None], Run]) -> None:
         self.open_runs.close()
         self.run = make(self.llama)
+        if self.llama is not None:
+            self.run.option_of({})  # what only a model can check, such as a grammar
         self.jobs = self.open_runs.enter_context(self.run.open_jobs())
 
     def work(self, tasks: list[Task]) -> list[Result]:
@@ -280,9 +287,17 @@ class Summary:
         before = f" ({self.n_before:,} of them before)" if self.n_before else ""
         rate = self.n_tokens / max(self.seconds, 1e-9)
         return (
-            f"{self.n_done:,} of {self.n_lines:,} lines done{before}, {self.n_failed:,} of them failed; "
+            f"{self.n_done:,} of {counted(self.n_lines, 'line')} done{before}, {self.n_failed:,} of them failed; "
             f"{self.n_tokens:,} tokens in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
         )
+
+
+def check_indent(indent: int | None, target: str | os.PathLike) -> None:
+    """Raises ValueError if a target is not indented, or not by so much."""
+    if indent is not None and (type(indent) is not int or not 0 <= indent <= 16):
+        raise ValueError(f"indent = {indent!r}: expected an integer from 0 to 16")
+    if indent is not None and Path(target).suffix.lower() != ".json":
+        raise ValueError(f"indent = {indent} for {target}: expected a target whose name ends in .json with it")
 
 
 def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -1,22 +1,26 @@
 """Task templates: what is asked of the model for a row of data, and what is read out of its answer, without code.
 
-A template file is JSON: {"tasks": {NAME: TASK, …}}. A row names its `task`, unless there is only one. A TASK has
+A template file is JSON: {"tasks": {NAME: TASK, …}}. A row names its `task`, or has it in the template's "column"; if
+not, its task is the first whose `match` fits it, or the only one. A TASK has
 
 - `user`, a text in which {field} stands for a field of the row and {id} for its id ({{ and }} are braces), and perhaps
   another, `system`; or instead of these `prompt`, a text to be continued;
 - `options`: decoding options, which a row may override;
 - `parse`: what is read out of the answer: "integer", the first one in it; {"regex": R}, the first group of the first
-  match (the whole match if R has no group); {"integers": k}, k distinct ones; {"choice": [A, B, …]}, the only one of
-  these that stands by itself in it.
+  match (the whole match if R has no group); {"integers": k}, the first k distinct ones, with "least" and "most" only
+  those from least to most; {"choice": [A, B, …]}, the only one of these that stands by itself in it;
+- `match`: a regular expression that is searched in each text of the row;
+- `gold`, the field with the right answer, and `metric`: how good what was read is, from 0 to 1 (METRICS).
 
 Knows nothing of models.
 """
 
 import json
+import math
 import os
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +28,9 @@ from typing import Any
 
 from llama.datasets.prompts import from_json
 
-TASK_KEYS = ("system", "user", "prompt", "options", "parse")
+TASK_KEYS = ("system", "user", "prompt", "options", "parse", "match", "gold", "metric")
+METRICS = "accuracy, exact_match, hit@K, ndcg or ndcg@K"
+METRIC = re.compile(r"accuracy|exact_match|hit@[1-9]\d{0,5}|ndcg(@[1-9]\d{0,5})?", re.ASCII)
 # With or without commas between thousands. The 3 of 3.14 is not one; 5-3 are two, both without a sign.
 INTEGER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?!\.?\d)", re.ASCII)
 
@@ -37,11 +43,19 @@ class Task:
     texts: dict[str, list[tuple[str, str | None]]]  # `system`, `user`, `prompt`: pairs of a text and the field after it
     options: dict[str, Any]  # decoding options
     parse: Callable[[str], Any] | None  # reads an answer, or raises ValueError if there is nothing to read
+    match: re.Pattern | None = None  # fits the rows that are of this task
+    gold: str | None = None  # the field with the right answer,
+    metric: str | None = None  # and how an answer is compared with it
 
     @property
     def fields(self) -> set[str]:
         """The names of the fields in its texts."""
         return {field for pieces in self.texts.values() for _, field in pieces if field is not None}
+
+    def fits(self, fields: dict[str, Any]) -> bool:
+        """Whether a row is of this task by its texts."""
+        texts = (value for value in fields.values() if isinstance(value, str))
+        return self.match is not None and any(self.match.search(text) for text in texts)
 
     def render(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The `prompt` or `messages` of a row; braces in its fields are text. Raises ValueError if it lacks a field."""
@@ -64,15 +78,33 @@ class Task:
         except ValueError as error:
             return {"parsed": None, "parse_error": str(error)}
 
+    def measure(self, answer: str, read: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+        """The `gold` of a row and the metric of what was read of its answer; nothing where the task has none.
+
+        Raises ValueError if the row has no right answer.
+        """
+        if self.metric is None:
+            return {}
+        if (gold := fields.get(self.gold)) is None:
+            raise ValueError(f"the line has no field {self.gold!r}, the gold of task {self.name!r}")
+        if isinstance(gold, dict) and not all(type(gain) in (int, float) for gain in gold.values()):
+            raise ValueError(f"{self.gold} = {gold!r}: expected a number for each item")
+        found = read.get("parsed", answer)
+        return {"gold": gold, self.metric: 0.0 if found is None else _metric(self.metric, found, gold)}
+
 
 class Template:
     """The tasks of a template. Raises ValueError, which names task and key, if it is not as described above."""
 
     def __init__(self, content: Any):
         self.content = content
-        if not isinstance(content, dict) or set(content) != {"tasks"} or not isinstance(content["tasks"], dict):
-            raise ValueError('expected {"tasks": {NAME: {"user": …}}} and nothing beside "tasks"')
-        self.tasks = {}
+        is_object = isinstance(content, dict) and set(content) in ({"tasks"}, {"tasks", "column"})
+        if not is_object or not isinstance(content["tasks"], dict):
+            raise ValueError('expected {"tasks": {NAME: {"user": …}}} and nothing beside "tasks" but a "column"')
+        self.tasks: dict[str, Task] = {}
+        self.column = content.get("column", "task")
+        if not isinstance(self.column, str):
+            raise ValueError(f"column = {self.column!r}: expected the name of a field")
         for name, task in content["tasks"].items():
             try:
                 self.tasks[name] = _read_task(name, task)
@@ -82,10 +114,13 @@ class Template:
             raise ValueError("there is no task: expected one or more in 'tasks'")
 
     def task_of(self, fields: dict[str, Any]) -> Task:
-        """The task of a row. Raises ValueError if it names one that is not there, or none of several."""
-        name = fields.get("task", next(iter(self.tasks)) if len(self.tasks) == 1 else None)
+        """The task of a row. Raises ValueError if it names one that is not there, or none of several fits."""
+        name = fields.get(self.column, next(iter(self.tasks)) if len(self.tasks) == 1 else None)
+        if name is None and (fitting := [task for task in self.tasks.values() if task.fits(fields)]):
+            return fitting[0]
         if not isinstance(name, str) or name not in self.tasks:
-            raise ValueError(f"task = {name!r}: expected one of {', '.join(map(repr, self.tasks))}")
+            others = ", or a text that the `match` of one fits" if any(t.match for t in self.tasks.values()) else ""
+            raise ValueError(f"{self.column} = {name!r}: expected one of {', '.join(map(repr, self.tasks))}{others}")
         return self.tasks[name]
 
 
@@ -110,7 +145,25 @@ def _read_task(name: str, task: Any) -> Task:
     options = task.get("options", {})
     if not isinstance(options, dict):
         raise ValueError(f"options = {options!r}: expected an object")
-    return Task(name, texts, from_json(options), _rule(task["parse"]) if task.get("parse") is not None else None)
+    rule = _rule(task["parse"]) if task.get("parse") is not None else None
+    match = _compiled("match", task["match"]) if task.get("match") is not None else None
+    gold, metric = task.get("gold"), task.get("metric")
+    if (gold is None) != (metric is None):
+        raise ValueError(f"found {'metric' if gold is None else 'gold'} alone: expected both `gold` and `metric`")
+    if gold is not None and not isinstance(gold, str):
+        raise ValueError(f"gold = {gold!r}: expected the name of a field")
+    if metric is not None and not (isinstance(metric, str) and METRIC.fullmatch(metric)):
+        raise ValueError(f"metric = {metric!r}: expected {METRICS}")
+    return Task(name, texts, from_json(options), rule, match, gold, metric)
+
+
+def _compiled(key: str, pattern: Any) -> re.Pattern:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{key} = {pattern!r}: expected a regular expression")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
 
 
 def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
@@ -143,14 +196,13 @@ def _rule(parse: Any) -> Callable[[str], Any]:
     if isinstance(parse, dict) and len(parse) == 1:
         ((kind, value),) = parse.items()
         if kind == "regex" and isinstance(value, str):
-            try:
-                return partial(_first_match, re.compile(value))
-            except re.error as error:
-                raise ValueError(f"parse: {value!r} is no regular expression: {error}") from None
-        if kind == "integers" and isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return partial(_distinct_integers, value)
+            return partial(_first_match, _compiled("parse", value))
         if kind == "choice" and isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
             return partial(_choice, value)
+    if isinstance(parse, dict) and "integers" in parse and set(parse) <= {"integers", "least", "most"}:
+        k, least, most = parse["integers"], parse.get("least"), parse.get("most")
+        if all(type(n) is int for n in (k, least or 0, most or 0)) and k > 0:
+            return partial(_distinct_integers, k, least, most)
     expected = '"integer", {"regex": R}, {"integers": k} or {"choice": [A, B, …]}'
     raise ValueError(f"parse = {json.dumps(parse, ensure_ascii=False)}: expected {expected}")
 
@@ -165,11 +217,67 @@ def _first_integer(answer: str) -> int:
     raise ValueError("no integer in the answer")
 
 
-def _distinct_integers(k: int, answer: str) -> list[int]:
+def _distinct_integers(k: int, least: int | None, most: int | None, answer: str) -> list[int]:
+    """The first k distinct integers in range; what else there is, a repetition or a number of something, is passed."""
     found = list(_integers(answer))
-    if len(found) != k or len(set(found)) != k:
-        raise ValueError(f"found the integers {found}: expected {k} distinct ones")
-    return found
+    in_range = [n for n in found if (least is None or n >= least) and (most is None or n <= most)]
+    distinct = list(dict.fromkeys(in_range))[:k]
+    if len(distinct) < k:
+        bounds = "" if least is None and most is None else f" from {least} to {most}"
+        raise ValueError(f"found the integers {found}: expected {k} distinct ones{bounds}")
+    return distinct
+
+
+def _metric(metric: str, found: Any, gold: Any) -> float:
+    """How good an answer is, from 0 to 1."""
+    name, _, k = metric.partition("@")
+    if name == "accuracy":
+        return float(_same(found, gold))
+    if name == "exact_match":
+        return float(_as_text(found).strip() == _as_text(gold).strip())
+    ranking = (found if isinstance(found, list) else [found])[: int(k) if k else None]
+    gains = gold if isinstance(gold, dict) else dict.fromkeys(map(str, gold if isinstance(gold, list) else [gold]), 1)
+    if name == "hit":
+        return float(any(gains.get(str(item), 0) > 0 for item in ranking))
+    # Järvelin and Kekäläinen 2002: gains, discounted by the logarithm of the rank, over those of the best ranking.
+    best = sorted(gains.values(), reverse=True)[: int(k) if k else None]
+    ideal = math.fsum(gain / math.log2(rank + 1) for rank, gain in enumerate(best, 1))
+    reached = math.fsum(gains.get(str(item), 0) / math.log2(rank + 1) for rank, item in enumerate(ranking, 1))
+    return reached / ideal if ideal else 0.0
+
+
+def _same(found: Any, gold: Any) -> bool:
+    """Whether two answers are the same number, or the same text but for case and white space around it."""
+    texts = [_as_text(value).strip().casefold() for value in (found, gold)]
+    try:
+        return float(texts[0].replace(",", "")) == float(texts[1].replace(",", ""))
+    except ValueError:
+        return texts[0] == texts[1]
+
+
+def report_of(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What came of each task: lines, those that failed or whose answer could not be read, and the mean metric."""
+    report: dict[str, dict[str, Any]] = {}
+    for record in records:
+        line = report.setdefault(record.get("task", "(none)"), {"lines": 0, "failed": 0, "unread": 0})
+        line["lines"] += 1
+        line["failed"] += "error" in record
+        line["unread"] += "parse_error" in record
+        for metric in filter(METRIC.fullmatch, record):
+            line.setdefault(metric, []).append(record[metric])
+    for line in report.values():
+        for metric in filter(METRIC.fullmatch, list(line)):
+            line[metric] = math.fsum(line[metric]) / len(line[metric])
+    return dict(sorted(report.items()))
+
+
+def table_of(report: dict[str, dict[str, Any]]) -> str:
+    """A report as lines for a terminal."""
+    rows = [f"{'task':20} {'lines':>7} {'failed':>7} {'unread':>7}"]
+    for name, line in report.items():
+        metrics = "".join(f"   {metric} {line[metric]:.4f}" for metric in filter(METRIC.fullmatch, line))
+        rows.append(f"{name:20} {line['lines']:7,} {line['failed']:7,} {line['unread']:7,}{metrics}")
+    return "\n".join(rows)
 
 
 def _first_match(pattern: re.Pattern, answer: str) -> str:

@@ -10,42 +10,26 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
 from llama.decoding.beam_search import BeamSearch
+from llama.decoding.grammar import Grammars
+from llama.decoding.penalties import Processing
 from llama.decoding.shared_engine import Call, SharedEngine
-from llama.decoding.speculative import SpeculativeEngine
 from llama.engine import Engine
+from llama.model import ModelArgs
 from llama.options import DecodingOptions, check_ids, per_prompt
 from llama.sampling import RandomStream
 from llama.sequence import Sequence, Speculation
-from llama.tokenizer import Dialog, Message, Tokenizer
+from llama.tokenizer import Tokenizer
 from llama.tokenizer.answer_text import AnswerText
 
 TopLogprobs = list[list[tuple[int, float]]]  # for each token, the most likely (id, log-probability), best first
-
-
-class Details(TypedDict, total=False):
-    """What a prediction has besides its text, when asked for."""
-
-    tokens: list[str]  # with logprobs=True: the text of each token,
-    logprobs: list[float]  # and its natural-log probability
-    top_logprobs: TopLogprobs  # with top_logprobs=k
-    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
-
-
-class CompletionPrediction(Details, total=False):
-    generation: str
-
-
-class ChatPrediction(Details, total=False):
-    generation: Message
-    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
 
 
 @dataclass
@@ -113,9 +97,24 @@ class Answerer:
         self.shared = SharedEngine(engine)
         self.tokenizer = tokenizer
         self.seed = seed
-        args = engine.model.args
-        self.vocab_size, self.max_seq_len, self.max_batch_size = args.vocab_size, args.max_seq_len, args.max_batch_size
+        self._grammars = Grammars(tokenizer, engine.model.args.vocab_size)
         self._calls = itertools.count(1)  # of those without a seed of their own
+
+    @property
+    def args(self) -> ModelArgs:
+        """The shape of the model that is run."""
+        return self.shared.engine.model.args
+
+    @property
+    def grammars(self) -> Grammars:
+        """The shapes that answers may be asked for; new ones where tokenizer or model were exchanged."""
+        if not self._grammars.belong_to(self.tokenizer, self.args.vocab_size):
+            self._grammars = Grammars(self.tokenizer, self.args.vocab_size)
+        return self._grammars
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.args.max_seq_len
 
     def answer(
         self,
@@ -125,30 +124,33 @@ class Answerer:
         echo: bool = False,
         progress: bool = False,
         shared: bool = True,
-        names: list[int] | None = None,
     ) -> list[list[Answer]]:
-        """The answers to each prompt, in their order, on every rank.
+        """The answers to each prompt of ids, with its options; the rest is as in `Job` and `answer_jobs`."""
+        pairs = enumerate(zip(prompts, settings))
+        jobs = [Job(index, prompt, option, logprobs=logprobs, echo=echo) for index, (prompt, option) in pairs]
+        return self.answer_jobs(jobs, progress, shared)
+
+    def answer_jobs(self, jobs: list[Job], progress: bool = False, shared: bool = True) -> list[list[Answer]]:
+        """The answers to each job, in their order, on every rank.
 
         Args:
-            prompts: ids.
-            settings: the options of each.
-            logprobs, echo: as in `Job`.
+            jobs: whose keys are the index of the prompt in the caller's call, for errors; here their occurrences are
+                counted.
             progress: whether to show a bar.
             shared: whether each replica takes its share of the prompts; if not, it answers all, whatever the others do.
-            names: the index of each prompt in the caller's call, for errors.
 
         Raises:
             GenerationError: some of them failed.
         """
         occurrences: Counter[tuple[int, ...]] = Counter()
-        jobs = []
-        for index, (prompt, option) in enumerate(zip(prompts, settings)):
-            jobs.append(Job(index, prompt, option, occurrences[tuple(prompt)], logprobs, echo))
-            occurrences[tuple(prompt)] += 1
+        for job in jobs:
+            job.occurrence = occurrences[key := (job.first_sample, *job.prompt)]
+            occurrences[key] += 1
         is_split = shared and parallel.n_replicas() > 1
         mine = jobs[parallel.replica() :: parallel.n_replicas()] if is_split else jobs
         # The largest budgets first: a long answer begun last would run on alone.
         waiting = deque(sorted(mine, key=lambda job: -self.budget(job.prompt, job.option)))
+        place = {job: index for index, job in enumerate(jobs)}  # several may have one key
         answers: dict[int, list[Answer]] = {}
         n_tokens, started = 0, time.perf_counter()
         bar = tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0)
@@ -157,7 +159,7 @@ class Answerer:
                 while waiting and open_jobs.has_room:
                     open_jobs.add(waiting.popleft())
                 for job, group in open_jobs.step():
-                    answers[job.key] = group
+                    answers[place[job]] = group
                     for answer in group:
                         n_tokens += len(answer.tokens)
                     bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
@@ -169,11 +171,10 @@ class Answerer:
             by_prompt.append(answers[index])
             for answer in answers[index]:
                 if answer.error is not None:
-                    failed.append((index, answer.error))
+                    failed.append((jobs[index].key, answer.error))
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            first = failed[0][0] if names is None else names[failed[0][0]]
-            raise GenerationError(f"prompt {first}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
+            raise GenerationError(f"prompt {failed[0][0]}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
         return by_prompt
 
     def answer_all(
@@ -220,7 +221,7 @@ class Answerer:
     def check_prompt(self, name: int | str, ids: Any, any_length: bool = False) -> list[int]:
         """The ids of a prompt, by `options.check_ids`; an int as its name is its index in the call."""
         name = f"prompt {name}" if isinstance(name, int) else name
-        return check_ids(name, ids, self.vocab_size, None if any_length else self.max_seq_len)
+        return check_ids(name, ids, self.args.vocab_size, None if any_length else self.max_seq_len)
 
     def encode_texts(self, texts: SequenceOf[str]) -> list[list[int]]:
         """The prompts of texts to be continued. Raises ValueError or TypeError, naming the text by its index."""
@@ -231,15 +232,27 @@ class Answerer:
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
-            prompts.append(self.check_prompt(index, self.tokenizer.encode(text, bos=True)))
+            prompts.append(self.check_prompt(index, self.tokenizer.encode(text, bos=True, eos=False)))
         return prompts
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
-        """Raises ValueError, begun by `name`, if options name tokens or ask for beams that the model does not have."""
-        option.check_model(self.vocab_size, self.max_batch_size, name)
+        """Raises ValueError, begun by `name`, if options ask for what the model has not, or for a shape that is none.
+
+        Raises ImportError if they ask for a shape, and llguidance is not installed.
+        """
+        engine = self.shared.engine
+        if option.num_beams > 1 and engine.model is not engine.opened:
+            raise ValueError(
+                f"{name}num_beams = {option.num_beams}: a model with hooks of its own, or with blocks that are not "
+                "Llama's own, runs one sequence at a time: expected 1"
+            )
+        option.check_model(self.args.vocab_size, len(engine.slots), name)
+        self.grammars.check(option, name)
 
     def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
+        if self.shared.engine.model_is_held:
+            self.shared.look_again()
         seed = options.get("seed")
         if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
             digest = hashlib.blake2b(f"{self.seed} {next(self._calls)}".encode(), digest_size=8).digest()
@@ -248,21 +261,9 @@ class Answerer:
         settings, checked = per_prompt(len(prompts), **options), None
         for index, option in enumerate(settings):
             if option is not checked:  # of most calls all are the same one
-                option.check_model(self.vocab_size, self.max_batch_size, f"prompt {index}: ")
+                self.check_option(option, f"prompt {index}: ")
                 checked = option
         return settings
-
-    def details(self, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict) -> dict:
-        """The keys of a prediction that are there when asked for. The text of a token has its leading space."""
-        details: dict = {}
-        if isinstance(self.shared.engine, SpeculativeEngine):
-            details["speculation"] = asdict(answer.speculation)
-        if logprobs or wants_top(options):
-            details["tokens"] = [self.token_text(token) for token in (prompt if echo else []) + answer.tokens]
-            details["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
-        if wants_top(options):
-            details["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs
-        return details
 
     def token_text(self, token: int) -> str:
         """The text that a token adds, its leading space included; U+FFFD where it is part of a character."""
@@ -280,8 +281,13 @@ class Answerer:
             logprobs=logprobs,
             score_from=0 if logprobs and job.echo and sample == job.first_sample and option.num_beams == 1 else None,
         )
+        shape = self.grammars.start(option)
+        sequence.process = Processing(job.prompt, option, shape) or None
+        ends = [] if shape is None else [shape.is_whole]
         if option.stop_strings:  # the text is followed only where something looks for a string in it
-            sequence.should_stop = AnswerText(self.tokenizer, option.stop_strings).follow
+            ends.append(AnswerText(self.tokenizer, option.stop_strings).follow)
+        if ends:
+            sequence.should_stop = lambda tokens: any(end(tokens) for end in ends)
         return sequence
 
     def answer_of(self, sequence: Sequence, before: list[int]) -> Answer:
@@ -377,9 +383,3 @@ class Jobs(Call):
             answer.prompt_token_logprobs = scored.prompt_token_logprobs
             answer.prompt_top_logprobs = scored.prompt_top_logprobs
         return answers
-
-
-def wants_top(options: dict[str, Any]) -> bool:
-    """Whether the most likely tokens are asked for, of any of the prompts."""
-    top = options.get("top_logprobs")
-    return any(top) if isinstance(top, (list, tuple)) else bool(top)

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama.sampling import process_logits
 from llama.sequence import Sequence
 
 
@@ -99,11 +98,9 @@ class BeamSearch:
 
     def _candidates(self, logprobs: torch.Tensor) -> list[tuple[int, int, float, float]]:
         """The best continuations: of which beam, the token, its log-probability under the model, the new total."""
-        options, processed = self.sequence.options, logprobs
-        if options.has_penalties:
-            rows = zip(self.beams, logprobs.clone())
-            processed = [process_logits(row, b.prompt + b.tokens, *options.penalties) for b, row in rows]
-            processed = torch.stack(processed)
+        process, processed = self.sequence.process, logprobs
+        if process is not None:
+            processed = torch.stack([process(row, beam.tokens) for beam, row in zip(self.beams, logprobs)])
         totals = processed + logprobs.new_tensor([[getattr(beam, "total", 0.0)] for beam in self.beams])
         n_candidates = max(2, 1 + len(self.sequence.stop_tokens)) * self.n_slots
         totals, places = totals.flatten().topk(min(n_candidates, totals.numel()))

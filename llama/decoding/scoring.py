@@ -139,6 +139,15 @@ def score_texts(
     return scores
 
 
+def perplexities(answerer: Answerer, texts: SequenceOf[str | list[int]], stride: int | None = None) -> list[float]:
+    """The perplexity of each text: see `Llama.perplexity`."""
+    for index, text in enumerate(texts):
+        if len(text) == 0 or (not isinstance(text, str) and len(text) == 1):
+            found = "is empty" if len(text) == 0 else "has one token"
+            raise ValueError(f"text {index} {found}: a perplexity needs a token after the first")
+    return [perplexity(score) for score in score_texts(answerer, texts, stride=stride)]
+
+
 def perplexity(score: Score) -> float:
     """exp of the mean negative log-probability of a text's tokens after its first; NaN where there are none."""
     logprobs = score["logprobs"][1:]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from llama.engine import Engine
 from llama.kv_cache import Slots
@@ -27,7 +28,6 @@ class SharedEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.n_steps = 0
-        self.model_is_held = False  # by somebody who may change it, or run it, between two calls
         self.lock = threading.RLock()
         self.owners: dict[Sequence, Call] = {}
         self.driver: int | None = None  # the thread that runs a step
@@ -40,6 +40,21 @@ class SharedEngine:
         self._changes.append((method, argument))
         if self.driver is None:
             self._make_changes()
+
+    def look_again(self) -> None:
+        """Has the engine run its model as it is now, from the next step on. Raises as `Engine.check`."""
+        with self.lock:
+            if self.driver is None:
+                self.engine.look_again()
+            else:  # which looks before its next step
+                self.engine.check(self.engine.opened)
+
+    def exchange(self, model: nn.Module) -> None:
+        """Has the engine run another model from the next step on. Raises as `Engine.check`, and keeps the old one."""
+        with self.lock:
+            self.engine.check(model)
+            self.engine.opened, self.engine.model_is_held = model, True
+            self.look_again()
 
     def _make_changes(self) -> None:
         while self._changes:
@@ -84,7 +99,8 @@ class Call:
                     f"{dist.get_world_size()} processes: expected calls from one thread, the same ones in each process"
                 )
             shared.only_thread = here
-        if shared.model_is_held:
+        if shared.engine.model_is_held:
+            shared.look_again()
             with shared.lock:
                 shared.change(Slots.outdate, shared.engine.slots)
         self.shared = shared
@@ -122,6 +138,16 @@ class Call:
             self._open[sequence] = None
             self._n_slots += sequence.n_slots
             self.shared.change(self.shared.engine.add, sequence)
+
+    def cancel(self, sequences: set[Sequence]) -> None:
+        """Forgets some of the sequences; their slots are free before the next step."""
+        with _HeldInterrupts(), self.shared.lock:
+            if is_open := sequences & self._open.keys():
+                self.shared.change(self.shared.engine.cancel, is_open)
+            for sequence in is_open:
+                del self.shared.owners[sequence], self._open[sequence]
+                self._n_slots -= sequence.n_slots
+            self._ended = [sequence for sequence in self._ended if sequence not in sequences]
 
     def step(self, every: bool = False) -> list[Sequence]:
         """Lets the engine run until some of this call's sequences have ended, and returns these; [] if none are open.

@@ -24,12 +24,13 @@ from typing import Protocol
 
 import torch
 
-from llama.checkpoint import Checkpoint, open_checkpoint
-from llama.engine import PREFILL_TOKENS, Engine, run_rows
+from llama.checkpoint import Checkpoint, build_model, open_checkpoint
+from llama.decode_step import run_rows
+from llama.engine import PREFILL_TOKENS, Engine
 from llama.kv_cache import Slots
+from llama.layers.hooks import Logits
 from llama.layers.packing import pack
 from llama.model import Transformer
-from llama.sampling import process_logits
 from llama.sequence import Sequence, choose, draw
 from llama.tokenizer import Tokenizer
 
@@ -69,7 +70,7 @@ class SpeculativeEngine(Engine):
         # The step adds one token to those accepted, so the last of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
         proposals: dict[Sequence, list[int]] = {}
-        if self.packed and any(limits):  # after the second token
+        if self.packed and any(limits) and self.model is self.opened:  # after the second token
             proposals = dict(zip(sampled, self.proposer.propose(sampled, limits)))
         self.counters.speculation.steps += len(sampled)
         for sequence in sampled:
@@ -88,10 +89,10 @@ class SpeculativeEngine(Engine):
         sequences = list(self.running)
         n_held = [len(s.prompt) + len(s.tokens) - 1 for s in sequences]
         texts = [s.prompt + s.tokens + proposal for s, proposal in zip(sequences, proposals)]
-        hidden, at = run_rows(self.model, texts, n_held, 0)
-        logits = self.model.logits(
-            torch.cat([rows[first : first + 1 + len(p)] for rows, first, p in zip(hidden, at, proposals)])
-        )
+        found, at = run_rows(self.model, texts, n_held, 0)
+        rows = [row for row, proposal in enumerate(proposals) for _ in range(1 + len(proposal))]
+        columns = [first + i for first, proposal in zip(at, proposals) for i in range(1 + len(proposal))]
+        logits = found[rows, columns]
         firsts = [0, *itertools.accumulate(1 + len(proposal) for proposal in proposals)]
         accepted = [0] * len(sequences)
         alive = [row for row, sequence in enumerate(sequences) if sequence.search is None]
@@ -190,7 +191,7 @@ class DraftModel:
         self._lengths: dict[Sequence, int] = {}  # those of last time, in the order of their slots, and their ids then
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
-        pack(self.model)  # once
+        pack(self.model)
         texts = [s.prompt + s.tokens for s in sequences]
         self._place(sequences, texts)
         self._prefill(texts)
@@ -201,8 +202,9 @@ class DraftModel:
         for ahead in range(max(limits)):
             if not wanted:
                 break
-            logits = self.model.logits(self._run(wanted))
-            tokens = self._draw([sequences[slot] for slot in wanted], [texts[slot] for slot in wanted], logits, ahead)
+            found, rows, columns = self._run(wanted)
+            some, theirs = [sequences[slot] for slot in wanted], [texts[slot] for slot in wanted]
+            tokens = self._draw(some, theirs, found[rows, columns], ahead)
             for slot, token in zip(wanted, tokens):
                 proposals[slot].append(token)
                 texts[slot].append(token)
@@ -248,32 +250,40 @@ class DraftModel:
     def _lacks(self, slot: int, text: list[int]) -> list[int]:
         return text[len(self.slots.tokens[slot]) :]
 
-    def _run(self, wanted: dict[int, list[int]]) -> torch.Tensor:
-        """Runs ids behind what their slots hold; the hidden states after the last of each, [len(wanted), dim].
+    def _run(self, wanted: dict[int, list[int]]) -> tuple[Logits, list[int], list[int]]:
+        """Runs ids behind what their slots hold; the logits, and the row and column of the last id of each.
 
         Slots in between that want nothing are run along on padding, which is written behind what they hold.
         """
         first, last = min(wanted), max(wanted)
         held = self.slots.tokens[first : last + 1]
         texts = [tokens + wanted.get(slot, []) for slot, tokens in enumerate(held, first)]
-        hidden, at = run_rows(self.model, texts, list(map(len, held)), first)
+        logits, at = run_rows(self.model, texts, list(map(len, held)), first)
         columns = [at[slot - first] + len(ids) - 1 for slot, ids in wanted.items()]
         for slot, ids in wanted.items():
             self.slots.record(slot, len(self.slots.tokens[slot]), ids)
-        return hidden[[slot - first for slot in wanted], columns]
+        return logits, [slot - first for slot in wanted], columns
 
     def _draw(self, sequences: list[Sequence], texts: list[list[int]], logits: torch.Tensor, ahead: int) -> list[int]:
         """The token that each sequence would get if this were its model."""
         logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
         for row, (sequence, text) in enumerate(zip(sequences, texts)):
-            o = sequence.options
-            if o.has_penalties:
-                logits[row] = process_logits(logits[row], text, *o.penalties[:-1])  # not the caller's code
+            if sequence.process is not None:
+                logits[row] = sequence.process(logits[row], text[len(sequence.prompt) :], is_guess=True)
         return draw(sequences, logits, ahead).tolist()
 
 
-def open_draft(draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, max_batch_size: int) -> Checkpoint:
-    """The checkpoint of a draft, of which no weight has been read. Arguments and errors as in `Llama.build`."""
+def open_draft(
+    draft: str | os.PathLike | None, target: Tokenizer, max_seq_len: int, max_batch_size: int
+) -> Checkpoint | None:
+    """The checkpoint of a draft, of which no weight has been read; None if it has none.
+
+    Arguments and errors as in `Llama.build`.
+    """
+    if draft is None or draft == "ngram":
+        return None
+    if not isinstance(draft, (str, os.PathLike)):
+        raise TypeError(f"draft = {draft!r}: expected a directory, 'ngram' or None")
     if not Path(draft).is_dir():
         raise FileNotFoundError(f"draft = {str(draft)!r}: expected the directory of a smaller model, or 'ngram'")
     tokenizer, checkpoint = open_checkpoint(draft, None, max_seq_len, max_batch_size)
@@ -284,6 +294,15 @@ def open_draft(draft: str | os.PathLike, target: Tokenizer, max_seq_len: int, ma
     except ValueError as error:
         raise ValueError(f"draft {draft} cannot propose tokens to this model: {error}") from error
     return checkpoint
+
+
+def make_proposer(
+    draft: str | os.PathLike | None, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device
+) -> Proposer | None:
+    """What `Llama.build(draft=…)` asks for; `checkpoint` is what `open_draft` found."""
+    if checkpoint is None:
+        return None if draft is None else NgramLookup()
+    return DraftModel(build_model(checkpoint, dtype, device)[0])
 
 
 def check_tokenizer(draft: Tokenizer, target: Tokenizer) -> None:

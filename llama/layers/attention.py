@@ -1,31 +1,110 @@
-"""softmax(q k^T) v, the fastest way on each device. Knows nothing of models, or where queries and keys come from."""
+"""softmax(q k^T) v: which keys a query sees, and the fastest way to compute it on each device.
+
+Knows nothing of models, or where queries and keys come from.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+# Positions of the first column of a pass: of all rows, or of each row, [B]; None for 0.
+Starts = int | list[int] | torch.Tensor | None
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+
+@dataclass
+class CacheView:
+    """The part of a layer's keys and values that one forward pass of B rows and T positions works on."""
+
+    first_slot: int  # the first of the B rows, which lie next to each other, so that nothing is copied when reading
+    positions: slice | torch.Tensor  # where in its row each new position goes: of all rows, or [B, T]
+    length: int  # how many positions of each row are read: the longest row's, counting the new ones
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes new keys and values, [B, n_kv_heads, T, head_dim], to those of a layer.
+
+        Returns:
+            all of its keys and values up to `length`, [B, n_kv_heads, length, head_dim].
+        """
+        rows = slice(self.first_slot, self.first_slot + k.shape[0])
+        if isinstance(self.positions, slice):
+            keys[rows, :, self.positions] = k
+            values[rows, :, self.positions] = v
+        else:
+            slots = torch.arange(rows.start, rows.stop, device=k.device)
+            # Index tensors on both sides of a full slice put their dimensions first: [B, T, n_kv_heads, head_dim].
+            keys[slots[:, None], :, self.positions] = k.transpose(1, 2)
+            values[slots[:, None], :, self.positions] = v.transpose(1, 2)
+        return keys[rows, :, : self.length], values[rows, :, : self.length]
+
+
+# Where a pass is in the cache: from a position on, in the first B rows; or as the view says; None without a cache.
+Place = int | CacheView | None
+
+# Which keys a query sees: a tensor [.., T, length], True or 0 where it does, False or -inf where not; "causal": those
+# of its own position and before, where there are as many keys as queries; None: all.
+Mask = torch.Tensor | Literal["causal"] | None
+
+
+def as_list(start_pos: Starts) -> list[int]:
+    """One position for all rows, or one for each."""
+    start_pos = start_pos.tolist() if isinstance(start_pos, torch.Tensor) else start_pos
+    return start_pos if isinstance(start_pos, list) else [int(start_pos or 0)]
+
+
+def positions_and_mask(starts: list[int], n_new: int, device: torch.device) -> tuple[slice | torch.Tensor, Mask]:
+    """Where the new tokens of each row are, and which keys they see.
+
+    Args:
+        starts: the position of each row's first new token; one for all rows, or one for each.
+        n_new: tokens of a row.
+        device: of the result.
+
+    Returns:
+        The positions: a slice where all rows are at the same, else [B, n_new]. The mask: [n_new, length] or
+        [B, 1, n_new, length] with the length of the longest row, or as `Mask` says.
+    """
+    if min(starts) == max(starts):
+        positions = slice(starts[0], starts[0] + n_new)
+        if n_new == 1 or starts[0] == 0:
+            return positions, None if n_new == 1 else "causal"
+        return positions, causal_mask(torch.arange(positions.start, positions.stop, device=device), positions.stop)
+    positions = torch.tensor(starts, device=device)[:, None] + torch.arange(n_new, device=device)
+    return positions, causal_mask(positions, max(starts) + n_new)[:, None]
+
+
+def causal_mask(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Which of the keys at 0, 1, … length - 1 the queries at some positions see: [.., T] -> bool [.., T, length]."""
+    return torch.arange(length, device=positions.device) <= positions[..., None]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
     """Each query's mean of the values, weighted by how well it matches the keys.
 
     Args:
         q: [B, n_heads, T, head_dim].
         k, v: [B, n_kv_heads, length, head_dim]; n_heads / n_kv_heads query heads share each.
-        mask: [B or 1, 1, T, length], True where a query sees a key; None: causal.
+        mask: [T, length] or [B or 1, 1, T, length], or as `Mask` says.
 
     Returns:
         [B, n_heads, T, head_dim].
     """
     group, n_new = q.shape[1] // k.shape[1], q.shape[2]
-    if mask is None and n_new > 1:
+    if isinstance(mask, str) and n_new > 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
     # The queries that share a key head can as well be rows of one longer query, so that each key is read once for all
     # of them: ten times faster on a CPU than `enable_gqa`, and with a mask the only fused way on CUDA.
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, n_kv_heads, group * T, head_dim]
+    mask = None if isinstance(mask, str) else mask
     if n_new == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
         return _attend_to_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
     if mask is not None:
-        mask = mask.repeat(1, 1, group, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # no mask: one query, which sees every key
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        mask = torch.cat([mask] * group, dim=-2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.unflatten(2, (group, n_new)).flatten(1, 2)
 
 

@@ -1,8 +1,50 @@
 """A decoding step as a CUDA graph: its kernels are recorded once and launched together. Knows nothing of models."""
 
+import bisect
 from collections.abc import Callable
 
 import torch
+
+SHORTEST_LENGTH = 256  # of the keys that a graph reads; its other lengths are 1.5 and 2 times as much, and so on
+
+
+class CUDAGraphs:
+    """Graphs of one step for some numbers of rows and keys, each recorded when it is first needed.
+
+    Args:
+        step: as of `CUDAGraph`.
+        max_batch_size: the most rows.
+        key_positions: 0, 1, … as many as the cache has positions, on the device.
+    """
+
+    def __init__(self, step: Callable[..., torch.Tensor], max_batch_size: int, key_positions: torch.Tensor):
+        self.step, self.key_positions = step, key_positions
+        self.batch_sizes = sizes(1, max_batch_size)
+        self.lengths = sizes(SHORTEST_LENGTH, len(key_positions))
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, int], CUDAGraph] = {}
+
+    def __call__(self, tokens: list[int], positions: list[int], spare: Callable[[int], int] | None) -> torch.Tensor:
+        """Logits [B, vocab_size] after `tokens` at `positions`, from a graph for at least as many rows and keys.
+
+        `spare` gives a position of a row above these where a graph for more rows may write; None if there is no such.
+        """
+        n_rows = len(tokens)
+        if spare is not None:
+            n_rows = self.batch_sizes[bisect.bisect_left(self.batch_sizes, n_rows)]
+        length = self.lengths[bisect.bisect_left(self.lengths, max(positions) + 1)]
+        graph = self._graphs.get((n_rows, length))
+        if graph is None:
+            graph = CUDAGraph(self.step, n_rows, self.key_positions[:length], self._pool)
+            self._graphs[n_rows, length] = graph
+        more = range(len(tokens), n_rows)
+        return graph([*tokens, *(0 for _ in more)], [*positions, *(spare(row) for row in more)])[: len(tokens)]
+
+
+def sizes(first: int, most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, … times `first` up to `most`, and `most`."""
+    found = {size for i in range(32) for size in (first << i, (first << i) * 3 // 2) if size < most}
+    return sorted({*found, most})
 
 
 class CUDAGraph:

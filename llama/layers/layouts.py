@@ -60,16 +60,16 @@ class Dense(Layout):
 class Packed(Layout):
     """The matrix in blocks, by oneDNN. PyTorch's `linear` reads one as it lies at half the memory's speed or less."""
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, number: int | None = None):
         self.out_features, self.in_features = weight.shape
         # The number of rows of x is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
-        self.number = _numbered(self)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 64)
+        self.number = _numbered(self, number)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():  # the compiler knows no opaque tensors, but numbers
             return torch.ops.llama.packed_product(x, self.number, self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return _linear()(x, self.weight, None, "none", [], "")
 
     def to_dense(self) -> torch.Tensor:
         return self.weight.to_dense()
@@ -90,6 +90,11 @@ class Packed(Layout):
         return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
+@functools.cache
+def _linear() -> Callable[..., torch.Tensor]:  # asked for when it is used: not every platform has it
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
 # The packed matrices by their numbers, in the order they were made, which is the same in each run of a program.
 _packed: "weakref.WeakValueDictionary[int, Packed | PackedInt8]" = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -98,15 +103,16 @@ _library.define("packed_product(Tensor x, int number, int out_features) -> Tenso
 _library.define("packed_int8_product(Tensor x, int number, int out_features) -> Tensor")
 
 
-def _numbered(layout: "Packed | PackedInt8") -> int:
-    number = next(_numbers)
+def _numbered(layout: "Packed | PackedInt8", number: int | None = None) -> int:
+    """Files a layout under a new number, or under that of one before it: compiled programs know it by its number."""
+    number = next(_numbers) if number is None else number
     _packed[number] = layout
     return number
 
 
 @torch.library.impl(_library, "packed_product", "CPU")
 def _packed_product(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _packed[number].weight, None, "none", [], "")
+    return _linear()(x, _packed[number].weight, None, "none", [], "")
 
 
 @torch.library.register_fake("llama::packed_product", lib=_library)
@@ -124,13 +130,16 @@ def _packed_int8_product_shape(x: torch.Tensor, number: int, out_features: int) 
     return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32)
 
 
-def lay_out(parts: "list[torch.Tensor | Quantized]", kind: str | None, dtype: torch.dtype) -> Layout | None:
+def lay_out(
+    parts: "list[torch.Tensor | Quantized]", kind: str | None, dtype: torch.dtype, number: int | None = None
+) -> Layout | None:
     """The fastest layout of matrices put below one another; None where they had better stay as they are.
 
     Args:
         parts: matrices with the same number of columns, all of them quantised already or none.
         kind: "int8", "int4", or None for weights as they are.
         dtype: of the computation.
+        number: of the packed layout that this one replaces.
     """
     if kind is not None:
         quantized = [part if isinstance(part, Quantized) else quantize(part, kind) for part in parts]
@@ -142,7 +151,7 @@ def lay_out(parts: "list[torch.Tensor | Quantized]", kind: str | None, dtype: to
     if any(part.requires_grad for part in parts):
         return None
     if Packed.serves(parts[0]):
-        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts), number)
     return Dense(torch.cat(parts)) if parts[0].device.type == "cuda" and len(parts) > 1 else None
 
 
@@ -204,7 +213,7 @@ def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _qlinear() -> Callable[..., torch.Tensor]:  # asked for when it is used: not each platform has it
+def _qlinear() -> Callable[..., torch.Tensor]:  # as `_linear`
     return torch.ops.onednn.qlinear_pointwise.default
 
 

@@ -4,6 +4,8 @@ Knows nothing of Llama. The weights and their partitioning are fairscale's; the 
 gradient is wanted, because fairscale's reduce cannot be compiled.
 """
 
+from typing import Any
+
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
@@ -12,37 +14,75 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
-from llama.layers.layouts import Layout
-from llama.parallel import partition
+from llama.layers.hooks import has_global_hook, is_plain
+from llama.layers.packable import Pack, Packable
+from llama.parallel import initialize, partition
 
 
-class Linear(nn.Module):
-    """A matrix: a parameter `weight` as a checkpoint has it, or rows of a layout made for fast products.
+class Split(Packable):
+    """A matrix of which this rank holds a part."""
 
-    Once laid out it has no parameter and takes no gradient; `state_dict` has the weight nevertheless.
+    group: dist.ProcessGroup
+    world_size: int
+
+    def _join_group(self) -> None:
+        """Finds the ranks that share the matrix; makes the groups of a single process where there are none yet."""
+        if not fairscale_groups.model_parallel_is_initialized():
+            initialize()
+        self.group = fairscale_groups.get_model_parallel_group()
+        self.world_size = dist.get_world_size(self.group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["group"]  # of this process: a copy joins the group of its own
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join_group()
+        if self.world_size != state["world_size"]:
+            raise ValueError(
+                f"a model split over {state['world_size']} processes is read in a run that splits models over "
+                f"{self.world_size}: use as many"
+            )
+
+
+class Linear(Split):
+    """A matrix to multiply with, [out_features, in_features] or this rank's part of it."""
+
+    def packed(self, x: torch.Tensor) -> Pack | None:
+        """The pack that x is to be multiplied with; None where it takes the plain weight, which is back then.
+
+        A matrix that is packed with others and called alone (one of them has a hook, or was exchanged) leaves the pack:
+        the product of all would be computed for each.
+
+        Raises:
+            RuntimeError: a gradient is wanted through a quantised matrix.
+        """
+        pack = self.pack
+        if pack is None or (len(pack.rows) == 1 and pack.serves(x)):
+            return pack
+        if not pack.quantized:
+            self.unpack()
+            return None
+        if _needs_gradient(x):
+            raise RuntimeError(self._refusal("has no gradient"))
+        return pack
+
+
+def multiply_together(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+    """What each of several matrices makes of one input: one product, where they are packed together.
+
+    Each is called as usual where somebody would notice otherwise: it has hooks or a patched forward, or is another's.
     """
-
-    weight: nn.Parameter | None
-    layout: Layout | None = None  # may hold other matrices too,
-    rows: slice | None = None  # and these are this one's,
-    widths: tuple[int, ...] = ()  # of all of them
-
-    def dense(self) -> torch.Tensor:
-        """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
-        return self.weight.detach() if self.layout is None else self.layout.to_dense()[self.rows]
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.layout is not None:
-            destination[prefix + "weight"] = self.dense()
-
-
-def multiply_together(x: torch.Tensor, *linears: "ColumnParallelLinear") -> tuple[torch.Tensor, ...]:
-    """What each of several matrices makes of one input: a single product, once they are laid out together."""
-    layout = linears[0].layout
-    if layout is None or layout is not linears[-1].layout:
+    pack = getattr(linears[0], "pack", None)
+    if pack is None or len(pack.rows) != len(linears) or not pack.serves(x) or has_global_hook():
         return tuple(linear(x) for linear in linears)
-    return layout(x).split(linears[0].widths, dim=-1)
+    for linear, rows in zip(linears, pack.rows):
+        is_here = getattr(linear, "pack", None) is pack and linear.rows.start == rows.start
+        if not is_here or not is_plain(linear, COLUMN_FORWARD):
+            return tuple(linear(x) for linear in linears)
+    return pack.layout(x).split(pack.widths, dim=-1)
 
 
 class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
@@ -54,8 +94,7 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
     def __init__(self, in_features: int, out_features: int, gather_output: bool = False):
         # Not fairscale's __init__: it allocates and fills its weights on the CPU, even under torch.device("meta").
         nn.Module.__init__(self)
-        self.group = fairscale_groups.get_model_parallel_group()
-        self.world_size = dist.get_world_size(self.group)
+        self._join_group()
         self.in_features, self.out_features = in_features, out_features
         self.gather_output = gather_output
         start, stop = partition(out_features, dist.get_rank(self.group), self.world_size)
@@ -64,11 +103,17 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
-        if self.world_size > 1 and self.layout is None and _needs_gradient(x, self.weight):
+        if (pack := self.packed(x)) is not None:
+            y = pack.layout(x) if len(pack.rows) == 1 else pack.layout(x)[..., self.rows]
+        elif self.world_size > 1 and _needs_gradient(x, self.weight):
             return super().forward(x)  # fairscale's collectives carry gradients
-        y = F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
+        else:
+            y = F.linear(x, self.weight, self.bias)
         gathers = self.gather_output and self.world_size > 1
         return gather_last_dim(y, self.out_features, self.group) if gathers else y
+
+
+COLUMN_FORWARD = ColumnParallelLinear.forward  # as it is here, should somebody patch the class
 
 
 class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
@@ -79,8 +124,7 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
 
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)  # as in ColumnParallelLinear
-        self.group = fairscale_groups.get_model_parallel_group()
-        self.world_size = dist.get_world_size(self.group)
+        self._join_group()
         self.in_features, self.out_features = in_features, out_features
         self.input_is_parallel = True
         start, stop = partition(in_features, dist.get_rank(self.group), self.world_size)
@@ -89,19 +133,21 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
-        if self.world_size > 1 and self.layout is None and _needs_gradient(x, self.weight):
+        if (pack := self.packed(x)) is not None:
+            y = pack.layout(x)
+            return y if self.world_size == 1 else sum_over_ranks(y, self.group)
+        if self.world_size > 1 and _needs_gradient(x, self.weight):
             return super().forward(x)
-        y = F.linear(x, self.weight) if self.layout is None else self.layout(x)[..., self.rows]
-        return y if self.world_size == 1 else sum_over_ranks(y, self.group)
+        y = sum_over_ranks(F.linear(x, self.weight), self.group)
+        return y if self.bias is None else y + self.bias
 
 
-class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
-    """The embedding table [num_embeddings, embedding_dim] with its rows split over the ranks."""
+class VocabParallelEmbedding(Split, fairscale_layers.VocabParallelEmbedding):
+    """The embedding table [num_embeddings, embedding_dim] with its rows split over the ranks. Never packed itself."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)  # as in ColumnParallelLinear
-        self.group = fairscale_groups.get_model_parallel_group()
-        self.world_size = dist.get_world_size(self.group)
+        self._join_group()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq = self.sparse = False
@@ -111,17 +157,27 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
         self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [...] -> [..., embedding_dim]
+        # Looking rows up leaves a tied output matrix packed, which asking for `weight` would not.
+        weight = self.weight if self.pack is None else vars(self)["_parameters"]["weight"]
         if self.world_size == 1:
-            return F.embedding(ids, self.weight)
-        if _needs_gradient(ids, self.weight):
+            return F.embedding(ids, weight)
+        if _needs_gradient(ids, weight):
             return super().forward(ids)
         elsewhere = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
-        rows = F.embedding((ids - self.vocab_start_index).masked_fill(elsewhere, 0), self.weight)
+        rows = F.embedding((ids - self.vocab_start_index).masked_fill(elsewhere, 0), weight)
         return sum_over_ranks(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
+        """Takes this rank's columns too, as Llama 2's shards have them: then every rank loads its own at once."""
+        table, n_columns = state_dict.get(prefix + "weight"), self.embedding_dim // self.world_size
+        if self.world_size > 1 and table is not None and table.shape == (self.num_embeddings, n_columns):
+            whole = gather_last_dim(table.to(self.weight.device), self.embedding_dim, self.group)
+            state_dict[prefix + "weight"] = whole[self.vocab_start_index : self.vocab_end_index]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-def _needs_gradient(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,40 +1,252 @@
-"""The matrices of a model laid out for fast decoding. Knows nothing of files, or of what the matrices are for."""
+"""The matrices of a model packed for fast decoding, and plain again when they are touched (`llama.layers.packable`).
+
+Knows nothing of files, or of what the matrices are for.
+"""
 
 import ctypes
+import itertools
 import mmap
 import sys
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from llama.layers.hooks import is_plain
 from llama.layers.layouts import lay_out
-from llama.layers.linear import Linear
+from llama.layers.linear import COLUMN_FORWARD, Linear
+from llama.layers.packable import LOCK, Pack, Packable
 from llama.layers.quantization import Quantized
 
+# Packing takes about as long as four steps, and saves about half of each step after it. Decoding steps:
+FIRST_WAIT = 4  # from the first touch to packing again,
+LONGEST_WAIT = 1024  # and at most, where touches keep coming; each that came too soon doubles the wait
+WORTH_IT = 16  # steps that a packed matrix must have served
+RETRY_AFTER = 64  # where somebody held a weight
 
-def pack(model: nn.Module) -> None:
-    """Lays the matrices of a model out for fast decoding, one by one: the model is never in memory twice.
 
-    On a CPU that takes about as long as reading the weights twice, so pack after the first token.
+def pack(model: nn.Module) -> bool:
+    """Packs the matrices that are not packed, one after the other; call it before every decoding step.
+
+    A weight stays plain while anybody else holds it (the parameter, a view of its memory, a graph of autograd), or it
+    requires a gradient. After a touch it stays plain for some steps, because packing costs as much as reading the
+    weights twice. With `model.packable = False` everything stays plain. The model is never in memory twice; only a tied
+    output matrix is a copy of the embedding.
+
+    Returns:
+        Whether every matrix is packed that this machine has a layout for.
     """
-    for linears in model.matrices():
-        if all(linear.layout is None for linear in linears):
-            lay_out_together({linear: linear.weight for linear in linears}, None, linears[0].weight.dtype)
+    if not getattr(model, "packable", True):
+        return False
+    state = _state(model)
+    if not state.is_due():
+        return state.complete
+    with LOCK, torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+        holders = _Holders(model)
+        held = [_pack_group(group, holders, state) for group in groups(model)]
+    state.tried(complete=not any(held))
+    return state.complete
 
 
-def lay_out_together(parts: "dict[Linear, torch.Tensor | Quantized]", quantize: str | None, dtype: torch.dtype) -> int:
-    """Lays matrices with the same input out together, if there is a layout for them; returns its bytes."""
+def unpack(model: nn.Module) -> None:
+    """Makes every weight plain; quantised matrices stay."""
+    for module in model.modules():
+        if isinstance(module, Packable) and module.pack is not None and not module.pack.quantized:
+            module.unpack()
+
+
+def groups(model: nn.Module) -> Iterator[tuple[Linear, ...]]:
+    """All matrices of a model, in the order of a pass; those that multiply the same input together.
+
+    A class of modules says which of its matrices do, in `same_input`.
+    """
+    together: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, Linear) and module not in together:
+            yield (module,)
+        matrices = tuple(module._modules.get(name) for name in getattr(module, "same_input", ()))
+        if matrices and all(isinstance(matrix, Linear) for matrix in matrices):
+            together.update(matrices)
+            yield matrices
+
+
+def signature(model: nn.Module) -> tuple:
+    """What a compiled or recorded step depends on besides its inputs: the step is stale once this has changed.
+
+    Its modules, the shapes and dtypes of their tensors, which packed matrices they use; on CUDA also where they are.
+    """
+    found: list = []
+    for module in model.modules():
+        found.append((id(module), type(module)))
+        tensors = [*vars(module)["_parameters"].values(), *vars(module)["_buffers"].values()]
+        if isinstance(module, Packable) and (pack := module.pack) is not None:
+            found.append((pack.dtype, pack.rows, getattr(pack.layout, "number", None)))
+            tensors = [value for value in vars(pack.layout).values() if isinstance(value, torch.Tensor)]
+        found += [(t.dtype, t.shape, t.device, t.data_ptr() if t.is_cuda else 0) for t in tensors if t is not None]
+    return tuple(found)
+
+
+def lay_out_together(parts: "dict[Linear, torch.Tensor | Quantized]", quantize: str, dtype: torch.dtype) -> int:
+    """Quantises matrices with the same input and lays them out together, for good; returns the layout's bytes."""
     layout = lay_out(list(parts.values()), quantize, dtype)
-    if layout is None:
-        return 0
-    start, widths = 0, tuple(len(part.codes if isinstance(part, Quantized) else part) for part in parts.values())
-    for (linear, part), n_rows in zip(parts.items(), widths):
-        linear.layout, linear.rows, linear.weight = layout, slice(start, start + n_rows), None
-        linear.widths = widths
-        start += n_rows
+    sizes = [len(part.codes if isinstance(part, Quantized) else part) for part in parts.values()]
+    device = next(part.codes.device if isinstance(part, Quantized) else part.device for part in parts.values())
+    for linear in parts:
+        linear.weight = None
+    _join(list(parts), Pack(layout, dtype, device, quantize, _rows(sizes)))
+    for part in parts.values():
         if isinstance(part, torch.Tensor):
             drop_pages(part)
     return layout.n_bytes
+
+
+class PackingState:
+    """When the next packing of a model is due, in decoding steps."""
+
+    def __init__(self):
+        self.complete = False  # everything is packed
+        self.unused = False  # nothing was packed since the last touch
+        self.age = 0  # steps since something was packed
+        self.wait = 0  # steps until the next try
+        self.after_touch = FIRST_WAIT
+
+    def is_due(self) -> bool:
+        self.age += 1
+        if self.complete:
+            return False
+        self.wait -= 1
+        return self.wait < 0
+
+    def tried(self, complete: bool) -> None:
+        self.complete = complete
+        self.wait = 0 if complete else RETRY_AFTER
+        self.age, self.unused = 0, False
+
+    def touched(self) -> None:
+        """A weight was asked for, and is plain again."""
+        if not self.unused:  # the first of this touch, which may go on with the other weights
+            soon = self.age < WORTH_IT
+            self.after_touch = min(2 * self.after_touch, LONGEST_WAIT) if soon else FIRST_WAIT
+            self.wait = self.after_touch
+        self.complete, self.unused = False, True
+
+    def __reduce__(self) -> tuple:
+        return PackingState, ()  # a copy of a model is plain
+
+
+def _state(model: nn.Module) -> PackingState:
+    return vars(model).setdefault("_packing", PackingState())
+
+
+class _Holders:
+    """Which modules of a model hold each parameter, and how many parameters share each piece of memory."""
+
+    def __init__(self, model: nn.Module):
+        self.modules: defaultdict[int, list[nn.Module]] = defaultdict(list)  # by the parameter's id
+        self.n_sharing: Counter[int] = Counter()  # by the memory's address
+        for module in model.modules():
+            for parameter in vars(module)["_parameters"].values():
+                if parameter is not None:
+                    self.modules[id(parameter)].append(module)
+                    if len(self.modules[id(parameter)]) == 1:
+                        self.n_sharing[_memory(parameter)] += 1
+
+    def may_pack(self, linear: Linear) -> bool:
+        """Whether nobody would notice that the weight of a matrix is away."""
+        found = _references(linear)  # before a variable here is one more
+        weight = vars(linear)["_parameters"]["weight"]
+        modules = self.modules[id(weight)]
+        n_more = 0, len(modules) - 1, 0, 0, self.n_sharing[_memory(weight)] - 1, 0  # held by the model itself
+        return (
+            all(n == own + more for n, own, more in zip(found, _UNHELD, n_more))
+            and not weight.requires_grad
+            # An embedding can hold the weight too, for it says when it is touched.
+            and all(m is linear or (isinstance(m, Packable) and not isinstance(m, Linear)) for m in modules)
+        )
+
+
+def _pack_group(group: tuple[Linear, ...], holders: _Holders, state: PackingState) -> bool:
+    """Packs matrices with the same input, together if they can be; returns whether somebody holds one of them."""
+    plain = [linear for linear in group if linear.pack is None and _is_matrix(linear)]
+    free = [linear for linear in plain if holders.may_pack(linear)]
+    weights = (vars(linear)["_parameters"]["weight"] for linear in free)
+    kinds = {(weight.dtype, weight.device, weight.shape[1], weight.is_inference()) for weight in weights}
+    # Those with hooks are called one by one.
+    together = len(free) == len(group) and len(kinds) == 1 and all(is_plain(m, COLUMN_FORWARD) for m in group)
+    for linears in [free] if together else [[linear] for linear in free]:
+        _pack_together(linears, holders, state)
+    return len(free) < len(plain)
+
+
+def _is_matrix(linear: Linear) -> bool:
+    """Whether it is a matrix and nothing more: a pruned or re-parametrised one has its weight elsewhere."""
+    parameters = vars(linear)["_parameters"]
+    weight, others = parameters.get("weight"), [p for name, p in parameters.items() if name != "weight"]
+    return type(weight) is nn.Parameter and weight.dim() == 2 and not any(p is not None for p in others)
+
+
+def _pack_together(linears: list[Linear], holders: _Holders, state: PackingState) -> None:
+    weights = [vars(linear)["_parameters"]["weight"] for linear in linears]
+    n_before, number = vars(linears[0]).get("_numbered", (0, None))
+    dtype, device = weights[0].dtype, weights[0].device
+    layout = lay_out([w.detach() for w in weights], None, dtype, number if n_before == len(linears) else None)
+    if layout is None:
+        return
+    vars(linears[0])["_numbered"] = len(linears), getattr(layout, "number", None)
+    modules = dict.fromkeys([*linears, *(module for w in weights for module in holders.modules[id(w)])])
+    pack = Pack(layout, dtype, device, None, _rows([len(w) for w in weights]))
+    pack.modules, pack.on_unpack = tuple(map(weakref.ref, modules)), state.touched
+    pack.emptied, pack.is_inference = len(modules) == len(linears), weights[0].is_inference()
+    for module in modules:
+        vars(module).update(pack=pack)
+    _join(linears, pack)
+    for weight in weights:
+        if pack.emptied or not _is_edited(weight):
+            drop_pages(weight)
+        if pack.emptied:
+            holders.n_sharing[_memory(weight)] -= 1
+            with torch.inference_mode(pack.is_inference):
+                weight.data = torch.empty(0, dtype=dtype, device=device)
+
+
+def _join(linears: list[Linear], pack: Pack) -> None:
+    for linear, rows in zip(linears, pack.rows):
+        vars(linear).update(pack=pack, rows=rows)
+
+
+def _rows(sizes: list[int]) -> tuple[slice, ...]:
+    """Of matrices below one another."""
+    stops = list(itertools.accumulate(sizes))
+    return tuple(slice(stop - size, stop) for size, stop in zip(sizes, stops))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """The address of what holds a tensor's numbers, which its views share."""
+    return tensor.untyped_storage()._cdata
+
+
+def _references(module: nn.Module) -> tuple[int, ...]:
+    """How many references there are to the dict of parameters, the weight, and its memory.
+
+    To the weight from Python, from C++ (a graph of autograd), and weak ones; to the memory from tensors, and Python.
+    """
+    parameters = vars(module)["_parameters"]
+    weight = parameters["weight"]
+    to_python = sys.getrefcount(parameters), sys.getrefcount(weight)
+    to_weight = weight._use_count(), weakref.getweakrefcount(weight)
+    to_memory = torch._C._storage_Use_Count(_memory(weight)), sys.getrefcount(weight.untyped_storage())
+    return *to_python, *to_weight, *to_memory
+
+
+def _probe() -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.empty(0))
+    return module
+
+
+_UNHELD = _references(_probe())  # what Python and PyTorch take themselves
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
@@ -44,11 +256,30 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 def drop_pages(tensor: torch.Tensor) -> None:
     """Takes what a mapped tensor has read of its file out of this process's memory; it can be read again."""
-    if sys.platform != "linux" or not is_mapped(tensor) or tensor.numel() == 0:
-        return
-    n_elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: others' numbers share the rest
-    stop = (tensor.data_ptr() + n_elements * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
-    if stop > start:
+    if (pages := _pages(tensor)) is not None:
         libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+        libc.madvise(ctypes.c_void_p(pages.start), ctypes.c_size_t(len(pages)), mmap.MADV_DONTNEED)
+
+
+def _is_edited(tensor: torch.Tensor) -> bool:
+    """Whether a mapped tensor was written to: those of its pages are no longer the file's, and must not be dropped."""
+    if (pages := _pages(tensor)) is None:
+        return False
+    try:
+        with open("/proc/self/pagemap", "rb") as file:  # a number for each page: docs.kernel.org/admin-guide/mm/pagemap
+            file.seek(8 * (pages.start // mmap.PAGESIZE))
+            entries = torch.frombuffer(bytearray(file.read(8 * len(pages) // mmap.PAGESIZE)), dtype=torch.int64)
+    except OSError:
+        return True
+    in_memory, of_file = (entries >> 62 & 3) != 0, (entries >> 61 & 1) != 0
+    return bool((in_memory & ~of_file).any())
+
+
+def _pages(tensor: torch.Tensor) -> range | None:
+    """The addresses of the whole pages of a mapped tensor: other tensors share the rest. None if there are none."""
+    if sys.platform != "linux" or not is_mapped(tensor) or tensor.numel() == 0:
+        return None
+    n_elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (tensor.data_ptr() + n_elements * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    return range(start, stop) if stop > start else None

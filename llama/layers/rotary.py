@@ -28,10 +28,11 @@ def rotary_frequencies(head_dim: int, theta: float, scale_factor: float | None =
     return (1 - blend) * frequencies / scale_factor + blend * frequencies
 
 
-def rotary_table(frequencies: torch.Tensor, n_positions: int) -> torch.Tensor:
-    """cos and sin of every position's angles, float32 [n_positions, 2, head_dim / 2]."""
+def rotary_table(n_positions: int, head_dim: int, theta: float, scale_factor: float | None = None) -> torch.Tensor:
+    """cos and sin of the angles at every position, float32 [n_positions, head_dim / 2, 2]."""
+    frequencies = rotary_frequencies(head_dim, theta, scale_factor)
     angles = torch.outer(torch.arange(n_positions, device="cpu").float(), frequencies)
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
@@ -39,9 +40,10 @@ def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: [B, T, n_heads, head_dim].
-        rotary: cos and sin, [T or B, T, 2, head_dim / 2].
+        rotary: cos and sin, [T or B, T, head_dim / 2, 2], or the same as complex numbers, [T or B, T, head_dim / 2].
     """
-    cos, sin = rotary.unsqueeze(-3).unbind(-2)  # [.., T, 1, head_dim / 2], for every head
+    rotary = torch.view_as_real(rotary) if rotary.is_complex() else rotary
+    cos, sin = rotary.unsqueeze(-3).unbind(-1)  # [.., T, 1, head_dim / 2], for every head
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).type_as(x)

@@ -161,7 +161,9 @@ class Replicas:
             replica.value = value if call == replica.first else replica.value
             if replica.calls:
                 continue  # until all its ranks have returned
-            if replica.is_ready:
+            if replica.is_opening:
+                replica.is_opening = False
+            elif replica.is_ready:
                 for result in replica.value:
                     del replica.tasks[result["line"]]
                 yield replica, replica.value, []
@@ -176,10 +178,11 @@ class Replicas:
     def _bury(self, replica: "_Replica", error: Exception) -> list[Task]:
         """Ends what is left of a replica, starts it again, and returns the tasks it had."""
         cause = error.cause if isinstance(error, self._ray.exceptions.RayTaskError) else error
+        is_mistake = self.facts is None or (replica.is_opening and cause is not error)
         lost, replica.cause = list(replica.tasks.values()), f"{type(cause).__name__}: {cause}".splitlines()[0]
         replica.n_failed_starts += not replica.is_ready
         replica.end()
-        if self.facts is None:  # a mistake of the caller's, as a rule
+        if is_mistake:  # of the caller's, as a rule: nothing has worked yet
             raise cause
         if replica.n_failed_starts >= MOST_FAILED_STARTS:
             self._replicas.remove(replica)
@@ -240,7 +243,7 @@ class _Replica:
     def start(self) -> None:
         """Asks for its ranks' processes, close to each other; nothing waits for them."""
         ray, size, bundle = self.owner._ray, self.owner._size, self.owner._bundle
-        self.is_ready, self.room = False, 0
+        self.is_ready, self.is_opening, self.room = False, False, 0
         self.tasks: dict[int, Task] = {}  # that it has and has not done
         self.group = ray.util.placement_group([bundle] * size, strategy="PACK")
         self.actors = []
@@ -261,9 +264,8 @@ class _Replica:
     def open(self) -> None:
         """Begins a run on it, if it is there and there is a run."""
         if self.is_ready and self.owner._make is not None:
-            self.calls, self.tasks = [], {}
-            for actor in self.actors:
-                actor.open.remote(self.owner._make)
+            self.tasks, self.is_opening = {}, True
+            self._call("open", self.owner._make)
 
     def take(self, ready: list, deaths: Counter[int]) -> None:
         """Gives it tasks, if it waits for some. One that two workers died of runs alone, so that no other is blamed."""

@@ -51,6 +51,14 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
     if model_parallel_size is None:
         model_parallel_size = world_size if current is None or current == _own_model_parallel_size else current
     sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    if world_size == 1 and "RANK" not in os.environ and model_parallel_size in range(2, 1 << 20):
+        folder, name = os.path.split(sys.argv[0])
+        script = "-m llama" if os.path.basename(folder) == "llama" else name if os.path.isfile(name) else "SCRIPT.py"
+        raise ValueError(
+            f"model_parallel_size={model_parallel_size} in a run of one process: a model is split over processes, and "
+            f"torchrun starts them: `torchrun --nproc_per_node {model_parallel_size} {script} …` (make a script of a "
+            "notebook's cells first)"
+        )
     if model_parallel_size not in sizes:
         raise ValueError(
             f"model_parallel_size={model_parallel_size} does not divide the {world_size} process(es) of this run: "

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from llama.datasets.rows import counted
+
 HISTOGRAM_BINS = 16
 BAR_WIDTH = 40
 
@@ -92,9 +94,10 @@ class Summary:
         """The summary as lines for a terminal."""
         scores, n_answers = self.scores, sum(map(len, self.groups))
         first = "" if self.first_error is None else f" (the first: {self.first_error})"
-        failed = f"; {self.n_failed:,} lines failed" if self.n_failed else ""
+        failed = f"; {counted(self.n_failed, 'line')} failed" if self.n_failed else ""
         n_missing = n_answers - len(scores)
-        head = f"{len(self.groups):,} prompts, {n_answers:,} answers, {n_missing:,} without a score{first}{failed}"
+        head = f"{counted(len(self.groups), 'prompt')}, {counted(n_answers, 'answer')}, {n_missing:,} without a score"
+        head += first + failed
         if not scores:
             return head
         best = [max(scored) for group in self.groups if (scored := [s for s in group if s is not None])]
@@ -102,9 +105,10 @@ class Summary:
         if self.threshold is not None:
             n_accepted = sum(score >= self.threshold for score in scores)
             n_reached = sum(score >= self.threshold for score in best)
+            n_prompts = counted(len(self.groups), "prompt")
             lines += [
-                f"at least {self.threshold:g}: {n_accepted:,} of {n_answers:,} answers drawn, acceptance rate "
-                f"{n_accepted / n_answers:.4f}; {n_reached:,} of {len(self.groups):,} prompts have one"
+                f"at least {self.threshold:g}: {n_accepted:,} of {counted(n_answers, 'answer')} drawn, acceptance rate "
+                f"{n_accepted / n_answers:.4f}; {n_reached:,} of {n_prompts} reached it"
             ]
         bins = histogram(scores)
         most = max(count for *_, count in bins)
@@ -116,7 +120,7 @@ class Summary:
             return "\n".join([*lines, "", "no best-of-n curve: the file has the answers that were kept, not all"])
         lines += ["", f"{'best of n':>21}   score ± standard error over the prompts"]
         for n, mean, error, n_prompts in self.curve:
-            few = f"   ({n_prompts:,} prompts)" if n_prompts < len(self.groups) else ""
+            few = f"   ({counted(n_prompts, 'prompt')})" if n_prompts < len(self.groups) else ""
             lines.append(f"{n:21,} | {mean:.4f}{'' if math.isnan(error) else f' ± {error:.4f}'}{few}")
         return "\n".join(lines)
 

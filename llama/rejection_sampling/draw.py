@@ -6,19 +6,22 @@ Training data is made so in Touvron et al. 2023 (Llama 2, arXiv 2307.09288, sect
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
 from llama.datasets.prompts import prompt_ids
 from llama.decoding.answering import Answer, Job
+from llama.decoding.rollouts import Rollout, Rollouts
 from llama.generation import Llama
 from llama.options import MAX_SEQUENCES, DecodingOptions
-from llama.rejection_sampling.scorers import Scorer, give_scores
-from llama.tokenizer.open_turns import has_open_turns
+from llama.rejection_sampling.scorers import KINDS, Scorer, give_scores, load_scorer
+from llama.tokenizer import Dialog
+from llama.tokenizer.open_turns import OpenDialog, has_open_turns
 
 
 @dataclass(frozen=True)
@@ -82,37 +85,59 @@ class Plan:
 class Drawing:
     """The answers drawn for one prompt so far."""
 
-    job: Job  # whose option is that of one answer
+    job: Job  # whose option is that of one answer, and whose prompt that of its first open turn
     row: Mapping[str, Any]  # what the scorer is given of the prompt
     plan: Plan
     scorer: Scorer
+    encode: Callable[[Dialog], list[int]]  # the prompt of a dialog's next turn
+    dialog: OpenDialog | None = None  # where turns are open
     answers: list[dict[str, Any]] = field(default_factory=list)  # what has been drawn, with the scores
+    rollouts: Rollouts | None = None  # those of `dialog` that are being drawn
 
     def __post_init__(self):
         check_option(self.job.option, self.plan)
 
-    def next_job(self) -> Job | None:
-        """The next answers to draw; None when it is done. An answer is the same in whatever portions it is drawn."""
+    def next_jobs(self) -> list[Job]:
+        """The next answers to draw; none when it is done. An answer is the same in whatever portions it is drawn."""
         if (n := self.plan.n_more(self.answers)) == 0:
-            return None
+            return []
         option = replace(self.job.option, num_return_sequences=n)
-        return replace(self.job, key=self, option=option, logprobs=True, first_sample=len(self.answers))
+        self.rollouts = self.dialog and Rollouts(self.dialog, option, self.encode)
+        return [replace(self.job, key=self, option=option, logprobs=True, first_sample=len(self.answers))]
 
-    def add(self, answers: Sequence[Answer]) -> None:
-        """Takes the answers to its job and scores them."""
-        drawn = []
-        for answer in answers:
-            drawn.append({"text": answer.text, "score": None, "logprob": math.fsum(answer.token_logprobs)})
-            drawn[-1] |= {"n_tokens": len(answer.tokens), "finish_reason": answer.finish_reason}
-            drawn[-1] |= {} if answer.error is None else {"error": answer.error}
+    def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | None:
+        """Takes the answers to a job, and scores what is whole; returns the next jobs, or None once it is done."""
+        if self.rollouts is None:
+            self.add([_drawn(answer) for answer in answers])
+        else:
+            jobs = self.rollouts.go_on(job, answers, len(self.answers))
+            if self.rollouts.n_open:
+                return jobs
+            self.add([_drawn_rollout(rollout) for rollout in self.rollouts.rollouts])
+        return self.next_jobs() or None
+
+    def add(self, drawn: list[dict[str, Any]]) -> None:
+        """Scores answers and keeps them."""
         give_scores(self.scorer, self.row, drawn)
         self.answers += drawn
+
+
+def _drawn(answer: Answer) -> dict[str, Any]:
+    drawn = {"text": answer.text, "score": None, "logprob": math.fsum(answer.token_logprobs)}
+    drawn |= {"n_tokens": len(answer.tokens), "finish_reason": answer.finish_reason}
+    return drawn if answer.error is None else drawn | {"error": answer.error}
+
+
+def _drawn_rollout(rollout: Rollout) -> dict[str, Any]:
+    """The last answer of a rollout, and the dialog that it ends."""
+    drawn = _drawn(rollout.turns[-1][1]) | {"messages": rollout.dialog.messages}
+    return drawn if rollout.error is None else drawn | {"finish_reason": "error", "error": rollout.error}
 
 
 def rejection_sample(
     llama: Llama,
     prompts: Sequence[Any],
-    scorer: Scorer,
+    scorer: Scorer | str,
     n: int = 16,
     keep: int | None = None,
     *,
@@ -128,10 +153,11 @@ def rejection_sample(
 
     Args:
         prompts: each a text, a dialog, or a row: a dictionary with a `prompt`, `messages` or `tokens`, and whatever
-            else the scorer reads.
+            else the scorer reads. Where turns are open, each answer is a rollout, scored as the end of its `messages`.
         scorer: called with (row, answers), returns a number for each answer, the larger the better; an answer is a
             dictionary with its `text`, `logprob` (nats), `n_tokens` and `finish_reason`. If it raises, or returns
-            something other than finite numbers, the answer is marked with an `error`.
+            something other than finite numbers, the answer is marked with an `error`. Or one of the names that `llama
+            sample` takes: "logprob", "mean_logprob", "judge", "reward:DIR", "judge:DIR", "module:function".
         n, keep, threshold, max_samples: as in `Plan`.
         options: as in `Llama.generate`, each a value or a list with one for each prompt.
 
@@ -144,6 +170,12 @@ def rejection_sample(
         ValueError, TypeError: as `Llama.generate`; a number is out of range. Nothing has run then.
     """
     plan = Plan(n, keep, threshold, max_samples)
+    if isinstance(scorer, str):
+        with parallel.fail_together():
+            n_ranks = dist.get_world_size(llama.group)
+            scorer = load_scorer(scorer, llama, tokenizer=llama.tokenizer, model_parallel_size=n_ranks)
+    elif not callable(scorer):
+        raise TypeError(f"scorer = {scorer!r}: expected a function (row, answers), or one of {KINDS}")
     for name in ("num_return_sequences", "num_beams"):
         if name in options:
             raise TypeError(f"{name} has no part in rejection sampling: n says how many answers are drawn")
@@ -158,7 +190,8 @@ def rejection_sample(
     occurrences: Counter[tuple[int, ...]] = Counter()
     drawings = []
     for index, (row, prompt, option) in enumerate(zip(rows, ids, llama.answerer.check_options(ids, options))):
-        drawings.append(Drawing(Job(index, prompt, option, occurrences[tuple(prompt)]), row, plan, scorer))
+        job = Job(index, prompt, option, occurrences[tuple(prompt)])
+        drawings.append(drawing_of(llama, job, row, plan, scorer))
         occurrences[tuple(prompt)] += 1
     waiting = deque(drawings[parallel.replica() :: parallel.n_replicas()])
     results: dict[int, dict[str, Any]] = {}
@@ -166,25 +199,30 @@ def rejection_sample(
     with parallel.fail_at_once(), bar, llama.open_jobs() as jobs:
         while waiting or jobs.n_open:
             while waiting and jobs.has_room:
-                jobs.add(waiting.popleft().next_job())
+                jobs.add(*waiting.popleft().next_jobs())
             for done, answers in jobs.step():
                 drawing = done.key
-                drawing.add(answers)
-                if (job := drawing.next_job()) is not None:
-                    jobs.add(job)
-                else:
+                if (more := drawing.go_on(done, answers)) is None:
                     results[drawing.job.key] = plan.result(drawing.answers)
                     bar.update()
+                for job in more or ():
+                    jobs.add(job)
     results = {key: result for part in parallel.gather_from_replicas(results) for key, result in part.items()}
     return [results[index] for index in range(len(rows))]
 
 
 def prompt_to_sample(llama: Llama, row: Mapping[str, Any]) -> list[int]:
-    """The ids of a row's prompt. Raises ValueError or TypeError as `prompt_ids`, or if turns are open."""
+    """The ids of a row's prompt, up to its first open turn. Raises ValueError or TypeError as `prompt_ids`."""
     if has_open_turns(row.get("messages")):
-        expected = "none but the one at its end, which needs no <PLACEHOLDER>"
-        raise ValueError(f"the dialog has open turns: expected {expected}")
+        row = {**row, "messages": OpenDialog(row["messages"], llama.formatter).prompt}
     return prompt_ids(llama, row)
+
+
+def drawing_of(llama: Llama, job: Job, row: Mapping[str, Any], plan: Plan, scorer: Scorer) -> Drawing:
+    """The drawing for a row, whose turns may be open. Raises ValueError as `OpenDialog` and `check_option`."""
+    is_open = has_open_turns(row.get("messages"))
+    dialog = OpenDialog(row["messages"], llama.formatter) if is_open else None
+    return Drawing(job, row, plan, scorer, lambda dialog: prompt_ids(llama, {"messages": dialog}), dialog)
 
 
 def check_option(option: DecodingOptions, plan: Plan) -> None:

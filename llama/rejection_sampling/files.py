@@ -18,12 +18,14 @@ from llama.datasets.journal import check_target
 from llama.datasets.prompts import KEYS, KINDS, OPTIONS, check_names, kind_of
 from llama.datasets.rows import Row, Rows, scan
 from llama.datasets.runs import RemoteModel, Result, Run, Task, decoding_parameters
+from llama.datasets.task_template import Task as TaskTemplate
+from llama.datasets.task_template import read_template
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
 from llama.rejection_sampling.best_of_n import Summary
-from llama.rejection_sampling.draw import Drawing, Plan, check_option, prompt_to_sample
+from llama.rejection_sampling.draw import Plan, check_option, drawing_of, prompt_to_sample
 from llama.rejection_sampling.scorers import Judge, Logprob, Reward, Scorer, give_scores
-from llama.tokenizer.open_turns import has_open_turns
+from llama.tokenizer.open_turns import PLACEHOLDER, has_open_turns
 
 # The decoding options of a sampled answer.
 NOT_SAMPLED = ("num_return_sequences", "num_beams", "length_penalty", "early_stopping", "top_logprobs")
@@ -62,6 +64,8 @@ def sample_files(
     force: bool = False,
     retry: bool = False,
     progress: bool = False,
+    indent: int | None = None,
+    template: str | os.PathLike | None = None,
     **options: Any,
 ) -> Summary | None:
     """Draws, scores and keeps answers to the rows of a file that have none in the target yet.
@@ -71,16 +75,19 @@ def sample_files(
     returns, or an "error". Returned, on rank 0, is the summary of all rows, those of earlier runs included.
 
     Args:
-        source, target, force, progress: as in `Run.write`, which also says what is raised.
+        source, target, force, progress, indent: as in `Run.write`, which also says what is raised.
         scorer: as in `rejection_sample`; a RemoteScorer where `llama` is a RemoteModel.
         scorer_name: what identifies the scorer, as JSON; a target of another one is refused.
         retry: whether rows that failed, or have an answer without a score, are done again.
+        template: a file of task prompts (llama.datasets.task_template); a scorer finds the row's fields in `metadata`.
         options: the decoding options of rows that have none of their own; `seed` is the run's.
     """
-    run = _Sampling(llama, options, scorer, plan)
+    run = _Sampling(llama, options, scorer, plan, template)
     run.remote = functools.partial(RemoteScorer.sampling, options=options, scorer=scorer, plan=plan)
     parameters = decoding_parameters(llama, run.options, run.seed) | {"plan": vars(plan), "scorer": scorer_name}
-    written = run.write(source, target, parameters, force, retry, progress)
+    if template is not None:
+        parameters["template"] = run.template and run.template.content
+    written = run.write(source, target, parameters, force, retry, progress, indent)
     return written and _summary(written.path, plan)
 
 
@@ -96,6 +103,7 @@ def rescore_files(
     force: bool = False,
     retry: bool = False,
     progress: bool = False,
+    indent: int | None = None,
 ) -> Summary | None:
     """Scores the answers that a file has: the output of `llama sample`, or of `llama batch`.
 
@@ -105,7 +113,8 @@ def rescore_files(
 
     Args:
         llama: on whose replicas a RemoteScorer scores.
-        source: rows with `answers`, each an object with its `text`, or with the `text` of one answer.
+        source: rows with `answers`, each a text or an object with its `text`; with the `text` of one answer; or with
+            `messages` whose last one is the assistant's, its content an answer or a list of them.
         prompts: the file with the rows that were answered, found by their ids, for a source that does not repeat them,
             such as the output of `llama batch`.
     """
@@ -121,33 +130,50 @@ def rescore_files(
             except ValueError as error:
                 raise ValueError(f"{prompts}: {error}") from None
             run.asked = {str(row.id): row.fields for row in rows if row.error is None}
-    written = run.write(source, target, parameters, force, retry, progress)
+    written = run.write(source, target, parameters, force, retry, progress, indent)
     return written and _summary(written.path, plan)
 
 
 class _Sampling(Run):
     """A drawing for each row."""
 
-    def __init__(self, llama: Llama, options: dict[str, Any], scorer: Scorer, plan: Plan):
+    def __init__(self, llama: Llama, options: dict[str, Any], scorer: Scorer, plan: Plan, template: Any = None):
         super().__init__(llama, options)
-        self.scorer, self.plan = scorer, plan
+        self.scorer, self.plan, self.template = scorer, plan, None
         check_option(self.option_of({}), plan)
+        with parallel.fail_together():
+            if template is not None and dist.get_rank() == 0:
+                self.template = read_template(template)
 
     def task_of(self, row: Row) -> Task:
+        if self.template is not None:
+            return self._task_of_template(row, self.template.task_of(row.fields))
         check_names(row.fields, ("metadata",), SAMPLED)
         kind_of(row.fields)
         options = {name: value for name, value in row.fields.items() if name in SAMPLED}
         return {"row": _prompt_of(row.fields), "options": self.with_seed(options, row)}
 
-    def begin(self, task: Task) -> Job | Result:
-        option, prompt = self.option_of(task["options"]), prompt_to_sample(self.llama, task["row"])
-        return Drawing(Job(task["line"], prompt, option), task["row"], self.plan, self.scorer).next_job()
+    def _task_of_template(self, row: Row, template: TaskTemplate) -> Task:
+        """What a template asks of a row, all of whose fields the scorer finds in its `metadata`."""
+        given = {name: value for name, value in row.fields.items() if name in SAMPLED and name not in template.fields}
+        if wrong := sorted(template.options.keys() - set(SAMPLED)):
+            raise ValueError(f"task {template.name!r} sets {wrong[0]}, which has no part in rejection sampling")
+        data = {name: value for name, value in row.fields.items() if name not in given}
+        metadata = data.get("metadata", data)
+        asked = template.render({"id": row.id, **row.fields}) | {"metadata": metadata, "task": template.name}
+        return {"row": asked, "options": self.with_seed(template.options | given, row)}
 
-    def go_on(self, job: Job, answers: list[Answer]) -> Job | Result:
+    def begin(self, task: Task) -> list[Job] | Result:
+        option, prompt = self.option_of(task["options"]), prompt_to_sample(self.llama, task["row"])
+        return drawing_of(
+            self.llama, Job(task["line"], prompt, option), task["row"], self.plan, self.scorer
+        ).next_jobs()
+
+    def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | Result:
         drawing = job.key
-        drawing.add(answers)
-        result = {"line": drawing.job.key, "seed": job.option.seed}
-        return drawing.next_job() or result | self.plan.result(drawing.answers)
+        if (jobs := drawing.go_on(job, answers)) is not None:
+            return jobs
+        return {"line": drawing.job.key, "seed": job.option.seed, **self.plan.result(drawing.answers)}
 
 
 class _Rescoring(Run):
@@ -170,11 +196,12 @@ class _Rescoring(Run):
         self.asked: dict[str, dict] = {}  # the rows of `prompts` by their ids
 
     def task_of(self, row: Row) -> Task:
-        if "error" in row.fields:
-            raise ValueError(f"it has no answer: {row.fields['error']}")
+        fields = _with_answers(row.fields)
+        if "error" in fields:
+            raise ValueError(f"it has no answer: {fields['error']}")
         if self.prompts is not None and str(row.id) not in self.asked:
             raise ValueError(f"{self.prompts} has no line with the id {row.id!r}")
-        prompt = _prompt_of_answers(row.fields, self.asked.get(str(row.id)))
+        prompt = _prompt_of_answers(fields, self.asked.get(str(row.id)))
         try:
             if self.reads_prompt:
                 kind_of(prompt)
@@ -182,10 +209,10 @@ class _Rescoring(Run):
             hint = "pass the file with the lines that were answered as --prompts"
             where = f"in {self.prompts}" if self.prompts else hint
             raise ValueError(f"{error}, which the scorer reads ({where})") from None
-        return {"row": prompt, "answers": _answers_of(row.fields)}
+        return {"row": prompt, "answers": _answers_of(fields)}
 
     def begin(self, task: Task) -> Job | Result:
-        read = ("text", "finish_reason", "score", "error")
+        read = ("text", "finish_reason", "score", "error", "messages")
         scored = [{name: answer[name] for name in read if name in answer} for answer in task["answers"]]
         give_scores(self.scorer, task["row"], scored)
         answers = [answer | score for answer, score in zip(task["answers"], scored)]
@@ -218,7 +245,9 @@ def _prompt_of_answers(record: dict[str, Any], asked: dict[str, Any] | None) -> 
         return prompt | {"messages": filled[:-1]}
     if asked is None and isinstance(record.get("logprobs"), list):
         prompt.pop("tokens", None)  # the answer's
-    if has_open_turns(prompt.get("messages")):
+    own = [a.get("messages") for a in record.get("answers") or () if isinstance(a, dict)]
+    has_own = own and all(isinstance(messages, list) and not has_open_turns(messages) for messages in own)
+    if has_open_turns(prompt.get("messages")) and not has_own:  # rollouts say themselves how their turns were filled
         if not isinstance(filled, list) or has_open_turns(filled):
             found = "the dialog has open turns, and the record does not say what came of them"
             raise ValueError(f"{found}: expected its `turns` and `messages`, as `llama batch` writes them")
@@ -226,14 +255,30 @@ def _prompt_of_answers(record: dict[str, Any], asked: dict[str, Any] | None) -> 
     return prompt
 
 
+def _with_answers(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row whose answers may end its dialog: the last `content` is then a list of texts, or one."""
+    messages = fields.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if fields.keys() & {"answers", "text", "error"} or not isinstance(last, dict) or last.get("role") != "assistant":
+        return fields
+    if (content := last.get("content")) == PLACEHOLDER:
+        return fields
+    return {**fields, "messages": messages[:-1], "answers": content if isinstance(content, list) else [content]}
+
+
 def _answers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     """A record's answers without their scores; one that failed keeps its error, and is not scored."""
     answers = record.get("answers")
     if answers is None and "text" in record:
         answers = [{name: record[name] for name in ANSWER_KEYS if name in record}]
+    if isinstance(answers, list):
+        answers = [{"text": answer} if isinstance(answer, str) else answer for answer in answers]
     is_list = isinstance(answers, list) and all(isinstance(a, dict) for a in answers)
     if not is_list or not answers or not all(isinstance(a.get("text"), str) for a in answers):
-        raise ValueError("expected `answers`, a list of objects with a `text` each, or a `text`")
+        expected = (
+            "`answers`, a list of texts or of objects with a `text` each; a `text`; or messages that end with them"
+        )
+        raise ValueError(f"found no answers: expected {expected}")
     result = []
     for answer in answers:
         dropped = ("score",) if answer.get("finish_reason") == "error" else ("score", "error")

@@ -20,6 +20,7 @@ from llama.checkpoint.loading import load_weights
 from llama.checkpoint.open import find_tokenizer
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
+from llama.tokenizer.chat_template import read_chat_files
 
 # How many positions one forward pass works on, padding included.
 BATCH_TOKENS = 4096
@@ -80,9 +81,7 @@ class RewardModel:
         """The ids of a text with its continuation, or of a dialog with its answer and the end of the answer's turn."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt + answer, bos=True)
-        ids = self.formatter.encode_dialog_prompt(prompt)
-        end = self.tokenizer.eos_id if self.tokenizer.kind == "llama2" else self.tokenizer.eot_id
-        return [*ids, *self.tokenizer.encode(answer.strip()), end]
+        return self.formatter.encode_answered(prompt, answer)
 
     @torch.inference_mode()
     def score(self, texts: Sequence[Sequence[int]]) -> list[float]:
@@ -130,6 +129,7 @@ def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Huggi
         raise ValueError(f"{ckpt_dir} has {n_labels} labels (num_labels): expected 1, the reward")
     if any((ckpt_dir / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         tokenizer = Tokenizer(find_tokenizer(ckpt_dir))
+        read_chat_files(tokenizer, ckpt_dir)
     elif tokenizer is None:
         find_tokenizer(ckpt_dir)  # raises, saying what the directory holds
     max_seq_len = context_length(config, ckpt_dir)

@@ -23,6 +23,7 @@ from llama.generation import Llama
 from llama.parallel import RankFailed
 from llama.rejection_sampling.reward_model import RewardModel
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
+from llama.tokenizer.open_turns import as_dialog
 
 Row = Mapping[str, Any]
 Answers = Sequence[Mapping[str, Any]]
@@ -125,7 +126,8 @@ def _prompt_of(row: Row) -> str | Dialog:
     if kind == "prompt" and not isinstance(row["prompt"], str):
         raise ValueError(f"prompt = {row['prompt']!r}: expected a text")
     if kind == "messages":
-        ChatFormat.check_messages(row["messages"])
+        ChatFormat.check_messages(dialog := as_dialog(row["messages"]))
+        return dialog
     return row[kind]
 
 
@@ -133,8 +135,11 @@ def give_scores(scorer: Scorer, row: Row, answers: Sequence[dict[str, Any]]) -> 
     """Puts into each answer without an `error` its `score`, or None and an `error`. All ranks of a model call this."""
     sound = [answer for answer in answers if "error" not in answer]
     group = fairscale_groups.get_model_parallel_group()
-    for answer, (score, error) in zip(sound, score_answers(scorer, row, sound, group)):
-        answer |= {"score": score} if error is None else {"score": None, "error": error}
+    alone = [answer for answer in sound if "messages" in answer]  # a rollout, which answers a dialog of its own
+    parts = [({**row, "messages": answer["messages"][:-1]}, [answer]) for answer in alone]
+    for asked, part in [*parts, (row, [answer for answer in sound if "messages" not in answer])]:
+        for answer, (score, error) in zip(part, score_answers(scorer, asked, part, group)):
+            answer |= {"score": score} if error is None else {"score": None, "error": error}
 
 
 def score_answers(
@@ -143,8 +148,9 @@ def score_answers(
     """(score, None) for each answer, or (None, why it has none).
 
     A scorer that raises, or returns something other than finite numbers, is asked once more for each answer alone, so
-    that only those it cannot score are marked. All ranks of the model, `group`, call a scorer of this module together;
-    a function of the caller's is called by the first rank for all, so that they agree whatever it does.
+    that only those it cannot score are marked. One that returns another number of scores has scored none. All ranks of
+    the model, `group`, call a scorer of this module together; a function of the caller's is called by the first rank
+    for all, so that they agree whatever it does.
     """
     if not answers:
         return []
@@ -161,9 +167,11 @@ def _scores(scorer: Scorer, row: Row, answers: Answers) -> list[tuple[float | No
         values = scorer(copy.deepcopy(row), copy.deepcopy(answers))
         if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
             raise TypeError(f"the scorer returned {values!r}: expected a list with a number for each answer")
+        values = list(values)
+        if len(values) != len(answers):  # nobody knows whose they are, also if it is asked again
+            found = f"{len(values)} score{'s' * (len(values) != 1)} for {len(answers)} answers"
+            return [(None, f"{found}: expected one for each")] * len(answers)
         scores = [_as_score(value) for value in values]
-        if len(scores) != len(answers):
-            raise ValueError(f"{len(scores)} scores for {len(answers)} answers: expected one for each")
     except FATAL:
         raise
     except (Exception, SystemExit) as error:  # whatever the caller's code may raise

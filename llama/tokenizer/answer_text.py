@@ -4,6 +4,7 @@ Knows nothing of how the tokens are chosen.
 """
 
 import codecs
+from bisect import bisect_right
 
 from llama.tokenizer import Tokenizer
 
@@ -73,4 +74,9 @@ class AnswerText:
     @property
     def n_tokens(self) -> int:
         """How many tokens lie wholly in the text. Those of a stop string do not."""
-        return sum(end <= len(self._text) for end in self._ends)
+        return bisect_right(self._ends, len(self._text))
+
+    @property
+    def n_decided_tokens(self) -> int:
+        """How many tokens lie wholly in the decided text."""
+        return bisect_right(self._ends, len(self.decided))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, TypedDict, get_args
 
+from llama.tokenizer.chat_template import ChatTemplate
 from llama.tokenizer.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant", "ipython", "tool"]  # `tool` is another name of `ipython`
@@ -15,6 +16,11 @@ class Message(TypedDict):
 
 Dialog = list[Message]
 
+# What a template is compared by with the built-in format: it is that one if all of these give the same ids.
+_USER, _MORE = {"role": "user", "content": " Hi there!\n"}, {"role": "user", "content": "And <|eot_id|> then?"}
+_ANSWER, _SYSTEM = {"role": "assistant", "content": "Hello. "}, {"role": "system", "content": "Be brief."}
+PROBES = [[_USER], [_SYSTEM, _USER], [_USER, _ANSWER, _MORE], [_SYSTEM, _USER, _ANSWER, _MORE, _ANSWER, _USER]]
+
 
 class ChatFormat:
     """A dialog to the ids of its prompt, in the format that the tokenizer's models were tuned on.
@@ -24,11 +30,14 @@ class ChatFormat:
     format's own, and they are not refused. No message ever becomes a control token (`<s>`, `</s>`, `<|eot_id|>`, …), in
     either format. White space around a content is stripped.
 
+    Where the tokenizer has a `chat_template` that renders dialogs in any other way, that template is used instead.
+
     Formats: the model cards of Llama 3.1 and Llama 2, llama.com/docs/model-cards-and-prompt-formats.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self._is_built_in: bool | None = None  # whether the tokenizer's template renders as this class; None: unknown
 
     def encode_header(self, message: Message) -> list[int]:
         """Ids of a message's header. The role `tool` becomes `ipython`, its name in the format.
@@ -52,6 +61,43 @@ class ChatFormat:
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         """Ids of a dialog, up to where the assistant's answer begins. Raises ValueError as `check` does."""
         self.check(dialog)
+        if self.template is not None:
+            return self.template.ids(dialog, self.tokenizer)
+        return self._built_in_prompt(dialog)
+
+    def encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
+        """Ids of a dialog with its answer, up to the end of the answer's turn. Raises as `encode_dialog_prompt`."""
+        self.check(dialog)
+        if self.template is not None:
+            whole = [*dialog, {"role": "assistant", "content": answer}]
+            return self.template.ids(whole, self.tokenizer, add_generation_prompt=False)
+        end = self.tokenizer.eos_id if self.tokenizer.kind == "llama2" else self.tokenizer.eot_id
+        return [*self._built_in_prompt(dialog), *self.tokenizer.encode(answer.strip()), end]
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The tokenizer's chat template, if it renders dialogs in another way than the built-in format.
+
+        Raises ImportError if Jinja is not installed, ValueError if the template is none.
+        """
+        found = self.tokenizer.chat_template
+        if found is not None and self._is_built_in is None:
+            self._is_built_in = all(map(self._renders_alike, PROBES))
+        return None if self._is_built_in else found
+
+    def _renders_alike(self, dialog: Dialog) -> bool:
+        ids = []
+        for render in (self._built_in_prompt, lambda dialog: self.tokenizer.chat_template.ids(dialog, self.tokenizer)):
+            try:
+                ids.append(render(dialog))
+            except ValueError as error:
+                if "refuses the dialog" not in str(error) and render != self._built_in_prompt:
+                    raise
+                ids.append(None)
+        return ids[0] == ids[1]
+
+    def _built_in_prompt(self, dialog: Dialog) -> list[int]:
+        """Ids of a dialog, up to where the assistant's answer begins."""
         if self.tokenizer.kind == "llama2":
             return self._llama2_prompt(dialog)
         ids = [self.tokenizer.bos_id]
@@ -62,18 +108,18 @@ class ChatFormat:
     def check(self, dialog: Dialog) -> None:
         """Checks that a dialog can be a prompt.
 
-        Raises ValueError as `check_messages` does, and if the last message is not the user's (or a tool's result).
-        Llama 2: also if, after the system message if there is one, user and assistant do not alternate.
+        Raises ValueError as `check_messages` does. Llama 2: also if the last message is not the user's, or if, after
+        the system message if there is one, user and assistant do not alternate.
         """
         self.check_messages(dialog)
-        if (last := dialog[-1]["role"]) not in ("user", "ipython", "tool"):
-            raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {last!r}")
-        if self.tokenizer.kind == "llama2":
+        if self.tokenizer.kind == "llama2" and self.template is None:
             roles = [message["role"] for message in dialog]
             turns = roles[1:] if roles[0] == "system" else roles
             if any(role != ("user", "assistant")[k % 2] for k, role in enumerate(turns)):
                 expected = "a Llama 2 dialog has user and assistant in turn, after at most one system message"
                 raise ValueError(f"{expected}; found {', '.join(roles)}")
+            if roles[-1] != "user":
+                raise ValueError(f"a Llama 2 dialog ends with a message of the user, not of {roles[-1]!r}")
 
     @staticmethod
     def check_messages(dialog: Dialog) -> None:
@@ -84,7 +130,9 @@ class ChatFormat:
         """
         if not (isinstance(dialog, list | tuple) and dialog):
             found = "an empty list" if dialog == [] else type(dialog).__name__
-            raise ValueError(f"a dialog is a list of one or more messages, the last of them the user's; found {found}")
+            hint = " (for a single dialog, pass [dialog])" if isinstance(dialog, Mapping) else ""
+            expected = "a dialog is a list of one or more messages, the last of them the user's"
+            raise ValueError(f"{expected}; found {found}{hint}")
         roles = get_args(Role)
         for number, message in enumerate(dialog):
             if not isinstance(message, Mapping):

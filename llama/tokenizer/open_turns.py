@@ -1,8 +1,10 @@
 """Dialogs with open turns: the user's turns are fixed, and the model fills in its own.
 
 An assistant's message whose content is `<PLACEHOLDER>` is open: the model generates it from all the turns before it. A
-dialog that ends with the user's message has one open turn, after its end. Knows nothing of tokens.
+dialog that does not end with an open turn gets one after its end. Knows nothing of tokens.
 """
+
+import copy
 
 from llama.tokenizer import ChatFormat, Dialog
 
@@ -10,7 +12,7 @@ PLACEHOLDER = "<PLACEHOLDER>"
 
 
 class OpenDialog:
-    """A dialog, and which of its turns are still open.
+    """A dialog, and which of its turns are still open. A string is one turn of the user.
 
     Attributes:
         messages: those of the dialog, which is not changed, with the answers in their places.
@@ -20,7 +22,8 @@ class OpenDialog:
     Raises ValueError if a message is not one, or if an open turn does not follow a turn of the user.
     """
 
-    def __init__(self, dialog: Dialog, formatter: ChatFormat):
+    def __init__(self, dialog: Dialog | str, formatter: ChatFormat):
+        dialog = as_dialog(dialog)
         formatter.check_messages(dialog)
         self.messages, self._open, self.is_done = list(dialog), [], False
         for index, message in enumerate(self.messages):
@@ -31,23 +34,35 @@ class OpenDialog:
             formatter.check(self.messages)
             self._open.append(len(self.messages))
             self.messages.append({"role": "assistant", "content": PLACEHOLDER})
-        if self.has_placeholders:
-            for index in self._open:
-                try:
-                    formatter.check(self.messages[:index])
-                except ValueError as error:
-                    raise ValueError(f"message {index} is open: {error}") from None
+        for index in self._open if self.has_placeholders else ():
+            try:
+                formatter.check(self.messages[:index])
+                if (last := self.messages[index - 1]["role"] if index else "nobody") not in ("user", "ipython", "tool"):
+                    raise ValueError(f"a dialog ends with a message of the user (or of ipython/tool), not of {last!r}")
+            except ValueError as error:
+                raise ValueError(f"message {index} is open: {error}" if index < len(dialog) else str(error)) from None
 
     @property
     def prompt(self) -> Dialog:
         """The messages before the next open turn."""
         return self.messages[: self._open[0]]
 
+    def copy(self) -> "OpenDialog":
+        """The same, to be filled otherwise."""
+        new = copy.copy(self)
+        new.messages, new._open = list(self.messages), list(self._open)
+        return new
+
     def fill(self, text: str) -> None:
         """Puts an answer into the next open turn."""
         index = self._open.pop(0)
         self.messages[index] = {**self.messages[index], "content": text}
         self.is_done = not self._open
+
+
+def as_dialog(dialog: Dialog | str) -> Dialog:
+    """The dialog; a string is one turn of the user."""
+    return [{"role": "user", "content": dialog}] if isinstance(dialog, str) else dialog
 
 
 def has_open_turns(dialog: object) -> bool:

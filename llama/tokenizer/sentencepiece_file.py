@@ -24,7 +24,7 @@ class SentencePieceFile:
                 "pip install sentencepiece (or this package's extra `llama2`: pip install '.[llama2]' in its directory)"
             ) from None
         try:
-            self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=data)
             ids = range(sp.vocab_size())
             self.special_tokens = {sp.id_to_piece(i): i for i in ids if sp.is_control(i) or sp.is_unknown(i)}
             self.token_bytes = [self._bytes_of(i) for i in ids]
@@ -41,18 +41,18 @@ class SentencePieceFile:
             raise ValueError(f"{path}: a SentencePiece model without <s> or </s>; expected Llama 2's, which has both")
 
     def _bytes_of(self, token_id: int) -> bytes:
-        piece = self._sp.id_to_piece(token_id)
-        if self._sp.is_control(token_id):
+        piece = self.processor.id_to_piece(token_id)
+        if self.processor.is_control(token_id):
             return b""
-        if self._sp.is_byte(token_id):  # such as "<0x0A>"
+        if self.processor.is_byte(token_id):  # such as "<0x0A>"
             return bytes([int(piece[1:-1], 16)])
-        if self._sp.is_unknown(token_id):
-            return self._sp.decode([token_id]).encode()
+        if self.processor.is_unknown(token_id):
+            return self.processor.decode([token_id]).encode()
         return piece.replace("▁", " ").encode()
 
     def content(self) -> bytes:
         """Everything that the ids depend on, for a fingerprint."""
-        return self._sp.serialized_model_proto()
+        return self.processor.serialized_model_proto()
 
     def encode(self, text: str) -> list[int]:
-        return self._sp.encode(text)
+        return self.processor.encode(text)

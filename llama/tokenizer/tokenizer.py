@@ -4,14 +4,18 @@ Tells the files apart by their contents: a tiktoken rank file or a tokenizer.jso
 Llama 2. Knows nothing of dialogs, tensors, models or sampling.
 """
 
+import functools
 import hashlib
 import operator
 import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import tiktoken
+
+from llama.tokenizer.chat_template import ChatTemplate
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS, RankFile, parse_ranks
 from llama.tokenizer.sentencepiece_file import SentencePieceFile
 from llama.tokenizer.tokenizer_json import read_tokenizer_json
@@ -25,6 +29,7 @@ class Tokenizer:
     `model_path` is a `tokenizer.model`, or Hugging Face's `tokenizer.json` of Llama 3; the contents tell which.
 
     Attributes:
+        path: its file.
         kind: `"llama3"` or `"llama2"`.
         n_words: size of the vocabulary, special tokens included (128,256 and 32,000 for Meta's files).
         bos_id, eos_id: ids that begin and end a text.
@@ -41,7 +46,8 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | os.PathLike):
-        self._model = _read_model(Path(model_path))
+        self.path = Path(model_path)
+        self._model = _read_model(self.path)
         self.kind: Literal["llama3", "llama2"] = self._model.kind
         self.special_tokens: dict[str, int] = self._model.special_tokens
         self.ranks: dict[bytes, int] | None = getattr(self._model, "ranks", None)
@@ -50,11 +56,28 @@ class Tokenizer:
         self.eot_id: int | None = self.special_tokens.get("<|eot_id|>")
         ends = (self.eos_id, self.eot_id, self.special_tokens.get("<|eom_id|>"))
         self.stop_tokens: set[int] = {end for end in ends if end is not None}
+        self.chat_template: ChatTemplate | None = None  # a directory's: see `read_chat_files`
 
     @property
     def digest(self) -> str:
         """The vocabulary's fingerprint, 16 hexadecimal digits. Both file formats of Llama 3 have the same."""
         return hashlib.sha256(self._model.content()).hexdigest()[:16]
+
+    @functools.cached_property
+    def model(self) -> tiktoken.Encoding:
+        """Llama 3: tiktoken's encoding of the same tokens, special ones included, under the name in Meta's code."""
+        if self.ranks is None:
+            raise AttributeError("a Llama 2 tokenizer has no `model`: SentencePiece's is `sp_model`")
+        return tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
+        )
+
+    @property
+    def sp_model(self) -> Any:
+        """Llama 2: the SentencePieceProcessor, under the name that Meta's code has."""
+        if self.kind != "llama2":
+            raise AttributeError("a Llama 3 tokenizer has no `sp_model`: tiktoken's is `model`")
+        return self._model.processor
 
     def encode(
         self,

@@ -22,7 +22,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # The options of a single answer, which can be shown while it is decided; `batch` has more, none of them code.
 STREAMED = {
     *("max_gen_len", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size"),
-    *("stop", "logit_bias", "seed"),
+    *("stop", "logit_bias", "seed", "presence_penalty", "frequency_penalty"),
+    *("json_schema", "regex", "choice", "grammar"),
 }
 
 
@@ -132,7 +133,8 @@ def test_other_values_have_the_types_of_the_options():
         "logit_bias": {97: -float("inf"), 98: 2},
     }
     assert decoding("--early-stopping", "True") == {"early_stopping": True}
-    assert decoding("--temperature", "0.6") == {}  # the default
+    assert decoding("--top_p", "0.9") == {}  # the default
+    assert decoding("--temperature", "0.6") == {"temperature": 0.6}  # which in a beam search is none
 
 
 @pytest.mark.parametrize("text", ["12", "(a, b)", "[1]", "None", "{x", "--x", "-1"])
@@ -305,7 +307,9 @@ def test_python_m_llama_cli_runs_too():
 
 def test_help_says_what_each_option_means(capsys):
     chat, batch, sample = help_of(capsys, "chat"), help_of(capsys, "batch"), help_of(capsys, "sample")
-    assert "--temperature FLOAT divides the logits before sampling" in chat and "(default: 0.6)" in chat
+    assert (
+        "--temperature FLOAT Divides the logits before sampling" in chat and "None: 0.6, or 0 in a beam search" in chat
+    )
     assert "of every token of the prompt and the answer so far" in chat  # the second line of its docstring
     assert "--ckpt_dir STR Meta's directory or Hugging Face's; the embedded checkpoint when left out" in chat
     assert "--system STR the system prompt" in chat

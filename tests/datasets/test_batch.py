@@ -127,7 +127,7 @@ def test_beam_searches_sampled_lines_and_a_stream_between_two_records_run_beside
 
 BROKEN = {
     '{"id": 1, "prompt"': "not JSON: Expecting ':' delimiter",
-    '{"prompt": "x", "temprature": 1}': "'temprature' is not known: expected one of prompt, messages, tokens; id,",
+    '{"prompt": "x", "temprature": 1}': "'temprature' is not known: did you mean temperature? expected one of prompt, ",
     '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a number of at least 0",
     '{"prompt": "x", "temperature": [1, 2]}': "temperature = [1, 2]: expected a number",
     '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not known",
@@ -294,8 +294,8 @@ def test_open_turns_that_cannot_be_are_refused_before_anything_runs(small, monke
     ):
         with pytest.raises(ValueError, match=message):
             small.chat_completion([[user("x")], dialog])
-    with pytest.raises(ValueError, match="dialog 0: num_return_sequences = 2: expected 1 where there are open turns"):
-        small.chat_completion([[user("a"), assistant(P)]], num_return_sequences=2)
+    with pytest.raises(ValueError, match="dialog 0: num_return_sequences = 2 with num_beams = 2 where turns are open"):
+        small.chat_completion([[user("a"), assistant(P)]], num_return_sequences=2, num_beams=2)
     with pytest.raises(ValueError, match="a stream is one answer"):
         small.stream_chat([user("a"), assistant(P)])
 

@@ -41,4 +41,4 @@ def test_what_is_no_prompt_is_refused_in_the_same_words_by_all_that_take_rows(de
     for line, (row, message) in enumerate(NO_PROMPTS, 1):
         assert message in sampled[line]["error"] and sampled[line]["error"] == answered[line]["error"]
         with pytest.raises((ValueError, TypeError), match=re.escape(f"prompt 0: {sampled[line]['error']}")):
-            rejection_sample(demo, [row], None)
+            rejection_sample(demo, [row], len)

@@ -195,8 +195,10 @@ def test_a_damaged_parquet_file_is_refused_by_its_name(tmp_path):
 def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*in.jsonl"):
         Rows(tmp_path / "in.jsonl")
-    with pytest.raises(ValueError, match=r"in.txt: expected a name that ends in .jsonl, .ndjson, .csv, .parquet"):
-        Rows(write(tmp_path / "in.txt", "{}"))
+    with pytest.raises(
+        ValueError, match=r"in.doc: expected a name that ends in .jsonl, .ndjson, .json, .csv, .parquet"
+    ):
+        Rows(write(tmp_path / "in.doc", "{}"))
     with pytest.raises(ValueError, match=r"column names, each once and in UTF-8; found \['a', 'a'\]"):
         list(Rows(write(tmp_path / "in.csv", "a,a\n1,2\n")))
     with pytest.raises(ValueError, match=r"column names, each once and in UTF-8; found \['a', 'ÿ'\]"):

@@ -10,6 +10,7 @@ from conftest import random_model
 
 from llama import Llama, Transformer
 from llama.decoding.beam_search import BeamSearch, Hypothesis
+from llama.decoding.penalties import Processing
 from llama.engine import Engine
 from llama.options import DecodingOptions
 from llama.sampling import RandomStream
@@ -25,7 +26,8 @@ def searched(
     """A prompt to be searched; `process` is called with a list of ids and the scores of one row."""
     processor = None if process is None else lambda ids, scores: process(ids[0].tolist(), scores[0])[None]
     option = DecodingOptions(temperature=0, num_beams=num_beams, logits_processor=processor, **options)
-    sequence = Sequence(prompt, budget, option, stop_tokens=frozenset(stop_tokens))
+    how = Processing(prompt, option, None) or None
+    sequence = Sequence(prompt, budget, option, stop_tokens=frozenset(stop_tokens), process=how)
     sequence.search = BeamSearch(sequence)
     return sequence
 

@@ -151,7 +151,7 @@ def test_predictions_have_the_keys_that_were_asked_for_even_of_nothing(random):
     for options in ({"max_gen_len": 0}, {"max_gen_len": 0, "echo": True}, {"max_gen_len": 3}):
         prediction = random.text_completion(["ab"], 0, top_logprobs=2, **options)[0]
         n = len(prediction["tokens"])
-        assert set(prediction) == {"generation", "tokens", "logprobs", "top_logprobs"}
+        assert set(prediction) == {"generation", "finish_reason", "tokens", "logprobs", "top_logprobs"}
         assert len(prediction["logprobs"]) == len(prediction["top_logprobs"]) == n
 
 
@@ -335,7 +335,7 @@ def test_the_least_certain_tokens_are_reported(random):
 # Mistakes
 
 BAD = [
-    ({"top_k": -1}, r"top_k = -1: expected an integer of at least 0, or None"),
+    ({"top_k": -2}, r"top_k = -2: expected an integer of at least -1, or None"),
     ({"top_k": 2.5}, r"top_k = 2.5"),
     ({"min_p": 1.5}, r"min_p = 1.5: expected a number of at most 1, or None"),
     ({"min_p": -0.1}, r"min_p = -0.1"),
@@ -345,7 +345,7 @@ BAD = [
     ({"num_return_sequences": 20_000_000}, r"num_return_sequences = 20000000: expected an integer of at most 10,000"),
     ({"num_beams": 0}, r"num_beams = 0: expected an integer of at least 1"),
     ({"num_beams": 2.0}, r"num_beams = 2.0"),
-    ({"num_beams": 4}, r"num_beams = 4 with temperature = 0.6: a beam search does not sample"),
+    ({"num_beams": 4, "temperature": 0.6}, r"num_beams = 4 with temperature = 0.6: a beam search does not sample"),
     ({"num_beams": 2, "temperature": 0, "num_return_sequences": 3}, r"num_return_sequences = 3 with num_beams = 2"),
     ({"num_beams": 9, "temperature": 0}, r"prompt 0: num_beams = 9: expected at most max_batch_size = 8"),
     ({"num_beams": 2, "temperature": 0, "stop": "x"}, r"num_beams = 2 with top_logprobs or a stop string"),
@@ -377,8 +377,8 @@ def test_options_out_of_range_or_contradictory_are_refused_before_anything_runs(
 
 
 def test_an_option_that_is_none_is_named(random):
-    with pytest.raises(TypeError, match="'max_tokens' is not a decoding option: expected one of early_stopping, "):
-        random.generate([[1]], max_tokens=5)
+    with pytest.raises(TypeError, match="'colour' is not a decoding option: expected one of choice, early_stopping, "):
+        random.generate([[1]], colour=5)
 
 
 def test_one_bad_prompt_among_a_thousand_is_named(random, monkeypatch):

@@ -1,5 +1,6 @@
 """Quantised models: saved and reloaded they are those that were rounded while loading, on any number of processes."""
 
+import copy
 import json
 
 import pytest
@@ -197,3 +198,57 @@ def build_demo(**options) -> Llama:  # in the dtype of the kernels
 def mean_nats(llama: Llama, texts: list) -> float:
     logprobs = [value for score in llama.score(texts) for value in score["logprobs"][1:]]
     return -sum(logprobs) / len(logprobs)
+
+
+TOUCHES = {
+    "weight": lambda model: model.layers[0].attention.wq.weight,
+    "edit": lambda model: model.layers[0].feed_forward.w2.weight.mul_(2),
+    "assign": lambda model: setattr(model.layers[0].attention.wq, "weight", torch.nn.Parameter(torch.zeros(128, 128))),
+    "parameters": lambda model: list(model.parameters()),
+    "load_state_dict": lambda model: model.load_state_dict(model.state_dict()),
+    "half": lambda model: model.half(),
+    "requires_grad_": lambda model: model.requires_grad_(True),
+    "an optimizer": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_a_quantised_model_cannot_do_is_refused(write_checkpoint, kind):
+    llama = build(write_checkpoint(**WIDE), quantize=kind)
+    model, expected = llama.model, logits(llama)
+    for name, touch in TOUCHES.items():
+        with pytest.raises(RuntimeError, match=f"is {kind} and .*: build the model without `quantize`"):
+            touch(model)
+            pytest.fail(name)
+    x = torch.ones(1, 1, 128, dtype=torch.bfloat16, requires_grad=True)
+    for module in (model.layers[0].attention.wq, model.layers[0].attention.wo, model.layers[0].feed_forward):
+        with pytest.raises(RuntimeError, match="has no gradient: build the model without `quantize`"):
+            module(x)
+    assert torch.equal(logits(llama), expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_leaves_a_quantised_model_as_it_is_works(write_checkpoint, tmp_path, kind):
+    llama = build(write_checkpoint(**WIDE), quantize=kind)
+    expected = logits(llama)
+    model = llama.model.to("cpu").to(torch.bfloat16).eval()
+    assert next(model.parameters()).dtype == torch.bfloat16
+    other = copy.deepcopy(model)
+    assert other.layers[0].attention.wq.layout is model.layers[0].attention.wq.layout  # codes never change
+    assert torch.equal(other(torch.tensor([PROMPTS[0]])), expected)
+    assert model.state_dict()["layers.0.attention.wk.weight"].shape == (64, 128)
+    with pytest.raises(TypeError, match=f"quantised to {kind} cannot be pickled: `llama quantize`"):
+        torch.save(model, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_hooks_on_quantised_matrices_fire(write_checkpoint, kind):
+    llama = build(write_checkpoint(**WIDE), quantize=kind)
+    expected, seen = logits(llama), []
+    attention = llama.model.layers[0].attention
+    handle = attention.wk.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    torch.testing.assert_close(logits(llama), expected)
+    assert seen == [(1, 5, 64)]
+    handle.remove()
+    attention.wk.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    assert not torch.allclose(logits(llama), expected)

@@ -77,6 +77,12 @@ def test_what_the_first_replica_raises_is_raised(start):
         start(fake_workers.cannot_start, 1)
 
 
+def test_a_run_that_cannot_begin_is_an_error(start):
+    replicas = start(fake_workers.Echo, 1)
+    with pytest.raises(FileNotFoundError, match="ckpt_dir /nowhere does not exist"):
+        list(replicas.results(fake_workers.cannot_start, lines(3)))
+
+
 def test_replicas_that_differ_are_refused(start):
     with pytest.raises(ValueError, match=r"the replica on .* differs from the others: model is \d+, and not \d+"):
         unsure = start(fake_workers.Unsure, 2)

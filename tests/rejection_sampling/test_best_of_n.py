@@ -72,8 +72,8 @@ def test_a_summary_says_what_was_drawn_and_what_failed():
     text = summary.text()
     assert "2 prompts, 6 answers, 1 without a score (the first: KeyError: 'sum')" in text
     assert "mean 0.2000, mean of the best of each prompt 0.5000" in text
-    assert re.search(r"\n +1 \| 0\.2500 ± 0\.2500\n", text) and "3 | 0.0000   (1 prompts)" in text
-    assert Summary(groups=[[None]]).text() == "1 prompts, 1 answers, 1 without a score"
+    assert re.search(r"\n +1 \| 0\.2500 ± 0\.2500\n", text) and "3 | 0.0000   (1 prompt)" in text
+    assert Summary(groups=[[None]]).text() == "1 prompt, 1 answer, 1 without a score"
 
 
 def test_of_the_answers_that_were_kept_there_is_no_curve(tmp_path):

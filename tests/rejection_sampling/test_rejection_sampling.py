@@ -125,9 +125,17 @@ def test_mistakes_are_refused_before_anything_runs(demo, arguments, message):
         rejection_sample(demo, ROWS, check, num_return_sequences=4)
     with pytest.raises(ValueError, match="prompt 1: found none of prompt, messages, tokens: expected one of them"):
         rejection_sample(demo, [ROWS[0], {"text": "no prompt"}], check)
-    open_dialog = [*ROWS[0]["messages"], {"role": "assistant", "content": "<PLACEHOLDER>"}, *ROWS[0]["messages"]]
-    with pytest.raises(ValueError, match="prompt 0: the dialog has open turns: expected none but the one at its end"):
+    open_dialog = [{"role": "assistant", "content": "<PLACEHOLDER>"}, *ROWS[0]["messages"]]
+    with pytest.raises(ValueError, match="prompt 0: message 0 is open: a dialog is a list of one or more messages"):
         rejection_sample(demo, [open_dialog], check)
+    for wrong, error, message in (
+        ("reward", ValueError, "scorer 'reward': expected one of logprob, mean_logprob, reward:DIR, judge, judge:DIR"),
+        ("reward:/nowhere", FileNotFoundError, "there is no directory /nowhere: expected a model's"),
+        ("no_such_module:f", ValueError, "there is no module 'no_such_module'"),
+        (5, TypeError, r"scorer = 5: expected a function \(row, answers\), or one of logprob, "),
+    ):
+        with pytest.raises(error, match=message):
+            rejection_sample(demo, ROWS, wrong)
     assert demo._engine.counters.prefilled == before
 
 

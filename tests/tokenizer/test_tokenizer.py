@@ -1,4 +1,4 @@
-"""Claims about `llama/tokenizer.py`; those on the real tokenizer files need `../shared`, the others run without."""
+"""Claims about `llama/tokenizer.py`; those on the real tokenizer files need them, the others run without."""
 
 import base64
 import itertools
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from conftest import shared
 
 from llama.tokenizer import ChatFormat, Tokenizer, rank_file
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, MAX_PIECE_CHARS
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
 TWO_MB = 2_000_000
 
 HARD_TEXTS = [
@@ -64,10 +64,7 @@ def tiny(tmp_path_factory, tiny_ranks) -> Tokenizer:
 
 
 def shared_file(kind: str) -> Path:
-    path = SHARED / kind / "tokenizer.model"
-    if not path.exists():
-        pytest.skip(f"the real {kind} tokenizer is not here: {path}")
-    return path
+    return shared("tokenizers", kind, "tokenizer.model")
 
 
 @pytest.fixture(scope="session")
@@ -480,8 +477,6 @@ BAD_DIALOGS = {
         [{"role": "bot", "content": "x"}],
         "unknown role 'bot'; expected one of system, user, assistant, ipython",
     ),
-    "ends with the assistant": ([USER, {"role": "assistant", "content": "x"}], "not of 'assistant'"),
-    "ends with the system": ([{"role": "system", "content": "x"}], "ends with a message of the user"),
 }
 
 
@@ -491,6 +486,23 @@ def test_a_bad_dialog_is_an_error_that_says_why(any_tokenizer, name):
     for check in (ChatFormat(any_tokenizer).check, ChatFormat(any_tokenizer).encode_dialog_prompt):
         with pytest.raises(ValueError, match=problem):
             check(dialog)
+
+
+def test_a_llama_3_dialog_may_end_with_any_role_and_a_llama_2_one_with_the_user_alone(llama2, tiny):
+    for dialog in ([USER, {"role": "assistant", "content": "x"}], [{"role": "system", "content": "x"}]):
+        with pytest.raises(ValueError, match="Llama 2 dialog ends with a message of the user, not of"):
+            ChatFormat(llama2).encode_dialog_prompt(dialog)
+        formatter = ChatFormat(tiny)
+        parts = [tiny.bos_id, *(i for m in dialog for i in formatter.encode_message(m))]
+        assert formatter.encode_dialog_prompt(dialog) == parts + formatter.encode_header(message("assistant", ""))
+
+
+def test_the_models_under_the_tokenizer_have_metas_names(llama2, tiny):
+    text = "a tree<|eot_id|>"
+    assert tiny.model.encode(text, allowed_special="all") == tiny.encode(text, allowed_special="all")
+    assert tiny.model.n_vocab == tiny.n_words and not hasattr(tiny, "sp_model")
+    assert llama2.sp_model.encode("a tree") == llama2.encode("a tree") and not hasattr(llama2, "model")
+    assert llama2.sp_model.vocab_size() == llama2.n_words
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from conftest import SHARED
+from conftest import shared
 
 from llama import ChatFormat, Tokenizer
 from llama.tokenizer.rank_file import LLAMA3_PATTERN
@@ -14,10 +14,7 @@ from llama.tokenizer.tokenizer_json import tokenizer_json
 @pytest.fixture(scope="module")
 def real_tokenizers(tmp_path_factory):
     """Llama 3's tokenizer from its rank file, and the path of the tokenizer.json made of it."""
-    path = SHARED / "tokenizers" / "llama3" / "tokenizer.model"
-    if not path.exists():
-        pytest.skip(f"the real llama3 tokenizer is not here: {path}")
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(shared("tokenizers", "llama3", "tokenizer.model"))
     written = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     written.write_text(tokenizer_json(tokenizer.ranks, tokenizer.special_tokens, "<|begin_of_text|>", LLAMA3_PATTERN))
     return tokenizer, written

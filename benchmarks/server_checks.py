@@ -1,0 +1,144 @@
+"""What the tests of the server check in small, at full size: `python -m benchmarks.server_checks`.
+
+Requests that schemathesis makes up from a server's OpenAPI document, right ones and wrong ones: none may be answered
+with a 500. And generated JSON schemas on the embedded checkpoint at temperature 1: every answer that ended by itself
+must be valid. Needs the extras `test`.
+
+    python -m benchmarks.server_checks --requests 1000 --schemas 2000
+"""
+
+import collections
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fire
+
+from llama import Llama
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo" / "checkpoint"
+SUM = [{"role": "user", "content": "What is 21 + 34?"}]
+
+
+def random_schema(rng: random.Random, depth: int = 0, defs: tuple[str, ...] = ()) -> dict:
+    """A schema of objects, arrays, enums, bounded numbers and `$ref`, nested up to three deep."""
+    kinds = ["integer", "number", "enum", "boolean", "null", "string"]
+    kind = rng.choice(kinds + (["object", "array"] * 3 if depth < 3 else []) + (["ref"] if defs else []))
+    if kind == "ref":
+        return {"$ref": f"#/$defs/{rng.choice(defs)}"}
+    if kind == "integer":
+        low = rng.randint(-1000, 1000)
+        return {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 500)}
+    if kind == "number":
+        low = rng.randint(-100, 100)
+        return {"type": "number", "minimum": low, "maximum": low + rng.randint(1, 50)}
+    if kind == "enum":
+        return {"enum": rng.sample(["a", "b c", 1, 2.5, None, True, "é", 'x"y'], rng.randint(1, 4))}
+    if kind == "string":
+        return {"type": "string", "maxLength": rng.randint(1, 8)}
+    if kind == "array":
+        low = rng.randint(0, 2)
+        items = random_schema(rng, depth + 1, defs)
+        return {"type": "array", "items": items, "minItems": low, "maxItems": low + rng.randint(0, 2)}
+    if kind == "object":
+        names = rng.sample(["id", "name", "a b", "ß", "x"], rng.randint(1, 3))
+        properties = {name: random_schema(rng, depth + 1, defs) for name in names}
+        required = [name for name in names if rng.random() < 0.7]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return {"type": kind}
+
+
+def schemas(n: int) -> list[dict]:
+    """n schemas, the same each time."""
+    made = []
+    for seed in range(n):
+        rng = random.Random(seed)
+        defs = {"p": random_schema(rng, 2), "q": random_schema(rng, 3)} if seed % 2 else {}
+        made.append({**random_schema(rng, 0, tuple(defs)), **({"$defs": defs} if defs else {})})
+    return made
+
+
+def check_schemas(llama: Llama, n: int) -> int:
+    """Answers with n schemas at temperature 1; how many ended by themselves. Raises ValidationError if one is wrong."""
+    import jsonschema
+
+    wanted = schemas(n)
+    prompts = [llama.formatter.encode_dialog_prompt(SUM)] * n
+    options = {"temperature": 1.0, "top_p": 1.0, "seed": 1, "max_gen_len": 200}
+    n_ended = 0
+    for schema, (answer,) in zip(wanted, llama.answer(prompts, json_schema=wanted, **options)):
+        if answer.finish_reason == "stop":
+            n_ended += 1
+            jsonschema.validate(json.loads(answer.text), schema)
+    return n_ended
+
+
+def check_requests(url: str, n: int) -> dict[int, int]:
+    """Sends about n made-up requests; how many had each status. Raises AssertionError if one is 500 or above."""
+    import httpx2
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    statuses: dict[int, int] = collections.Counter()
+    operations = [result.ok() for result in schemathesis.openapi.from_url(url + "/openapi.json").get_all_operations()]
+    posts = [operation for operation in operations if operation.method == "post"]
+    with httpx2.Client(timeout=120) as client:
+        for operation in operations:
+
+            def check(case) -> None:
+                if isinstance(case.body, dict):
+                    case.body.pop("model", None)  # nearly always another than the server's
+                    if "/v1/" in case.path:
+                        case.body["max_tokens"] = 2  # long answers are tested elsewhere
+                made = case.as_transport_kwargs(base_url=url)
+                headers = {k: v for k, v in made["headers"].items() if k.lower() != "content-length"}
+                what = {"headers": headers, "json": made.get("json"), "params": made.get("params")}
+                response = client.request(made["method"], made["url"], **what)
+                statuses[response.status_code] += 1
+                assert response.status_code < 500, (made, response.text)
+
+            how = settings(
+                max_examples=-(-n // len(posts)) if operation in posts else 3,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],
+                suppress_health_check=[*HealthCheck],
+            )
+            how(given(case=operation.as_strategy())(check))()
+    return dict(sorted(statuses.items()))
+
+
+def main(requests: int = 1000, schemas: int = 2000) -> None:
+    """Checks and prints.
+
+    Args:
+        requests: how many are made up.
+        schemas: how many answers with a schema.
+    """
+    command = [sys.executable, "-m", "llama", "serve", "--port", "0", "--device", "cpu", "--no_web"]
+    started = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            for line in server.stderr:
+                if found := re.match(r"serving \S+ at (\S+)", line):
+                    statuses = check_requests(found[1], requests)
+                    break
+        finally:
+            server.terminate()
+    took = time.perf_counter() - started
+    print(f"{sum(statuses.values())} made-up requests, by status: {statuses}; {took:.0f} s", flush=True)
+    started = time.perf_counter()
+    llama = Llama.build(DEMO, None, 512, 16, device="cpu", dtype="float32")
+    n_ended = check_schemas(llama, schemas)
+    took = time.perf_counter() - started
+    print(f"{schemas} schemas: {n_ended} answers ended by themselves, all of them valid; {took:.0f} s")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,264 @@
+"""The server under load: `python -m benchmarks.serving --shape llama-3.2-1b`.
+
+Clients send one request after another, streamed, over real HTTP; each answer has a fixed number of tokens. For 1, 8 and
+32 clients: tokens/s, and the median and 99th percentile of the time to the first token and of the time between tokens.
+Beside it the engine alone, before and after, in a process of its own with as many sequences always running; and
+llama-cpp-python's server (pip install 'llama-cpp-python[server]') on a GGUF file of the same shape, with a vocabulary,
+for it takes texts alone. `--minutes 2` keeps 32 clients at it and prints the memory at the start and the end.
+
+    python -m benchmarks.serving --clients 8 --requests 3
+    python -m benchmarks.serving --mask     # what the mask of a JSON schema costs of a step
+"""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from benchmarks.shapes import default_folder, write_random_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+N_PROMPT = 64
+WORDS = ["the", "of", "and", "to", "in", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
+
+
+@dataclass
+class Load:
+    """What some clients have seen.
+
+    Attributes:
+        first: seconds to each first token.
+        between: seconds between the tokens of each answer.
+        n_tokens: of all answers.
+        n_errors: requests that failed.
+        seconds: in all.
+    """
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    n_tokens: int = 0
+    n_errors: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        ms = lambda values, p: 1000 * percentile(values, p)  # noqa: E731
+        return (
+            f"{self.n_tokens / self.seconds:7.1f} tokens/s, first token {ms(self.first, 50):6.0f} ms median, "
+            f"{ms(self.first, 99):6.0f} ms p99, between tokens {ms(self.between, 50):6.1f} ms median, "
+            f"{ms(self.between, 99):6.1f} ms p99, {self.n_errors} errors"
+        )
+
+
+def percentile(values: list[float], p: float) -> float:
+    """The smallest value that at least p percent of them do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * p // 100).__int__() - 1)] if values else float("nan")
+
+
+async def load(
+    url: str, model: str, n_clients: int, n_requests: int, n_tokens: int, seconds: float = 0.0, as_text: bool = False
+) -> Load:
+    """Lets clients send requests, n_requests each or as many as they can in `seconds`; of ids, or of as many words."""
+    import httpx2
+
+    result = Load()
+
+    async def client(number: int) -> None:
+        i = 0
+        while i < n_requests or time.perf_counter() - started < seconds:
+            prompt: Any = [(7 * j + 131 * number + 17 * i) % 256 + 1000 for j in range(N_PROMPT)]
+            prompt = " ".join(map(WORDS.__getitem__, (i % len(WORDS) for i in prompt))) if as_text else prompt
+            body = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "stream": True}
+            body["stream_options"] = {"include_usage": True}
+            i += 1
+            try:
+                await one(body)
+            except (httpx2.HTTPError, ValueError):
+                result.n_errors += 1
+
+    async def one(body: dict) -> None:
+        begun = last = time.perf_counter()
+        n, n_told = 0, None
+        async with http.stream("POST", url + "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    chunk, now = json.loads(line[6:]), time.perf_counter()
+                    if not chunk["choices"]:
+                        n_told = chunk["usage"]["completion_tokens"]
+                        continue
+                    (result.first if n == 0 else result.between).append(now - (begun if n == 0 else last))
+                    last, n = now, n + 1
+        if n == 0:
+            raise ValueError("no token")
+        result.n_tokens += n if n_told is None else n_told
+
+    # One pool of connections, for each would read the certificates of the whole world first.
+    async with httpx2.AsyncClient(timeout=600, limits=httpx2.Limits(max_connections=None)) as http:
+        started = time.perf_counter()
+        await asyncio.gather(*map(client, range(n_clients)))
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+class Server:
+    """A process that serves; ready once the `with` is entered."""
+
+    def __init__(self, command: list[str], url: str = ""):
+        self.url = url
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+
+    def __enter__(self) -> "Server":
+        for line in self.process.stderr:
+            if found := re.search(r"serving \S+ at (\S+)|running on (http\S+)", line):
+                self.url = found[1] or found[2]
+                break
+        else:
+            raise RuntimeError(f"the server ended: {self.process.args}")
+        import threading
+
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def memory(self) -> float:
+        """Resident, MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1000
+
+
+def offline(folder: str, n_rows: int, n_tokens: int, n_requests: int) -> None:
+    """The engine alone: the same prompts, as many at a time as there are clients."""
+    from llama import Llama
+
+    llama = Llama.build(folder, None, 512, n_rows, device="cpu")
+    prompts = [
+        [(7 * j + 131 * number + 17 * i) % 256 + 1000 for j in range(N_PROMPT)]
+        for i in range(n_requests)
+        for number in range(n_rows)
+    ]
+    options: dict[str, Any] = {"temperature": 0, "max_gen_len": n_tokens}
+    llama.generate(prompts[:n_rows], **options | {"max_gen_len": 4})  # packs
+    started = time.perf_counter()
+    tokens, _ = llama.generate(prompts, **options)
+    seconds = time.perf_counter() - started
+    print(json.dumps({"tokens": sum(map(len, tokens)), "seconds": seconds}))
+
+
+def mask(folder: str, n_steps: int = 200) -> None:
+    """What a mask costs beside a step of one row."""
+    import torch
+
+    from llama import Llama
+    from llama.decoding.grammar import Grammars
+    from llama.options import DecodingOptions
+
+    llama = Llama.build(folder, None, 512, 1, device="cpu")
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}},
+        "required": ["name", "tags"],
+        "additionalProperties": False,
+    }
+    option, grammars = DecodingOptions(json_schema=schema), Grammars(llama.tokenizer, llama.args.vocab_size)
+    matcher, tokens = grammars.start(option), []
+    logits = torch.randn(llama.args.vocab_size)
+    seconds, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(n_steps):
+        started = time.perf_counter()
+        masked, is_whole = matcher.mask(logits, tokens), matcher.is_whole(tokens)
+        seconds.append(time.perf_counter() - started)
+        token = int(torch.multinomial(masked.softmax(-1), 1, generator=generator))
+        if token in llama.tokenizer.stop_tokens or is_whole:
+            matcher, tokens = grammars.start(option), []
+        else:
+            tokens.append(token)
+    prompt = [[1000 + i % 256 for i in range(N_PROMPT)]]
+    llama.generate(prompt, 4, temperature=0)
+    started = time.perf_counter()
+    tokens, _ = llama.generate(prompt, 24, temperature=0)
+    step = (time.perf_counter() - started) / len(tokens[0])
+    median = percentile(seconds, 50)
+    print(f"mask {1e6 * median:.0f} µs median, {1e6 * percentile(seconds, 99):.0f} µs p99; a step {1e3 * step:.1f} ms:")
+    print(f"a mask is {median / step:.2%} of a step")
+
+
+def main(
+    shape: str = "llama-3.2-1b",
+    folder: str | None = None,
+    clients: str | int | tuple = (1, 8, 32),
+    requests: int = 3,
+    tokens: int = 32,
+    minutes: float = 0.0,
+    gguf: str | None = None,
+    mask: bool = False,
+) -> None:
+    """Measures and prints.
+
+    Args:
+        shape: one of benchmarks.shapes.PARAMS.
+        folder: where the checkpoint is or will be; /tmp/llama-benchmarks/SHAPE when left out.
+        clients: how many at a time, one number or several.
+        requests: of each client.
+        tokens: of each answer.
+        minutes: keeps 32 clients at it for so long.
+        gguf: a file of the same shape, with a vocabulary, for llama-cpp-python's server.
+        mask: measures the mask of a JSON schema instead.
+    """
+    path = str(folder or default_folder(shape))
+    write_random_checkpoint(Path(path), shape)
+    if mask:
+        _self("mask", path)
+        return
+    for n in (clients,) if isinstance(clients, int) else tuple(clients):
+        rows = min(n, 32)
+        alone = [_alone(path, rows, tokens, requests)]
+        options = ["--ckpt_dir", path, "--port", "0", "--max_seq_len", "512", "--max_batch_size", str(rows)]
+        with Server([sys.executable, "-m", "llama", "serve", "--no_web", "--model_name", "m", *options]) as server:
+            asyncio.run(load(server.url, "m", rows, 1, 4))  # packs
+            found = asyncio.run(load(server.url, "m", n, requests, tokens))
+            print(f"{n} clients: server {found}", flush=True)
+            if minutes and n == 32:
+                before = server.memory()
+                found = asyncio.run(load(server.url, "m", n, 0, tokens, 60 * minutes))
+                print(f"{minutes:g} minutes: {found}; memory {before:.0f} MB, then {server.memory():.0f} MB")
+        alone.append(_alone(path, rows, tokens, requests))
+        mean = sum(alone) / 2
+        print(f"{n} clients: engine alone {alone[0]:.1f} tokens/s before, {alone[1]:.1f} after;", end=" ")
+        print(f"the server gives {found.n_tokens / found.seconds / mean:.3f} of their mean", flush=True)
+        if gguf:
+            command = [sys.executable, "-m", "llama_cpp.server", "--model", gguf, "--n_threads", str(os.cpu_count())]
+            with Server([*command, "--port", "8977", "--n_ctx", "512"]) as other:
+                asyncio.run(load(other.url, "m", 1, 1, 4, as_text=True))
+                theirs = asyncio.run(load(other.url, "m", n, requests, tokens, as_text=True))
+                print(f"{n} clients: llama-cpp-python {theirs}")
+                ours = found.n_tokens / found.seconds
+                print(f"{n} clients: the server gives {ours * theirs.seconds / theirs.n_tokens:.2f} times as much")
+
+
+def _alone(path: str, n_rows: int, n_tokens: int, n_requests: int) -> float:
+    """Tokens/s of the engine without a server."""
+    found = json.loads(_self("offline", path, n_rows, n_tokens, n_requests, capture=True).splitlines()[-1])
+    return found["tokens"] / found["seconds"]
+
+
+def _self(what: str, *args: object, capture: bool = False) -> str:
+    """Runs a function of this file in a process of its own."""
+    code = f"from benchmarks.serving import {what}; {what}(*{args!r})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=capture, text=True)
+    return run.stdout
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,59 @@
+"""Files that are JSON as a whole: an array of rows, or objects one after the other that may go over several lines.
+
+Knows nothing of what the rows mean.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def begins_as_whole(line: bytes) -> bool:
+    """Whether the first line of a file that should be JSON lines is that of an array, or of an object that goes on."""
+    line = line.removeprefix(b"\xef\xbb\xbf").strip()
+    return line[:1] == b"[" or line == b"{"
+
+
+def read_json_rows(path: Path) -> Iterator[Any]:
+    """The elements of the array in a file, or the values that it holds one after the other.
+
+    It is read as a whole: a mistake anywhere is found before the first row is used. Raises ValueError, with the line.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+    decoder, values, at = json.JSONDecoder(), [], 0
+    try:
+        while (at := _skip(text, at)) < len(text):
+            value, at = decoder.raw_decode(text, at)
+            values.append(value)
+    except RecursionError:
+        raise ValueError(f"{path}: the value at character {at} is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise ValueError(f"{path}: not JSON: {error.msg} at {where}: expected an array of objects") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    yield from values[0] if len(values) == 1 and isinstance(values[0], list) else values
+
+
+def _skip(text: str, at: int) -> int:
+    """The first place from `at` on that is not white space."""
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def write_json_array(file: BinaryIO, records: Iterator[bytes], indent: int | None) -> None:
+    """Writes records, each a line of JSON, as an array: one record a line, or indented by so many spaces."""
+    separator = b"[\n"
+    for line in records:
+        if indent is not None:
+            line = json.dumps(json.loads(line), ensure_ascii=False, indent=indent)
+            line = " " * indent + line.replace("\n", "\n" + " " * indent)
+            line = line.encode(errors="backslashreplace")
+        file.write(separator + line.rstrip(b"\n"))
+        separator = b",\n"
+    file.write(b"[]\n" if separator == b"[\n" else b"\n]\n")

@@ -1,0 +1,110 @@
+"""What changes the logits of an answer before its next token is chosen: penalties, a caller's code, and a shape.
+
+Knows nothing of models or text.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
+
+from llama.decoding.grammar import SHAPES, Matcher
+from llama.options import DecodingOptions, LogitsProcessor
+
+PENALTIES = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "presence_penalty", "frequency_penalty")
+PENALTIES += ("logits_processor",)
+DEFAULTS = {field.name: field.default for field in fields(DecodingOptions)}
+
+
+class Processing:
+    """The `process` of a sequence: its logits after the options' penalties, and -inf where the shape rules a token out.
+
+    It depends on the answer so far alone, so the beams of a search share one, and a draft may ask about its guesses.
+
+    Args:
+        prompt: ids.
+        option: how the answer is decoded.
+        shape: what it must fit.
+    """
+
+    def __init__(self, prompt: list[int], option: DecodingOptions, shape: Matcher | None):
+        self._prompt, self._shape = prompt, shape
+        self._penalties = {name: value for name in PENALTIES if (value := getattr(option, name)) != DEFAULTS[name]}
+        shapes = [name for name in SHAPES if getattr(option, name) is not None]
+        self._names = " and ".join([*self._penalties, *shapes])
+
+    def __str__(self) -> str:
+        """The options behind it."""
+        return self._names
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self._names)
+
+    def __call__(self, logits: torch.Tensor, tokens: list[int], is_guess: bool = False) -> torch.Tensor:
+        """The logits, float32 [vocab_size], of the token after `tokens` of the answer; those given are not changed.
+
+        A caller's code is not asked about a guess, tokens that nobody has chosen. Raises ValueError if it, or the
+        shape, fails.
+        """
+        penalties = self._penalties
+        if is_guess and "logits_processor" in penalties:
+            penalties = penalties | {"logits_processor": None}
+        if penalties:
+            logits = process_logits(logits, self._prompt + tokens, **penalties, n_prompt=len(self._prompt))
+        return logits if self._shape is None else self._shape.mask(logits, tokens)
+
+
+def process_logits(
+    logits: torch.Tensor,
+    ids: list[int],
+    logit_bias: Mapping[int, float] | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logits_processor: LogitsProcessor | None = None,
+    n_prompt: int = 0,
+) -> torch.Tensor:
+    """The logits of one row after what depends on the ids so far, in the order of Transformers' `generate`.
+
+    `logits` float32 [vocab_size] are not changed; `ids` are the prompt, `n_prompt` of them, and the answer so far; the
+    others as in `DecodingOptions`. Raises ValueError if the processor raises, or returns something of another shape.
+    """
+    if logit_bias:
+        tokens = torch.tensor(list(logit_bias), device=logits.device)
+        bias = torch.tensor(list(logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        logits = logits.index_add(0, tokens, bias)
+    if repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        scores = logits[seen]
+        scores = torch.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
+        logits = logits.index_copy(0, seen, scores)
+    if no_repeat_ngram_size > 0:
+        banned = _completions_of_ngrams(ids, no_repeat_ngram_size)
+        logits = logits.index_fill(0, torch.tensor(banned, dtype=torch.long, device=logits.device), -torch.inf)
+    if (presence_penalty or frequency_penalty) and len(ids) > n_prompt:
+        counts = Counter(ids[n_prompt:])
+        amounts = [-presence_penalty - count * frequency_penalty for count in counts.values()]
+        tokens = torch.tensor(list(counts), device=logits.device)
+        logits = logits.index_add(0, tokens, torch.tensor(amounts, dtype=logits.dtype, device=logits.device))
+    if logits_processor is not None:
+        name = getattr(logits_processor, "__name__", type(logits_processor).__name__)
+        try:
+            processed = logits_processor(torch.tensor([ids], device=logits.device), logits[None].clone())
+        except (Exception, SystemExit) as error:  # whatever a caller's code may raise ends its own prompt alone
+            raise ValueError(f"logits_processor {name} raised {type(error).__name__}: {error}") from error
+        shape = list(getattr(processed, "shape", [])) or type(processed).__name__
+        if shape != [1, len(logits)]:
+            raise ValueError(f"logits_processor {name} returned {shape}: expected logits of shape {[1, len(logits)]}")
+        logits = processed[0].to(logits)
+    return logits
+
+
+def _completions_of_ngrams(ids: list[int], n: int) -> list[int]:
+    """The tokens that would make the last n - 1 ids an n-gram that has occurred."""
+    if len(ids) < n:
+        return []
+    start = ids[len(ids) - n + 1 :]
+    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == start]

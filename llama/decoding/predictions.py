@@ -1,0 +1,100 @@
+"""Answers as `Llama` returns them: dicts with the text, and what else was asked for.
+
+Knows nothing of the engine's steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from typing_extensions import Required, TypedDict
+
+from llama.decoding.answering import Answer, Answerer, TopLogprobs
+from llama.decoding.speculative import SpeculativeEngine
+from llama.tokenizer import Dialog, Message
+
+
+class Details(TypedDict, total=False):
+    """What a prediction has besides its text; all but the first when asked for."""
+
+    finish_reason: Required[str]  # "stop" or "length"
+    score: float  # of a beam search
+    tokens: list[str]  # with logprobs=True: the text of each token,
+    logprobs: list[float]  # and its natural-log probability
+    top_logprobs: TopLogprobs  # with top_logprobs=k
+    speculation: dict[str, int]  # with build(draft=...): see `Speculation`
+
+
+class CompletionPrediction(Details, total=False):
+    generation: Required[str]
+
+
+class ChatPrediction(Details, total=False):
+    generation: Required[Message]
+    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
+
+
+def completions(
+    answerer: Answerer,
+    prompts: list[list[int]],
+    groups: list[list[Answer]],
+    logprobs: bool,
+    echo: bool,
+    options: dict[str, Any],
+) -> list[CompletionPrediction]:
+    """The answers to each prompt, one after the other."""
+    pairs = [(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
+    return [{"generation": a.text, **details(answerer, p, a, logprobs, echo, options)} for p, a in pairs]
+
+
+def details(
+    answerer: Answerer, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict[str, Any]
+) -> dict:
+    """What a prediction has besides its text. The text of a token has its leading space."""
+    found: dict = {"finish_reason": answer.finish_reason}
+    if answer.score is not None:
+        found["score"] = answer.score
+    if isinstance(answerer.shared.engine, SpeculativeEngine):
+        found["speculation"] = asdict(answer.speculation)
+    if logprobs or wants_top(options):
+        found["tokens"] = [answerer.token_text(token) for token in (prompt if echo else []) + answer.tokens]
+        found["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
+    if wants_top(options):
+        found["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs
+    return found
+
+
+def wants_top(options: dict[str, Any]) -> bool:
+    """Whether top_logprobs are asked for, of any of the prompts."""
+    top = options.get("top_logprobs")
+    return any(top) if isinstance(top, (list, tuple)) else bool(top)
+
+
+def answers_of(
+    generate: Callable[..., tuple],
+    answerer: Answerer,
+    prompts: list[list[int]],
+    logprobs: bool,
+    echo: bool,
+    options: dict[str, Any],
+) -> list[list[Answer]]:
+    """What a `generate` that somebody has put in place of `Llama`'s gives for prompts, called as Meta's code calls it.
+
+    Raises:
+        ValueError: it does not give as many answers to each prompt.
+    """
+    found = generate(prompt_tokens=prompts, logprobs=logprobs, **({"echo": True} if echo else {}), **options)
+    tokens, values, *top = found if isinstance(found, tuple) else (found, None)
+    if not prompts or len(tokens) % len(prompts):
+        raise ValueError(f"generate gave {len(tokens)} answers to {len(prompts)} prompts: expected as many of each")
+    n, groups = len(tokens) // len(prompts), []
+    for row, ids in enumerate(map(list, tokens)):
+        prompt = prompts[row // n]
+        ids = ids[len(prompt) :] if echo and ids[: len(prompt)] == prompt else ids
+        text = answerer.tokenizer.decode(prompt + ids if echo else ids)
+        answer = Answer(ids, text, "stop", token_logprobs=list(values[row]) if values else [])
+        answer.top_logprobs = top[0][row] if top else []
+        groups += [[answer]] if row % n == 0 else []
+        if row % n:
+            groups[-1].append(answer)
+    return groups

@@ -1,0 +1,124 @@
+"""Answers to dialogs, turn by turn where turns are open: each answer is a rollout with turns of its own.
+
+Rollout i is sample i in each of its turns, so it does not depend on how many others there are. Knows nothing of files.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llama.decoding.answering import Answer, Answerer, Job
+from llama.decoding.predictions import ChatPrediction, answers_of, details
+from llama.options import DecodingOptions
+from llama.tokenizer import ChatFormat, Dialog, Message
+from llama.tokenizer.open_turns import OpenDialog
+
+
+@dataclass(eq=False)
+class Rollout:
+    """One answer to a dialog, and how far it is."""
+
+    dialog: OpenDialog
+    turns: list[tuple[list[int], Answer]] = field(default_factory=list)  # the prompt and the answer of each filled turn
+    error: str | None = None  # why it ended early: a turn failed, or there was no room for the next
+
+
+class Rollouts:
+    """All answers to a dialog, `num_return_sequences` of them.
+
+    Args:
+        dialog: whose turns may be open.
+        option: how each turn is decoded.
+        encode: the ids of a dialog's prompt; a ValueError of its ends a rollout.
+
+    Raises ValueError for a beam search for several answers with open turns: it draws nothing, so all would be the same.
+    """
+
+    def __init__(self, dialog: OpenDialog, option: DecodingOptions, encode: Callable[[Dialog], list[int]]):
+        n = option.num_return_sequences
+        if dialog.has_placeholders and option.num_beams > 1 and n > 1:
+            found = f"num_return_sequences = {n} with num_beams = {option.num_beams} where turns are open"
+            raise ValueError(f"{found}: expected 1, for a beam search draws nothing: the rollouts would be the same")
+        self.dialog, self.option, self.encode = dialog, option, encode
+        self.rollouts = [Rollout(dialog.copy()) for _ in range(n)]
+        self.n_open = n  # how many are not done
+
+    def first(self, key: Any, **fields: Any) -> Job:
+        """The job of the first open turn, for all rollouts together; `fields` are those of a `Job`."""
+        return Job(key, self.encode(self.dialog.prompt), self.option, **fields)
+
+    def go_on(self, job: Job, answers: list[Answer], first_sample: int = 0) -> list[Job]:
+        """Takes the answers to a job; returns the jobs of the next turns. `first_sample` is that of the first job."""
+        jobs = []
+        for sample, answer in enumerate(answers, job.first_sample):
+            rollout = self.rollouts[sample - first_sample]
+            rollout.turns.append((job.prompt, answer))
+            rollout.dialog.fill(answer.text)
+            rollout.error = answer.error
+            if rollout.error is None and not rollout.dialog.is_done:
+                try:
+                    prompt = self.encode(rollout.dialog.prompt)
+                    option = replace(self.option, num_return_sequences=1)
+                    jobs.append(replace(job, prompt=prompt, option=option, first_sample=sample))
+                    continue
+                except ValueError as error:
+                    rollout.error = str(error)
+            self.n_open -= 1
+        return jobs
+
+
+def answer_dialogs(
+    answerer: Answerer,
+    formatter: ChatFormat,
+    dialogs: Iterable[Dialog | str],
+    options: dict[str, Any],
+    logprobs: bool = False,
+    progress: bool = False,
+    generate: Callable[..., tuple] | None = None,
+) -> list[ChatPrediction]:
+    """The answers to dialogs, in their order: see `Llama.chat_completion`; by another `generate` if there is one."""
+    if isinstance(dialogs, str):
+        raise TypeError("dialogs is a str: expected a list of dialogs or strings, so pass [text]")
+    opened = [named(f"dialog {index}", OpenDialog, dialog, formatter) for index, dialog in enumerate(dialogs)]
+    settings = answerer.check_options(opened, options)
+    groups, jobs = [], []
+    for index, (dialog, option) in enumerate(zip(opened, settings)):
+
+        def encode(dialog: Dialog, index: int = index) -> list[int]:
+            return encode_dialog(answerer, formatter, index, dialog)
+
+        groups.append(named(f"dialog {index}", Rollouts, dialog, option, encode))
+        jobs.append(groups[-1].first(index, logprobs=logprobs))
+    while jobs:
+        if generate is None:
+            done = answerer.answer_jobs(jobs, progress)
+        else:
+            done = answers_of(generate, answerer, [job.prompt for job in jobs], logprobs, False, options)
+            options = {name: value for name, value in options.items() if name != "num_return_sequences"}  # later: 1
+        jobs = [next_job for job, answers in zip(jobs, done) for next_job in groups[job.key].go_on(job, answers)]
+        if errors := [rollout.error for group in groups for rollout in group.rollouts if rollout.error is not None]:
+            raise ValueError(errors[0])
+    predictions: list[ChatPrediction] = []
+    for group in groups:
+        for rollout in group.rollouts:
+            prompt, answer = rollout.turns[-1]
+            message: Message = {"role": "assistant", "content": answer.text}
+            prediction: ChatPrediction = {"generation": message}
+            if group.dialog.has_placeholders:
+                prediction["dialog"] = rollout.dialog.messages
+            prediction |= details(answerer, prompt, answer, logprobs, False, options)
+            predictions.append(prediction)
+    return predictions
+
+
+def encode_dialog(answerer: Answerer, formatter: ChatFormat, index: int, dialog: Dialog) -> list[int]:
+    """The prompt of a dialog, checked; errors name it by its index."""
+    return answerer.check_prompt(index, named(f"dialog {index}", formatter.encode_dialog_prompt, dialog))
+
+
+def named(name: str, call: Callable[..., Any], *args: Any) -> Any:
+    """call(*args), whose ValueError says which of a call's inputs it is about."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -1,0 +1,67 @@
+"""Who looks at a module: hooks, patched methods, classes put in place of ours. Knows nothing of Llama.
+
+A fast path that does not call a module asks here first whether anybody would notice.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hook
+
+
+def is_plain(module: nn.Module, forward: Callable[..., torch.Tensor]) -> bool:
+    """Whether calling a module runs `forward` of its class and nothing else; global hooks apart (`has_global_hook`)."""
+    return type(module).forward is forward and "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether calling a module runs a method of this package: no patched method, and no other class in its place."""
+    function = getattr(module.forward, "__func__", None)
+    return function is not None and function.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def watched(model: nn.Module) -> Iterator[str]:
+    """What a recorded or compiled pass would miss: a line for each module with hooks, or whose forward is not ours."""
+    if has_global_hook():
+        yield "every module has hooks (torch.nn.modules.module.register_module_forward_hook or the like)"
+    for name, module in model.named_modules():
+        name = name or "the model"
+        if has_hooks(module):
+            yield f"{name} has hooks"
+        elif not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Identity)) and not is_ours(module):
+            yield f"{name} is a {type(module).__name__}, or its forward was patched"
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Refuses what a compiled step cannot honour.
+
+    Raises:
+        ValueError: a module has hooks, a patched forward or a foreign class; it says which.
+    """
+    if (first := next(watched(model), None)) is not None:
+        raise ValueError(f"{first}, which a compiled step would ignore: take it off again, or build without compile")
+
+
+class Logits:
+    """The logits of a pass, [B, T, vocab_size], made where they are indexed: all would cost as much as several layers.
+
+    Args:
+        hidden: what the last norm left, [B, T, dim].
+        make: the output matrix, [..., dim] -> float32 [..., vocab_size].
+        at_once: make all of them, for somebody looks at the output matrix and is to see those of every position.
+    """
+
+    def __init__(self, hidden: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor], at_once: bool):
+        self.hidden, self.make = hidden, make
+        self.made = make(hidden) if at_once or has_global_hook() else None
+
+    def __getitem__(self, index: slice | int | tuple) -> torch.Tensor:
+        """float32 [..., vocab_size], of the positions that `hidden[index]` has."""
+        return self.make(self.hidden[index]) if self.made is None else self.made[index]

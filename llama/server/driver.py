@@ -1,0 +1,287 @@
+"""The one thread that runs the engine for all requests, and what several ranks tell each other.
+
+Handlers on the event loop hand in `Ticket`s and wait for news of them; this thread puts their sequences into the
+running batch, runs step after step, and reports after each what has changed. Under torchrun, rank 0 tells the others
+before each step what was added and cancelled; they do the same and run the same step (`follow`). Knows nothing of HTTP.
+"""
+
+import asyncio
+import itertools
+import pickle
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from llama import Llama, parallel
+from llama.decoding.answering import Job
+from llama.decoding.shared_engine import Call
+from llama.sequence import Sequence
+
+
+@dataclass(eq=False)
+class Ticket:
+    """The answers of one request.
+
+    Attributes:
+        jobs: of each answer, what it is to be, and which of the samples.
+        sequences: of each answer, what the engine makes of it. Others than the driver read only what has been reported:
+        n_tokens: how many tokens of each are there.
+        ended: which answers have ended.
+        failure: why there will be no more.
+        news: set after a report.
+    """
+
+    jobs: list[tuple[Job, int]]
+    sequences: list[Sequence]
+    n_tokens: list[int] = field(default_factory=list)
+    ended: set[int] = field(default_factory=set)
+    failure: str | None = None
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def __post_init__(self):
+        self.n_tokens = [0] * len(self.sequences)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.ended) == len(self.sequences)
+
+    def report(self, counts: list[tuple[int, int]], ended: list[int]) -> None:
+        """On the event loop: so many tokens are there of some answers, and these have ended."""
+        for index, n in counts:
+            self.n_tokens[index] = n
+        self.ended.update(ended)
+        self.news.set()
+
+    def fail(self, reason: str) -> None:
+        """On the event loop: nothing more will come."""
+        self.failure = reason
+        self.news.set()
+
+
+class Metrics:
+    """What Prometheus reads at /metrics."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        own = {"registry": self.registry}
+        times = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+        self.waiting = Gauge("llama_waiting", "Answers that wait for a slot", **own)
+        self.running = Gauge("llama_running", "Answers that are being decoded", **own)
+        self.prompt_tokens = Counter("llama_prompt_tokens", "Tokens of prompts", **own)
+        self.answer_tokens = Counter("llama_answer_tokens", "Tokens of answers", **own)
+        self.reused = Counter("llama_reused_prefix_tokens", "Tokens of prompts that were in the cache already", **own)
+        self.first_token = Histogram(
+            "llama_time_to_first_token_seconds", "From the request to the first token", buckets=times, **own
+        )
+        self.per_token = Histogram(
+            "llama_time_per_token_seconds", "Between the tokens of an answer, its mean", buckets=times, **own
+        )
+        self.refused = Counter("llama_refused_requests", "Requests that were refused", ["status"], **own)
+
+
+class Driver:
+    """Runs the engine of one `Llama` for many tickets.
+
+    Args:
+        metrics: what it counts into.
+        on_failure: called, in the driver's thread, with what the engine has failed of.
+
+    Attributes:
+        llama: the model; None while it is loaded.
+        failure: what the engine has failed of.
+    """
+
+    def __init__(self, metrics: Metrics, on_failure: Callable[[str], None]):
+        self.llama: Llama | None = None
+        self.failure: str | None = None
+        self.metrics = metrics
+        self._on_failure = on_failure
+        self._changed = threading.Condition()
+        self._added: deque[Ticket] = deque()
+        self._cancelled: deque[Ticket] = deque()
+        self._stopping = False
+        self._owners: dict[Sequence, tuple[Ticket, int]] = {}
+        self._times: dict[Sequence, list[float]] = {}  # when it was added, and when its first token was there
+        self._n_reported: dict[Sequence, int] = {}
+        self._keys: dict[Sequence, int] = {}  # what the other ranks know a sequence by
+        self._next_key = itertools.count()
+
+    def start(self, load: Callable[[], Llama], ready: Callable[[Llama], None]) -> threading.Thread:
+        """Loads the model and then runs, in a thread of its own."""
+        thread = threading.Thread(target=self._run, args=(load, ready), name="engine", daemon=True)
+        thread.start()
+        return thread
+
+    def add(self, ticket: Ticket) -> None:
+        """From the event loop: takes a ticket."""
+        ticket.loop = asyncio.get_running_loop()
+        with self._changed:
+            if self.failure is not None:
+                ticket.fail(self.failure)
+                return
+            self._added.append(ticket)
+            self._changed.notify()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """From the event loop: forgets what has not ended of a ticket, before the next step."""
+        with self._changed:
+            self._cancelled.append(ticket)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Ends the thread after the step that it is in; what has not ended gets no more."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+
+    def _run(self, load: Callable[[], Llama], ready: Callable[[Llama], None]) -> None:
+        try:
+            llama = load()
+            _check_ranks()
+            # Made by all ranks together, before the first request.
+            link = _Link() if dist.get_world_size() > 1 else None
+            self.llama = llama
+            engine = llama.answerer.shared.engine
+            self.metrics.waiting.set_function(lambda: len(engine.waiting) + sum(len(t.jobs) for t in [*self._added]))
+            self.metrics.running.set_function(lambda: len(engine.running) + (engine.partial is not None))
+            ready(llama)
+            with parallel.fail_at_once(), Call(llama.answerer.shared) as call:
+                self._steps(call, link)
+        except BaseException as error:
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _steps(self, call: Call, link: "_Link | None") -> None:
+        while True:
+            with self._changed:
+                while not (self._added or self._cancelled or self._stopping or call.n_open):
+                    self._changed.wait()
+                added, self._added = list(self._added), deque()
+                cancelled, self._cancelled = list(self._cancelled), deque()
+                stopping = self._stopping
+            gone = {s for ticket in cancelled for s in ticket.sequences if s in self._owners}
+            gone_keys = [self._keys.pop(s) for s in gone if s in self._keys]
+            new = [(t, i) for t in added if t not in cancelled for i in range(len(t.sequences))]
+            if link is not None:
+                jobs = [(next(self._next_key), *ticket.jobs[index]) for ticket, index in new]
+                for (ticket, index), (key, *_) in zip(new, jobs):
+                    self._keys[ticket.sequences[index]] = key
+                link.tell((jobs, gone_keys, stopping))
+            if stopping:
+                return
+            for sequence in gone:
+                del self._owners[sequence], self._times[sequence], self._n_reported[sequence]
+            call.cancel(gone)
+            for ticket, index in new:
+                sequence = ticket.sequences[index]
+                self._owners[sequence], self._times[sequence] = (ticket, index), [time.perf_counter()]
+                self._n_reported[sequence] = 0
+                call.add(sequence)
+            ended = call.step(every=True) if call.n_open else []
+            self._report(ended)
+
+    def _report(self, ended: list[Sequence]) -> None:
+        """Tells each ticket what is new, in one call of its event loop for all."""
+        now = time.perf_counter()
+        changes: dict[Ticket, tuple[list[tuple[int, int]], list[int]]] = {}
+        for sequence, (ticket, index) in self._owners.items():
+            n, times = len(sequence.tokens), self._times[sequence]
+            if n == self._n_reported[sequence]:
+                continue
+            self._n_reported[sequence] = n
+            if len(times) == 1:
+                times.append(now)
+                self.metrics.first_token.observe(now - times[0])
+            changes.setdefault(ticket, ([], []))[0].append((index, n))
+        for sequence in ended:
+            ticket, index = self._owners.pop(sequence)
+            self._keys.pop(sequence, None)
+            del self._n_reported[sequence]
+            changes.setdefault(ticket, ([], []))[1].append(index)
+            self._count(sequence, self._times.pop(sequence), now, is_first=ticket.jobs[index][1] == 0)
+        if changes:
+            loop = next(iter(changes)).loop
+            _call(loop, _report_all, [(ticket, *change) for ticket, change in changes.items()])
+
+    def _count(self, sequence: Sequence, times: list[float], now: float, is_first: bool) -> None:
+        if is_first:
+            self.metrics.prompt_tokens.inc(len(sequence.prompt))
+        self.metrics.reused.inc(sequence.n_cached)
+        self.metrics.answer_tokens.inc(len(sequence.tokens))
+        if len(sequence.tokens) > 1:
+            self.metrics.per_token.observe((now - times[1]) / (len(sequence.tokens) - 1))
+
+    def _fail(self, reason: str) -> None:
+        """The engine is of no use any more: all tickets fail, and those to come."""
+        with self._changed:
+            self.failure = reason
+            lost = {*self._added, *(ticket for ticket, _ in self._owners.values())}
+            self._owners, self._added = {}, deque()
+        for ticket in lost:
+            _call(ticket.loop, ticket.fail, reason)
+        self._on_failure(reason)
+
+
+def _report_all(changes: list[tuple[Ticket, list[tuple[int, int]], list[int]]]) -> None:
+    for ticket, counts, ended in changes:
+        ticket.report(counts, ended)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable, *args: object) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:  # the loop is closed: nobody waits any more
+        return
+
+
+def follow(llama: Llama) -> None:
+    """What ranks other than 0 do until rank 0 stops: the same steps, on the sequences that it tells of."""
+    _check_ranks()
+    link = _Link()
+    sequences: dict[int, Sequence] = {}
+    with parallel.fail_at_once(), Call(llama.answerer.shared) as call:
+        while True:
+            jobs, cancelled, stopping = link.hear()
+            if stopping:
+                return
+            call.cancel({sequences.pop(key) for key in cancelled})
+            for key, job, sample in jobs:
+                sequences[key] = llama.answerer.sequence(job, sample)
+                call.add(sequences[key])
+            if call.n_open:
+                ended = set(call.step(every=True))
+                sequences = {key: s for key, s in sequences.items() if s not in ended}
+
+
+def _check_ranks() -> None:
+    if parallel.n_replicas() > 1:
+        raise ValueError(
+            f"{parallel.n_replicas()} replicas: a server runs one model over all its processes. Start a server for "
+            "each replica, on a port of its own, and a load balancer before them (docs/server.md)"
+        )
+
+
+class _Link:
+    """Rank 0's words to the others, over gloo, which sleeps while it waits, however long."""
+
+    def __init__(self):
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+    def tell(self, message: object) -> None:
+        data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
+        dist.broadcast(torch.tensor([len(data)]), src=0, group=self._group)
+        dist.broadcast(data, src=0, group=self._group)
+
+    def hear(self) -> object:
+        size = torch.zeros(1, dtype=torch.long)
+        dist.broadcast(size, src=0, group=self._group)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self._group)
+        return pickle.loads(data.numpy().tobytes())

@@ -1,0 +1,281 @@
+"""What a request may say: the fields of OpenAI's reference that are supported, each with its type and range.
+
+A field that is not here is an error that names it, and so is a value of another type: nothing is ignored. Null is the
+same as leaving a field out, as in OpenAI's reference. Extra keys inside a message are let pass (clients send `name`,
+`refusal` and others). Knows nothing of models.
+"""
+
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+MAX_ANSWERS = 128  # OpenAI's limit of `n`
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 64
+
+Integer = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+# Fields that clients send without need; with any other value they are refused.
+NEUTRAL = {"store": False, "service_tier": "auto", "modalities": ["text"], "best_of": 1, "parallel_tool_calls": True}
+
+
+class ApiError(Exception):
+    """A mistake of the client, or of the server, as the client will see it.
+
+    Args:
+        status: of HTTP.
+        message: what was found and what was expected.
+        param: the field that it is about.
+        code: OpenAI's short name of it.
+        headers: further headers of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's shape of an error."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def describe(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a request, named by its path, such as messages[0].content."""
+    found = error.errors()[0]
+    path = [part for part in found["loc"] if part not in ("body", "query", "path")]
+    # Pydantic names the branches of a union in the path, by their types.
+    path = [part for part in path if isinstance(part, int) or part.isidentifier()]
+    path = [part for part in path if part not in ("str", "list", "int", "bool")]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
+    if found["type"] == "extra_forbidden":
+        field = str(found["loc"][-1])[:100].encode("ascii", "backslashreplace").decode()
+        name = ".".join([*(str(part) for part in path if part != found["loc"][-1]), field])
+        return ApiError(400, f"{name}: this field is not supported or not known", name, "unknown_parameter")
+    if found["type"] == "json_invalid":
+        reason = found.get("ctx", {}).get("error", "it cannot be parsed")
+        return ApiError(400, f"the body is not JSON: {reason}", None, "invalid_json")
+    message = found["msg"].removeprefix("Value error, ")
+    if name is None and found["type"] in ("model_attributes_type", "missing"):
+        message = "expected a JSON object, with the header Content-Type: application/json"
+    return ApiError(400, f"{name}: {message}" if name else message, name, found["type"])
+
+
+class Body(BaseModel):
+    """What all request bodies share."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_says_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        own = {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+        return {n: v for n, v in own.items() if n in cls.model_fields or not (n in NEUTRAL and v == NEUTRAL[n])}
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: Text = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: Text | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: Flag | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    name: Text
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(BaseModel):
+    name: Text
+    arguments: Text
+
+
+class ToolCall(BaseModel):
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: Text
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that is a list of parts, all of them texts."""
+    if isinstance(content, list):
+        try:
+            return "".join(TextPart.model_validate(part).text for part in content)
+        except ValueError:
+            raise ValueError("expected a string, or a list of parts of type 'text'") from None
+    return content
+
+
+class ChatMessage(BaseModel):
+    """A message. `developer` is OpenAI's newer name of `system`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "ipython"]
+    content: Annotated[Text | None, BeforeValidator(_joined)] = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "ChatMessage":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content: expected a string")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls: only the assistant's messages have any, found in one of {self.role!r}")
+        return self
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: Flag = False
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: Text
+    description: Text | None = None
+    schema_: dict[str, JsonValue] = Field(default_factory=dict, alias="schema")
+    strict: Flag | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("expected json_schema with type 'json_schema', and only with it")
+        return self
+
+
+class Sampling(Body):
+    """The fields that chat and completions share."""
+
+    model: Text | None = None
+    n: Integer = Field(1, ge=1, le=MAX_ANSWERS)
+    temperature: Number = Field(1.0, ge=0)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: Integer = Field(0, ge=0, lt=2**31)
+    min_p: Number = Field(0.0, ge=0, le=1)
+    stop: Text | list[Text] | None = None
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**63)
+    logit_bias: dict[str, Number] | None = Field(None, max_length=1024)
+    presence_penalty: Number = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
+    repetition_penalty: Number = Field(1.0, gt=0, le=100)
+    stream: Flag = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    # Answers in other shapes, under the names that the offline options have.
+    regex: Text | None = Field(None, min_length=1)
+    choice: list[Text] | None = Field(None, min_length=1)
+    grammar: Text | None = Field(None, min_length=1)
+    user: Text | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: expected only with stream = true")
+        stops = self.stop if isinstance(self.stop, list) else [self.stop] if self.stop is not None else []
+        if len(stops) > MAX_STOPS or "" in stops:
+            raise ValueError(f"stop: expected at most {MAX_STOPS} strings that are not empty")
+        for key in self.logit_bias or ():
+            if not (key.isascii() and key.isdigit() and len(key) < 10):
+                raise ValueError(f"logit_bias: {key[:40]!r} is no token id")
+        shapes = [self.regex, self.choice, self.grammar]
+        if self.response_format is not None and self.response_format.type != "text":
+            shapes.append(self.response_format)
+        if sum(shape is not None for shape in shapes) > 1:
+            raise ValueError("response_format: expected at most one of response_format, regex, choice and grammar")
+        return self
+
+
+class ChatRequest(Sampling):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
+    logprobs: Flag = False
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+
+    @model_validator(mode="after")
+    def _chat_fits_together(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: expected only with logprobs = true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens: expected this or max_completion_tokens, not both")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: expected each function once")
+        if self.tool_choice not in (None, "none") and not names:
+            raise ValueError("tool_choice: expected only with tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name[:64]!r}")
+        return self
+
+
+class CompletionRequest(Sampling):
+    """The body of POST /v1/completions."""
+
+    prompt: Text | list[Integer] | list[Text | list[Integer]]
+    max_tokens: Integer = Field(16, ge=0, lt=2**31)
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: Flag = False
+
+
+class TokenizeRequest(Body):
+    """The body of POST /tokenize: a text, or a dialog as the model would see it."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: Flag = True
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: expected prompt or messages, and not both")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """The body of POST /detokenize."""
+
+    model: Text | None = None
+    tokens: list[Integer]

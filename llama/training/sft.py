@@ -1,0 +1,229 @@
+"""A checkpoint and a data file to better weights: a whole fine-tuning run, which can be killed and started again.
+
+While it runs, `OUT.training` holds its saves, its log and its curves; `OUT` appears whole at the end. Everything that
+a user can get wrong is checked before the first step. Knows nothing of command lines.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama import parallel
+from llama.checkpoint.config import REWARD_MODEL
+from llama.checkpoint.save import save_checkpoint
+from llama.datasets.rows import Rows
+from llama.model import Transformer
+from llama.training import saves
+from llama.training.base import Base, load_model, open_base, weights
+from llama.training.batches import Batch, collate, cut_into_passes, plan_steps
+from llama.training.examples import Example, Reader
+from llama.training.lora import add_lora, gather_adapter, write_adapter
+from llama.training.loss import LanguageLoss, PreferenceLoss
+from llama.training.options import Options
+from llama.training.report import Report, measured_peak, plot_curves
+from llama.training.trainer import Diverged, Trainer, adamw, cosine, shard_over_replicas
+
+# What config.json of a reward model says beside what a language model's does.
+REWARD_CONFIG = {"architectures": [REWARD_MODEL], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
+COLUMNS_AS_JSON = ("messages", "answers", "tokens")  # of a CSV file; the others are text
+
+
+def finetune(
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    ckpt_dir: str | os.PathLike,
+    options: Options,
+    *,
+    tokenizer_path: str | None = None,
+    device: str | None = None,
+    model_parallel_size: int | None = 1,
+    force: bool = False,
+    progress: bool = True,
+) -> None:
+    """Trains on a data file, or goes on where a run with the same arguments was killed, and writes `out`.
+
+    In each process of a torchrun; those that the model is not split over are replicas, which share out the data, the
+    weights and the optimizer's state.
+
+    Args:
+        data: a .jsonl, .csv or .parquet file of rows as `examples.Reader` takes them.
+        out: the directory to make: a checkpoint, an adapter, or a reward model.
+        ckpt_dir: the checkpoint to start from.
+        tokenizer_path, device: as in `Llama.build`.
+        model_parallel_size: over how many processes the model is split.
+        force: whether to forget a run that is there, and start over. An `out` that is there is never overwritten.
+        progress: whether to show a bar.
+
+    Raises:
+        FileNotFoundError, FileExistsError: a file is missing; `out` has something in it.
+        ValueError: an option is out of range or does not go with the checkpoint; the data has nothing to learn from; a
+            run that is there was started otherwise (it says what differs).
+        Diverged: the loss or a gradient is not finite; the state before that step is saved.
+        OSError: something could not be written; the last save is whole.
+    """
+    out, ckpt_dir = Path(out), Path(ckpt_dir)
+    folder = out.parent / f"{out.name}.training"
+    device = parallel.pick_device(device)
+    parallel.initialize(model_parallel_size, device)
+    with parallel.fail_together():
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise FileExistsError(f"{out} exists and is not an empty directory: name another, or remove it first")
+        if not out.parent.is_dir():
+            raise FileNotFoundError(f"{out.parent}, where {out.name} is to be made, is not a directory")
+        rows = Rows(data, COLUMNS_AS_JSON)
+        base = open_base(ckpt_dir, tokenizer_path, options)
+        training, held_out = read_examples(rows, base, options)
+        steps = plan_steps(training, options.batch_tokens, options.epochs, options.seed, options.steps)
+        if not steps:
+            found = f"epochs = {options.epochs} of {len(training)} examples"
+            raise ValueError(f"{found} is not one example: expected more of them")
+        started_as = describe(options, base, [*training, *held_out])
+    with saves.run_folder(folder, started_as, force), parallel.fail_at_once():
+        model = load_model(base, options, device)
+        module = prepare_module(model, options)
+        shard_over_replicas(module, model)
+        peak_rate = options.lr or (1e-5 if options.lora_rank is None else 2e-4)
+        rate = cosine(peak_rate, len(steps), math.ceil(options.warmup * len(steps)))
+        trainer = Trainer(module, [adamw(module, options.weight_decay)], rate, options.clip or None, base.dtype)
+        report = open_report(trainer, base, options, folder, len(steps), progress)
+        run_steps(trainer, steps, training, held_out, options, folder, report)
+        write_result(base, options, out, module)
+        if dist.get_rank() == 0:
+            plot_curves(folder)
+            saves.remove_all(folder)
+
+
+def read_examples(rows: Rows, base: Base, options: Options) -> tuple[list[Example], list[Example]]:
+    """The examples to train on and those held out; rank 0 says on stderr what was skipped.
+
+    Raises:
+        ValueError: there are none.
+    """
+    cut, pairs = options.long == "cut", options.head is not None
+    reader = Reader(base.tokenizer, options.max_seq_len, options.learn, options.threshold, cut, pairs)
+    examples = reader.read(rows)
+    skipped = reader.skipped.lines()
+    if not examples:
+        raise ValueError(f"{rows.path} has nothing to learn from: {'; '.join(skipped) or 'it has no rows'}")
+    if dist.get_rank() == 0:
+        for line in skipped:
+            print(f"{rows.path}: {line}", file=sys.stderr)
+    n_held_out = round(options.eval_share * len(examples))
+    if options.eval_share and not 0 < n_held_out < len(examples):
+        raise ValueError(
+            f"eval_share = {options.eval_share} of {len(examples)} examples is {n_held_out}: expected one at least, "
+            "and one to train on"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    held_out = set(order[:n_held_out])
+    training = [example for index, example in enumerate(examples) if index not in held_out]
+    return training, [examples[index] for index in sorted(held_out)]
+
+
+def describe(options: Options, base: Base, examples: list[Example]) -> dict[str, Any]:
+    """What a run must have in common with the one that it goes on with."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for document in example.documents:
+            digest.update(repr((document.ids, document.learned)).encode())
+    layout = {"processes": dist.get_world_size(), "replicas": parallel.n_replicas()}
+    model = {name: value for name, value in vars(base.checkpoint.args).items() if name != "max_batch_size"}
+    known = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
+    asked = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
+    return json.loads(json.dumps(known | asked | layout))
+
+
+def prepare_module(model: Transformer, options: Options) -> LanguageLoss | PreferenceLoss:
+    """The loss to minimise, with the model in it and what is to learn requiring gradients."""
+    generator = torch.Generator().manual_seed(options.seed)
+    if options.head is not None:
+        # As small as the weights of the network, so that the first rewards are near each other.
+        score = torch.randn(1, model.args.dim, generator=generator) * model.args.dim**-0.5
+    if options.lora_rank is not None:
+        add_lora(model, options.lora_rank, options.alpha / options.lora_rank, options.targets, generator)
+    if options.head is None:
+        return LanguageLoss(model, options.recompute, options.temperature)
+    return PreferenceLoss(model, score.to(model.rotary.device), options.recompute)
+
+
+def passes_of(examples: list[Example], options: Options) -> Iterator[Batch]:
+    """This replica's forward passes over the examples of a step."""
+    pass_tokens = options.pass_tokens or max(options.max_seq_len, min(options.batch_tokens, 8192))
+    passes = cut_into_passes(examples, pass_tokens, parallel.n_replicas())
+    for group in passes[parallel.replica() :: parallel.n_replicas()]:
+        yield collate(group, options.max_seq_len, options.pack)
+
+
+def open_report(trainer: Trainer, base: Base, options: Options, folder: Path, n_steps: int, progress: bool) -> Report:
+    """The report of a run; a token takes 6 operations for each weight, and 4 for each that is frozen."""
+    n_weights = sum(math.prod(shape) for shape in base.checkpoint.shapes.values())
+    flops = (6.0 if options.lora_rank is None else 4.0) * n_weights / dist.get_world_size()
+    peak = measured_peak(trainer.device, trainer.dtype)
+    return Report(folder, saves.newest(folder) or 0, n_steps, flops, peak, progress)
+
+
+def run_steps(
+    trainer: Trainer,
+    steps: list[list[int]],
+    training: list[Example],
+    held_out: list[Example],
+    options: Options,
+    folder: Path,
+    report: Report,
+) -> None:
+    """All steps from the newest save on, with saves, evaluations and the report between them."""
+    state = saves.state_of(trainer.module, trainer.optimizers)
+    done = saves.newest(folder) or 0
+    if done:
+        saves.load(folder, done, state)
+    for number in range(done, len(steps)):
+        examples = [training[index] for index in steps[number]]
+        try:
+            step = trainer.step(number, passes_of(examples, options))
+        except Diverged as error:
+            _stop(trainer, report, folder, number, state, error)
+            raise
+        n_done = number + 1
+        values = {"loss": step.loss, "gradient_norm": step.gradient_norm, "lr": trainer.rate(number)}
+        if held_out and (n_done % options.eval_every == 0 or n_done == len(steps)):
+            values["eval_loss"] = trainer.evaluate(passes_of(held_out, options))
+        report.note(n_done, sum(example.n_tokens for example in examples), learned=step.weight, **values)
+        if n_done % options.save_every == 0 or n_done == len(steps):
+            saves.save(folder, n_done, state)
+    report.close()
+
+
+def _stop(trainer: Trainer, report: Report, folder: Path, done: int, state: dict[str, Any], error: Diverged) -> None:
+    """Keeps what was good before the loss became none."""
+    report.close()
+    report.warn(f"{error}: the run stops")
+    if done and trainer.weights_are_finite():
+        saves.save(folder, done, state)
+        report.warn(f"{folder} has the state after step {done}, before it")
+
+
+def write_result(base: Base, options: Options, out: Path, module: LanguageLoss | PreferenceLoss) -> None:
+    """Writes what was learned: a checkpoint, an adapter, or a reward model. All processes call this."""
+    model, head_dim = module.model, module.model.args.head_dim
+    if options.lora_rank is not None and options.head is None:
+        adapter = gather_adapter(model, base.digests)
+        with parallel.fail_together():
+            if dist.get_rank() == 0:
+                write_adapter(out, adapter, options.alpha, head_dim, str(base.path))
+        return
+    tensors, to, config = weights(model), options.to, None
+    if options.head is not None:
+        tensors["score.weight"] = module.score.weight
+        pad_id = max(base.tokenizer.pad_id, 0)  # Llama 2 has no token for padding: its unknown one, 0, ends no text
+        to, config = "hf", REWARD_CONFIG | {"pad_token_id": pad_id}
+    dtype = base.checkpoint.dtype
+    save_checkpoint(model, base.tokenizer, out, to, dtype=dtype, tensors=tensors, config=config)

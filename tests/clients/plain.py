@@ -1,0 +1,59 @@
+"""The slow plain model that the clients are compared with: no packing, no cache, no reuse, no batch, one loop."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import SMALL, random_model, write_byte_tokenizer
+
+from llama import ChatFormat, Llama, Tokenizer, Transformer
+
+SHAPE = SMALL | {"max_seq_len": 64, "max_batch_size": 3}
+
+
+class PlainLlama:
+    """Greedy answers, each from the whole text at every step."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.formatter = model, tokenizer, ChatFormat(tokenizer)
+
+    @torch.inference_mode()
+    def generate(self, prompt_tokens: list[list[int]], max_gen_len: int, temperature: float, **options: Any) -> tuple:
+        answers, logprobs = [], []
+        for prompt in prompt_tokens:
+            tokens, scores = list(prompt), []
+            for _ in range(max_gen_len):
+                row = self.model(torch.tensor([tokens]))[0, -1].float().log_softmax(-1)
+                tokens.append(int(row.argmax()))
+                scores.append(float(row.max()))
+            answers.append(tokens[len(prompt) :])
+            logprobs.append(scores)
+        return answers, logprobs if options.get("logprobs") else None
+
+    def text_completion(self, prompts: list[str], temperature: float, max_gen_len: int) -> list[dict]:
+        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        return [{"generation": self.tokenizer.decode(a)} for a in self.generate(ids, max_gen_len, temperature)[0]]
+
+    def chat_completion(self, dialogs: list, temperature: float, max_gen_len: int) -> list[dict]:
+        ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        texts = [self.tokenizer.decode(answer) for answer in self.generate(ids, max_gen_len, temperature)[0]]
+        return [{"generation": {"role": "assistant", "content": text.strip()}} for text in texts]
+
+    def stream_text(self, prompt: str, temperature: float, max_gen_len: int):
+        yield self.text_completion([prompt], temperature, max_gen_len)[0]["generation"]
+
+
+def bare_model(seed: int = 0, **changes: Any) -> Transformer:
+    return random_model(seed, **SHAPE | changes)
+
+
+def build(kind: str, folder: Path, seed: int = 0, **changes: Any) -> "Llama | PlainLlama":
+    """A generator of the kind "fast" (`Llama`) or "plain", on the same random float32 weights."""
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        write_byte_tokenizer(path)
+    tokenizer = Tokenizer(path)
+    tokenizer.stop_tokens = set()  # random weights end at any time
+    model = bare_model(seed, **changes)
+    model.packable = kind == "fast"
+    return Llama(model, tokenizer) if kind == "fast" else PlainLlama(model, tokenizer)

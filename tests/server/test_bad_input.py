@@ -1,0 +1,184 @@
+"""Whatever arrives is answered with a 4xx in OpenAI's shape, or the connection is closed; running answers go on."""
+
+import contextlib
+import json
+import resource
+import socket
+import threading
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+httpx = pytest.importorskip("httpx2", reason="the openai package brings it")
+pytest.importorskip("schemathesis")
+
+from running import Server  # noqa: E402
+
+from benchmarks.server_checks import check_requests  # noqa: E402
+
+BODY = {"messages": [{"role": "user", "content": "What is 21 + 34?"}], "temperature": 0, "max_tokens": 40}
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server("--max_seq_len", "256", "--no_web", "--max_body", "200000") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def a_running_answer_is_not_touched(server):
+    """Before, during and after each test, a client gets what it always gets."""
+    expected = ask(server)
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(ask(server)))
+    thread.start()
+    yield
+    thread.join(120)
+    assert found == [expected] and ask(server) == expected
+
+
+def ask(server: Server) -> str:
+    response = httpx.post(server.url + "/v1/chat/completions", json=BODY, timeout=120)
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def send(server: Server, body: bytes, path: str = "/v1/chat/completions") -> "httpx.Response":
+    return httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"}, timeout=60)
+
+
+MALFORMED = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"\xff\xfe{}",
+    b"{'messages': 1}",
+    b"[" * 100_000,
+    b'{"messages":' * 10_000,
+    json.dumps(BODY | {"temperature": float("nan")}).encode(),
+    json.dumps(BODY | {"temperature": float("inf")}).encode(),
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+    b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": ' + b"9" * 5000 + b"}",
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    json.dumps(BODY | {"messages": "hello"}).encode(),
+    json.dumps(BODY | {"messages": [1, 2]}).encode(),
+    json.dumps(BODY | {"messages": [{"role": "assistant", "content": "I begin"}]}).encode(),
+    json.dumps(BODY | {"stop": [""]}).encode(),
+    json.dumps(BODY | {"seed": 2**70}).encode(),
+    json.dumps(BODY | {"regex": "(" * 3000}).encode(),
+    json.dumps(BODY | {"grammar": "start: start"}).encode(),
+]
+
+
+@pytest.mark.parametrize("body", MALFORMED, ids=lambda body: repr(body[:50]))
+def test_a_malformed_body_is_a_4xx_in_openais_shape(server, body):
+    response = send(server, body)
+    assert 400 <= response.status_code < 500, response.text
+    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_wrong_paths_and_methods_have_openais_shape(server):
+    assert httpx.get(server.url + "/v2/nothing").json()["error"]["type"] == "not_found_error"
+    response = httpx.get(server.url + "/v1/chat/completions")
+    assert response.status_code == 405 and "error" in response.json()
+
+
+def test_a_body_of_100_mb_is_refused_before_it_is_read(server):
+    before = server.memory()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
+        link.sendall(HEAD + b"Content-Length: 104857600\r\n\r\n")
+        assert link.recv(4096).startswith(b"HTTP/1.1 413 ")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
+        link.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        answer = b""
+        try:
+            for _ in range(1600):
+                link.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        except OSError:
+            pass  # it has closed the connection
+        try:
+            answer = link.recv(4096)
+        except OSError:
+            answer = b""
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 413 ")
+    assert server.memory() - before < 50_000_000
+
+
+def test_many_large_bodies_at_once_are_refused_before_they_are_all_held(server):
+    before = server.memory()
+    links, statuses = [], []
+    try:
+        for _ in range(60):  # each of nearly the 200,000 bytes that are allowed, and not whole
+            links.append(link := socket.create_connection(("127.0.0.1", server.port), timeout=60))
+            link.sendall(HEAD + b"Content-Length: 190000\r\n\r\n" + b"x" * 180_000)
+            link.settimeout(0.05 if len(links) < 60 else 60)
+            with contextlib.suppress(TimeoutError):
+                statuses.append(link.recv(4096).split(b" ")[1])
+        assert b"429" in statuses and set(statuses) == {b"429"}
+    finally:
+        for link in links:
+            link.close()
+    assert server.memory() - before < 30_000_000
+
+
+def test_headers_without_end_close_the_connection_and_keep_no_memory(server):
+    before = server.memory()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
+        link.sendall(b"GET /health HTTP/1.1\r\n")
+        with pytest.raises(OSError):
+            for i in range(200_000):
+                link.sendall(b"X-%d: %s\r\n" % (i, b"x" * 100))
+    assert server.memory() - before < 20_000_000
+
+
+def test_what_is_not_http_is_a_400_or_closed(server):
+    for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"HELO\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
+            link.sendall(garbage)
+            link.shutdown(socket.SHUT_WR)
+            answer = link.recv(4096)
+            assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+
+
+def test_a_client_that_reads_a_byte_at_a_time_gets_its_answer_and_delays_nobody(server):
+    body = json.dumps(BODY | {"stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        link.sendall(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        read = b""
+        while len(read) < 50:
+            read += link.recv(1)
+        ask(server)
+        while more := link.recv(1):
+            read += more
+    assert read.rstrip().endswith(b"0") and b"[DONE]" in read
+
+
+def test_silent_and_half_open_connections_hold_nothing_up_and_memory_is_bounded(server):
+    before = server.memory()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    links = []
+    try:
+        for i in range(min(10_000, most - 200)):
+            link = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+            if i % 2:
+                with contextlib.suppress(OSError):  # above the limit it is closed at once
+                    link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost")
+            links.append(link)
+    finally:
+        for link in links:
+            link.close()
+    is_served = False
+    while not is_served:  # until it has noticed that they are gone
+        with contextlib.suppress(httpx.TransportError):
+            is_served = httpx.get(server.url + "/health", timeout=60).status_code == 200
+    assert server.memory() - before < 100_000_000
+
+
+def test_made_up_requests_give_no_500(server):
+    """By the OpenAPI document, right ones and wrong ones; `python -m benchmarks.server_checks` sends a thousand."""
+    statuses = check_requests(server.url, 100)
+    assert sum(statuses.values()) >= 100 and statuses[200] >= 5 and statuses[400] > 20

@@ -1,0 +1,246 @@
+"""Limits and manners: who leaves is forgotten, who comes too late is told so, and the server ends in good order."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+httpx = pytest.importorskip("httpx2", reason="the openai package brings it")
+
+from conftest import DEMO, split_checkpoint  # noqa: E402
+from running import Server  # noqa: E402
+
+LONG = {"prompt": "Once upon a time", "max_tokens": 480, "temperature": 1.0, "seed": 1, "logit_bias": {}}
+SHORT = {"prompt": "Once upon a time", "max_tokens": 2, "temperature": 0}
+SMALL = ("--max_seq_len", "512", "--no_web")
+
+
+def never_ending(server: Server, n_more: int = 0) -> dict:
+    """A request whose answer takes all the room there is: no end token may come."""
+    tokenizer = httpx.post(server.url + "/tokenize", json={"prompt": "x"}).json()
+    return {**LONG, "max_tokens": tokenizer["max_model_len"] - 10, "regex": "[a-z ]{2000,}", "seed": n_more}
+
+
+def metric(server: Server, name: str) -> float:
+    text = httpx.get(server.url + "/metrics").text
+    return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    """Until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.01)
+
+
+def begin(server: Server, **more) -> tuple["httpx.Client", "httpx.Response", Iterator[str]]:
+    """A stream of which the first chunk has come, and what follows it."""
+    client = httpx.Client(timeout=120)
+    request = client.build_request(
+        "POST", server.url + "/v1/completions", json=never_ending(server) | {"stream": True} | more
+    )
+    response = client.send(request, stream=True)
+    assert response.status_code == 200
+    chunks = response.iter_text()
+    next(chunks)
+    return client, response, chunks
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server(*SMALL, "--max_batch_size", "1", "--max_waiting", "1", "--max_body", "20000") as running:
+        yield running
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_frees_its_slot_within_a_step(server, streamed):
+    before = metric(server, "llama_answer_tokens_total")
+    if streamed:
+        client, response, _ = begin(server)
+        response.close()
+        client.close()
+    else:
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(server.url + "/v1/completions", json=never_ending(server), timeout=0.5)
+    wait_for(lambda: metric(server, "llama_running") == 0)
+    # The answer that was left is not finished by anyone: its tokens are not counted, and the slot answers the next.
+    assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
+    assert metric(server, "llama_answer_tokens_total") - before <= 6
+
+
+def test_a_full_queue_is_a_429_with_retry_after_and_the_running_answer_goes_on(server):
+    client, _, running = begin(server)
+    waiting_client = httpx.Client(timeout=120)
+    thread = threading.Thread(target=lambda: waiting_client.post(server.url + "/v1/completions", json=SHORT))
+    thread.start()
+    wait_for(lambda: metric(server, "llama_waiting") == 1)
+    refused = httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60)
+    assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert httpx.get(server.url + "/health").status_code == 200
+    rest = "".join(running)
+    assert rest.endswith("data: [DONE]\n\n")
+    thread.join(60)
+    client.close()
+    waiting_client.close()
+
+
+def test_a_request_for_more_answers_than_can_ever_wait_is_a_400(server):
+    refused = httpx.post(server.url + "/v1/completions", json=SHORT | {"prompt": ["a", "b", "c"]})
+    assert refused.status_code == 400 and "3 answers: expected at most 2" in refused.json()["error"]["message"]
+
+
+def test_a_large_body_is_a_413_whether_its_length_is_announced_or_not(server):
+    body = json.dumps(SHORT | {"prompt": "x" * 30_000}).encode()
+    headers = {"Content-Type": "application/json"}
+    for content in (body, iter([body[:15_000], body[15_000:]])):  # the second is sent in chunks
+        response = httpx.post(server.url + "/v1/completions", content=content, headers=headers)
+        assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+
+
+def test_keys_of_all_three_places_let_in_and_nothing_else_does(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("from-file\n\n")
+    keys = ("--api_key", "first,second", "--api_key_file", str(file))
+    with Server(*SMALL, *keys, LLAMA_API_KEY="from-environment") as server:
+        ask = lambda **headers: httpx.get(server.url + "/v1/models", headers=headers).status_code  # noqa: E731
+        for key in ("first", "second", "from-file", "from-environment"):
+            assert ask(Authorization=f"Bearer {key}") == 200
+        for wrong in ("Bearer third", "Bearer", "Bearer first,second", "first", "Basic !!", ""):
+            assert ask(Authorization=wrong) == 401
+        assert ask() == 401
+        assert httpx.get(server.url + "/metrics").status_code == 401
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert "first" not in server.log and "from-file" not in server.log
+
+
+def test_no_prompt_and_no_answer_is_in_the_log_unless_asked_for():
+    for options, is_there in (((), False), (("--log_content",), True)):
+        with Server(*SMALL, *options) as server:
+            answer = httpx.post(server.url + "/v1/completions", json=SHORT | {"prompt": "a secret"}, timeout=60).json()
+            text = answer["choices"][0]["text"]
+            if is_there:
+                wait_for(lambda: "answer " in server.log)
+            assert ("a secret" in server.log) == is_there
+            assert (json.dumps(text) in server.log) == is_there
+
+
+def test_a_browser_page_of_another_origin_is_let_in_only_where_it_was_named():
+    origin = {"Origin": "https://example.org"}
+    with Server(*SMALL) as server:
+        assert "access-control-allow-origin" not in httpx.get(server.url + "/v1/models", headers=origin).headers
+    with Server(*SMALL, "--cors_origins", "https://example.org") as server:
+        found = httpx.get(server.url + "/v1/models", headers=origin).headers
+        assert found["access-control-allow-origin"] == "https://example.org"
+
+
+def test_a_request_that_takes_too_long_is_a_504_and_frees_its_slot():
+    with Server(*SMALL, "--timeout", "0.2", "--max_batch_size", "1", "--max_seq_len", "2048") as server:
+        response = httpx.post(server.url + "/v1/completions", json=never_ending(server), timeout=60)
+        assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
+        wait_for(lambda: metric(server, "llama_waiting") == 0)
+        with httpx.Client(timeout=60) as client:
+            body = never_ending(server) | {"stream": True}
+            text = client.post(server.url + "/v1/completions", json=body).text
+        assert '"code":"timeout"' in text and "[DONE]" not in text
+
+
+def test_sigterm_ends_what_runs_takes_no_more_and_exits_0():
+    with Server("--no_web", "--max_seq_len", "200") as server:
+        client, _, running = begin(server)
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not listens(server))
+        assert "".join(running).endswith("data: [DONE]\n\n")
+        client.close()
+        assert server.process.wait(60) == 0
+
+
+def test_an_answer_that_outlasts_the_grace_is_told_so_and_the_exit_code_is_0():
+    with Server(*SMALL, "--grace", "0.1", "--max_seq_len", "4096") as server:
+        client, _, running = begin(server)
+        server.process.send_signal(signal.SIGTERM)
+        assert "the server was stopped" in "".join(running)
+        client.close()
+        assert server.process.wait(60) == 0
+
+
+def listens(server: Server) -> bool:
+    try:
+        httpx.get(server.url + "/health", timeout=5)
+        return True
+    except httpx.TransportError:
+        return False
+
+
+def test_a_following_rank_that_is_killed_takes_the_server_with_it(tmp_path):
+    folder = split_checkpoint(DEMO, tmp_path / "split", 2, "rows")
+    with Server(*SMALL, "--ckpt_dir", str(folder), processes=2) as server:
+        assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
+        os.kill(server.ranks[1], signal.SIGKILL)
+        started = time.monotonic()
+        assert server.process.wait(60) != 0
+        assert time.monotonic() - started < 15
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_reason():
+    with Server("--ckpt_dir", "/nowhere", wait=False) as server:
+        assert server.process.wait(60) == 1
+        assert "the engine has failed: FileNotFoundError" in server.log
+
+
+BREAKS = f"""
+import os, threading
+from llama import Llama
+from llama.server import Settings, serve
+
+def load():
+    if os.environ.get("SLOWLY"):
+        threading.Event().wait()
+    llama = Llama.build({str(DEMO)!r}, max_seq_len=512, device="cpu", dtype="float32")
+    step, steps = llama._engine.step, iter(range(40))
+    def broken():
+        if next(steps, None) is None:
+            raise RuntimeError("the device is on fire")
+        return step()
+    llama._engine.step = broken
+    return llama
+
+serve(load, Settings(port=0, no_web=True), "m")
+"""
+
+
+def test_a_failed_engine_fails_its_requests_and_the_process_ends_with_1():
+    with Server(code=BREAKS) as server:
+        client, _, running = begin(server)
+        assert "the device is on fire" in "".join(running)
+        client.close()
+        assert server.process.wait(60) == 1
+
+
+def test_while_the_model_is_loading_health_is_a_503_and_so_is_everything_else():
+    with Server(code=BREAKS, wait=False, SLOWLY="1") as server:
+        health = httpx.get(server.url + "/health", timeout=60)
+        assert health.status_code == 503 and health.json()["error"]["code"] == "loading"
+        assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+def test_what_a_server_cannot_be_told_is_an_error_before_anything_is_loaded(tmp_path):
+    for options, message in (
+        (("--port", "70000"), "port = 70000"),
+        (("--api_key", ""), "at least one key"),
+        (("--api_key_file", str(tmp_path / "none")), "No such file"),
+        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1:0"),
+        (("--max_waiting", "-1"), "max_waiting = -1"),
+    ):
+        server = Server(*options, wait=False)
+        assert server.process.wait(60) == 2
+        wait_for(lambda server=server, message=message: message in server.log)

@@ -1,0 +1,183 @@
+"""The web chat in a real browser: headless Chromium, driven by selenium."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+pytest.importorskip("nicegui", reason="the extra `web` is not installed")
+webdriver = pytest.importorskip("selenium.webdriver")
+httpx = pytest.importorskip("httpx2", reason="the openai package brings it")
+if not (shutil.which("chromium") and shutil.which("chromedriver")):
+    pytest.skip("there is no Chromium: apt-get install chromium chromium-driver", allow_module_level=True)
+
+from running import Server  # noqa: E402
+from selenium.common import exceptions  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+ANSWER = "Ones: 1 + 4 = 5. Tens: 2 + 3 = 5. So 21 + 34 = 55."
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync --disable-dev-shm-usage"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server("--max_seq_len", "2048", "--model_name", "tiny") as running:
+        yield running
+
+
+@pytest.fixture
+def browser(tmp_path):
+    options = webdriver.ChromeOptions()
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    options.binary_location = shutil.which("chromium")
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What one sees of the chat, and what one can do."""
+
+    def __init__(self, browser, server: Server):
+        self.browser, self.url = browser, server.url
+        browser.get(server.url)
+        self.wait(lambda: self.button("Send").is_displayed())
+
+    def wait(self, condition) -> None:
+        not_yet = (
+            *(exceptions.NoSuchElementException, exceptions.StaleElementReferenceException, IndexError),
+            exceptions.ElementNotInteractableException,
+        )
+        WebDriverWait(self.browser, 120, 0.02, not_yet).until(lambda _: condition())
+
+    def button(self, label: str):
+        return self.browser.find_elements(By.CSS_SELECTOR, f'[aria-label="{label}"]')[-1]
+
+    def texts(self) -> list[str]:
+        found = self.browser.find_elements(By.CSS_SELECTOR, ".turn .content")
+        return [element.text for element in found]
+
+    def set(self, label: str, text: str) -> None:
+        """Changes a setting, and sees after a reload that the server has it."""
+
+        def is_kept() -> bool:
+            self.browser.refresh()
+            self.wait(lambda: self.button("Settings").is_displayed())
+            if self.setting(label).get_attribute("value") == text:
+                return True
+            self.button("Settings").click()
+            self.wait(lambda: self.setting(label).is_displayed())
+            self.setting(label).send_keys(Keys.CONTROL, "a")
+            self.setting(label).send_keys(text, Keys.TAB)
+            return False
+
+        self.wait(is_kept)
+
+    def setting(self, label: str):
+        return self.browser.find_element(By.CSS_SELECTOR, f'[aria-label^="{label}"]')
+
+    def ask(self, text: str) -> None:
+        self.button("Message").send_keys(text, Keys.ENTER)
+
+
+@pytest.fixture
+def page(browser, server) -> Page:
+    page = Page(browser, server)
+    page.set("Temperature", "0")
+    return page
+
+
+def test_an_answer_streams_and_is_edited_asked_again_and_there_after_a_reload(page, demo):
+    seen: set[str] = set()
+    page.ask("What is 21 + 34?")
+
+    def finished() -> bool:
+        seen.update(text for text in page.texts()[1:2])
+        return page.texts()[1] == ANSWER and page.button("Send").is_displayed()
+
+    page.wait(finished)
+    assert any(text and ANSWER.startswith(text) and text != ANSWER for text in seen), seen  # it was seen to grow
+    assert "tokens/s" in page.browser.find_element(By.CLASS_NAME, "note").text
+    assert "tiny" in page.browser.find_element(By.CLASS_NAME, "model-name").text
+    save_screenshots(page)
+    page.browser.refresh()
+    page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER])
+    page.button("Regenerate").click()
+    page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER] and page.button("Send").is_displayed())
+    page.button("Edit").click()
+    page.wait(lambda: page.texts() == [] and page.button("Message").get_attribute("value") == "What is 21 + 34?")
+    page.button("Message").send_keys(Keys.CONTROL, "a")
+    page.ask("What is 12 + 7?")
+    (expected,) = demo.chat_completion([[{"role": "user", "content": "What is 12 + 7?"}]], temperature=0)
+    page.wait(lambda: page.texts()[1:] == [expected["generation"]["content"]])
+    page.wait(lambda: page.button("New chat").is_enabled())
+    page.button("New chat").click()
+    page.wait(lambda: page.texts() == [])
+    assert_no_other_host(page)
+
+
+def test_a_long_answer_is_stopped_and_its_slot_is_free(page, server, demo):
+    dialog = [{"role": "user", "content": "Tell me a story."}]
+    given = {"temperature": 5.0, "top_p": 0.9, "max_gen_len": 250}
+    lengths = (
+        len(demo.answer([demo.formatter.encode_dialog_prompt(dialog)], **given, seed=s)[0][0].tokens) for s in range(99)
+    )
+    seed = next(seed for seed, length in enumerate(lengths) if length == 250)
+    page.set("Temperature", "5")
+    page.set("Seed", str(seed))
+    page.ask("Tell me a story.")
+    page.wait(lambda: len(page.texts()) == 2 and page.texts()[1] not in ("", "…"))
+    page.button("Stop").click()
+    page.wait(lambda: "stopped" in page.browser.find_element(By.CLASS_NAME, "note").text)
+    page.wait(lambda: "llama_running 0.0" in httpx.get(server.url + "/metrics").text)
+
+
+def test_markdown_of_an_answer_cannot_run_scripts_or_load_from_elsewhere(page):
+    found = httpx.get(page.url).headers["content-security-policy"]
+    assert "default-src 'self'" in found and "http:" not in found and "*" not in found
+    page.ask('<img src="http://192.0.2.1/x.png" onerror="document.title=1"> ![](http://192.0.2.1/y.png)')
+    page.wait(lambda: len(page.texts()) == 2 and page.button("Send").is_displayed())
+    assert page.browser.title == "tiny"
+    assert_no_other_host(page, blocked="192.0.2.1")
+
+
+def assert_no_other_host(page: Page, blocked: str | None = None) -> None:
+    """No request has gone anywhere but to the server; what the policy blocked has not gone."""
+    import json
+
+    sent, failed = {}, set()
+    for entry in page.browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            sent[message["params"]["requestId"]] = message["params"]["request"]["url"]
+        elif message["method"] == "Network.loadingFailed" and message["params"].get("blockedReason") == "csp":
+            failed.add(message["params"]["requestId"])
+    gone = [url for key, url in sent.items() if key not in failed]
+    assert len(gone) > 5
+    assert all(url.startswith((page.url, "data:", "blob:", "chrome")) for url in gone), gone
+    assert blocked is None or not any(blocked in url for url in gone)
+
+
+def save_screenshots(page: Page) -> None:
+    """At desktop and phone width; kept where LLAMA_SCREENSHOTS says, as docs/chat.png was."""
+    folder = os.environ.get("LLAMA_SCREENSHOTS")
+    for name, width, height in (("desktop", 1280, 900), ("phone", 390, 844)):
+        page.browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": name == "phone"},
+        )
+        wide = page.browser.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width, f"the page is wider than a {name}"
+        image = page.browser.get_screenshot_as_png()
+        assert image.startswith(b"\x89PNG") and len(image) > 5000
+        if folder:
+            (Path(folder) / f"chat-{name}.png").write_bytes(image)
+    page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -1,0 +1,182 @@
+"""What a user can get wrong: each is refused before the first step, or counted, and says what was found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import run, write_rows
+
+from llama import Llama, Tokenizer
+from llama.checkpoint.convert import quantize
+from llama.datasets.fingerprint import fingerprint
+from llama.datasets.rows import Rows
+from llama.training import Options, finetune
+from llama.training.examples import Reader
+from llama.training.sft import COLUMNS_AS_JSON
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+
+def write(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def read(write_checkpoint, tmp_path):
+    """Reads rows; returns the examples and what was skipped."""
+    tokenizer = Tokenizer(write_checkpoint() / "tokenizer.model")
+
+    def of(*rows: dict, **options):
+        reader = Reader(tokenizer, **{"max_seq_len": 60} | options)
+        examples = reader.read(Rows(write(tmp_path / "rows.jsonl", *rows)))
+        return examples, reader.skipped.lines(), tokenizer
+
+    return of
+
+
+def learned(example, tokenizer) -> str:
+    (document,) = example.documents
+    return tokenizer.decode([i for i, ok in zip(document.ids, document.learned) if ok])
+
+
+def test_each_form_of_a_row_is_learned_as_it_says(read):
+    dialog = [USER, ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "no"}, USER]
+    answers = [{"text": "a", "score": 0.2}, {"text": "b", "score": 0.9}, {"text": "c", "score": None}]
+    rows = [{"messages": dialog}, {"prompt": "one", "completion": " two"}, {"text": "three"}]
+    rows += [{"messages": [USER], "answers": answers, "scores": [0.2, 0.9]}, {"prompt": "four", "answers": answers}]
+    examples, skipped, tokenizer = read(*rows)
+    eot, end = "<|eot_id|>", "<|end_of_text|>"
+    assert not skipped
+    texts = [learned(e, tokenizer) for e in examples]
+    assert texts == [f"yes{eot}no{eot}", f" two{end}", f"three{end}", f"b{eot}", f"b{end}"]
+    assert learned(read(rows[0], learn="last")[0][0], tokenizer) == f"no{eot}"
+    whole = learned(read(rows[0], learn="all", max_seq_len=100)[0][0], tokenizer)
+    assert whole.startswith("<|start_header_id|>user") and whole.endswith(f"hi{eot}")
+    assert len(read(rows[3], threshold=0.1)[0]) == 2  # all answers with that score
+    assert all(not document.learned[0] for e in examples for document in e.documents)
+
+
+def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted(read):
+    long, none = {"prompt": "p", "completion": "x" * 100}, {"messages": [USER]}
+    examples, skipped, _ = read({"text": "ok"}, none, long, none, {"what": 1}, {"messages": "hi"})
+    assert len(examples) == 1 and skipped == [
+        "2 rows have no turn of the assistant (the first is line 2)",
+        "1 rows are longer than max_seq_len = 60: skipped (the first is line 3)",
+        "2 rows are broken (the first is line 5: found 'what': expected `messages`, `prompt` and `completion`, `text`, "
+        "`answers` as `llama sample` writes them)",
+    ]
+    examples, skipped, _ = read(long, {"prompt": "p" * 100, "completion": "x"}, cut=True)
+    assert [len(e.documents[0].ids) for e in examples] == [60]
+    assert [line.split(" (")[0] for line in skipped] == [
+        "1 rows are longer than max_seq_len = 60: cut",
+        "1 rows are longer than max_seq_len = 60, and nothing learned is in their beginning: skipped",
+    ]
+    _, skipped, _ = read({"messages": [USER], "answers": [{"text": "a", "score": 0.2}]}, threshold=0.5)
+    assert skipped[0].startswith("1 rows have no answer with a score of at least 0.5")
+
+
+def test_a_number_in_a_csv_file_is_text(write_checkpoint, tmp_path):
+    (tmp_path / "sums.csv").write_text("prompt,completion\n1 + 1 =,2\n[1],[2]\n")
+    tokenizer = Tokenizer(write_checkpoint() / "tokenizer.model")
+    reader = Reader(tokenizer, 60)
+    examples = reader.read(Rows(tmp_path / "sums.csv", COLUMNS_AS_JSON))
+    assert [learned(e, tokenizer) for e in examples] == ["2<|end_of_text|>", "[2]<|end_of_text|>"]
+
+
+def test_ids_outside_the_vocabulary_are_refused(read):
+    _, skipped, _ = read({"tokens": [1, 512], "answers": [{"text": "a", "score": 1}]})
+    assert "tokens: expected a list of ids from 0 to 511" in skipped[0]
+
+
+def test_a_data_set_with_nothing_to_learn_from_is_refused(write_checkpoint, tmp_path):
+    ckpt = write_checkpoint()
+    with pytest.raises(ValueError, match="has nothing to learn from: it has no rows"):
+        run(write(tmp_path / "empty.jsonl"), tmp_path / "out", ckpt)
+    with pytest.raises(ValueError, match="nothing to learn from: 1 rows have no turn of the assistant"):
+        run(write(tmp_path / "users.jsonl", {"messages": [USER]}), tmp_path / "out", ckpt)
+    with pytest.raises(ValueError, match=r"epochs = 0.01 of 3 examples is not one example"):
+        run(write(tmp_path / "few.jsonl", *[{"text": "a"}] * 3), tmp_path / "out", ckpt, epochs=0.01)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_rank": 0}, "lora_rank = 0: expected an integer of at least 1"),
+        ({"epochs": 0}, "epochs = 0: expected a number above 0"),
+        ({"lr": float("nan")}, "lr = nan: expected a number above 0"),
+        ({"learn": "some"}, "learn = 'some': expected one of 'answers', 'last', 'all'"),
+        ({"warmup": 1}, "warmup = 1: expected a number of at least 0 and below 1"),
+        ({"lora_rank": 2, "lora_targets": "wq,up"}, "lora_targets has 'up': expected some of wq, wk"),
+        ({"lora_targets": "wq"}, "expected lora_rank with them"),
+        ({"dtype": "int8"}, "dtype = 'int8': expected one of 'float32'"),
+        ({"pack": 3}, "pack = 3: expected True or False"),
+    ],
+)
+def test_an_option_out_of_range_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**options)
+
+
+def test_an_adapter_for_another_base_is_refused(write_checkpoint, tmp_path):
+    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
+    run(data, tmp_path / "out", ckpt, lora_rank=2, steps=2)
+    with pytest.raises(ValueError, match=r"an adapter for another base: its norms had the digest \w+, this one's have"):
+        Llama.build(write_checkpoint("same_shape", seed=1), max_seq_len=64, adapter=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"changes layers.0.attention.wk.weight of \[32, 64\], and this has one of"):
+        Llama.build(write_checkpoint("other_shape", n_kv_heads=2), max_seq_len=64, adapter=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"14 tensors that are not, such as base_model.*in the 1 layers of the base"):
+        Llama.build(write_checkpoint("shallow", n_layers=1), max_seq_len=64, adapter=tmp_path / "out")
+    config = tmp_path / "out" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora is True: only False is supported"):
+        Llama.build(ckpt, max_seq_len=64, adapter=tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):
+        Llama.build(ckpt, max_seq_len=64, adapter=ckpt)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_checkpoint, tmp_path, kind):
+    ckpt, data = write_checkpoint(dim=128), write_rows(tmp_path / "rows.jsonl")
+    quantize(ckpt, tmp_path / kind, kind)
+    with pytest.raises(ValueError, match=rf"is quantised to {kind}, and rounded matrices cannot learn"):
+        run(data, tmp_path / "out", tmp_path / kind)
+    with pytest.raises(ValueError, match="rounded matrices cannot learn"):
+        Llama.build(tmp_path / kind, max_seq_len=64, train=True)
+    log = run(data, tmp_path / "out", tmp_path / kind, lora_rank=4, lr=1e-2, steps=30, dtype="float32")
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+    # The same adapter learns nearly the same on the plain weights: the gradients through the codes are right.
+    plain = run(data, tmp_path / "plain", ckpt, lora_rank=4, lr=1e-2, steps=30)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(log, plain)) < (0.05 if kind == "int8" else 0.3)
+    ids = torch.randint(512, (1, 20), generator=torch.Generator().manual_seed(0))
+    beside, without = (
+        Llama.build(tmp_path / kind, max_seq_len=64, dtype="float32", adapter=adapter)
+        for adapter in (tmp_path / "out", None)
+    )
+    with torch.inference_mode():
+        assert (beside.model(ids) - without.model(ids)).abs().max() > 0.1
+    assert fingerprint(beside) != fingerprint(without)  # no file of answers goes on with the other
+    with pytest.raises(ValueError, match=f"the weights are in {kind}: expected a model that was built without"):
+        without.save(tmp_path / "saved")
+
+
+def test_a_forward_pass_that_would_need_gradients_of_codes_is_an_error(write_checkpoint):
+    model = Llama.build(write_checkpoint(), max_seq_len=64, quantize="int8", dtype="float32").model
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        model(ids)
+    model.tok_embeddings.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="gradient"):
+        model(ids)
+
+
+def test_a_file_where_the_result_should_go_or_no_data_is_refused_first(write_checkpoint, tmp_path):
+    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        finetune(tmp_path / "none.jsonl", tmp_path / "out", ckpt, Options())
+    with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
+        finetune(data, data, ckpt, Options())
+    with pytest.raises(FileNotFoundError, match=r"ckpt_dir .* does not exist"):
+        finetune(data, tmp_path / "out", tmp_path / "nowhere", Options())
