@@ -33,6 +33,7 @@ setup(
         "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "grammar": ["llguidance"],
         "web": ["nicegui"],
+        "ray": ["ray"],
         "test": [
             "pytest",
             "pytest-xdist",
@@ -57,6 +58,7 @@ setup(
             "schemathesis",
             "selenium",
             "peft",
+            "ray",
         ],
         "dev": ["ruff", "pdoc"],
     },

@@ -1,9 +1,10 @@
 """Rows answered by replicas on a Ray cluster: the records of one process, from Python and by the commands."""
 
 import json
+import re
 
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
 from llama import Llama
 from llama.datasets.batch import run_batch
@@ -98,3 +99,11 @@ def test_an_address_where_no_cluster_is_and_torchrun_are_refused(write_checkpoin
     assert result.returncode == 2 and "there is no Ray cluster at 127.0.0.1:1" in result.stderr
     result = run_python(COMMAND, *arguments, "--replicas=2", WORLD_SIZE="2", RANK="0")
     assert result.returncode == 2 and "expected one process, without torchrun" in result.stderr
+
+
+def test_the_python_of_the_page_answers_each_row(capsys, monkeypatch):
+    page = (ROOT / "docs" / "machines.md").read_text()
+    monkeypatch.chdir(ROOT)
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], {"__name__": "page"})
+    shown = capsys.readouterr().out.splitlines()
+    assert sorted(int(line.split()[0]) for line in shown) == list(range(20))

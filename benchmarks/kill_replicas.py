@@ -1,0 +1,106 @@
+"""A batch on replicas of a Ray cluster, everything of which is killed, against one process left alone.
+
+    python -m benchmarks.kill_replicas [--n_lines 2000] [--seed 0]
+
+The lines are those of `benchmarks.kill_batch`, on random float32 weights. A cluster of two nodes on this machine, three
+replicas. While the driver writes, at random numbers of lines: six times a random replica's process is killed, once the
+raylet of the second node (a machine gone; another one joins), and once the driver, which is then started again. In the
+end each id must be there once, and the records must be those of the run left alone. Prints both times.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import fire
+
+from benchmarks.kill_batch import OPTIONS, ROOT, finish, n_written, write_checkpoint, write_lines
+
+
+def workers() -> list[int]:
+    """The processes of replicas, by the title that Ray gives them."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::_Rank"):
+                found.append(int(folder.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def start_driver(folder: Path, out: Path, address: str) -> subprocess.Popen:
+    options = [f"{option}=1" if option == "--model_parallel_size" else option for option in OPTIONS]
+    command = [sys.executable, "-m", "llama", "batch", str(folder / "in.jsonl"), str(out), f"--ckpt_dir={folder}"]
+    command += [*options, "--replicas=3", f"--ray={address}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=env, stderr=(folder / "stderr").open("a"), stdout=subprocess.DEVNULL)
+
+
+def wait_for(n_lines: int, driver: subprocess.Popen, out: Path, folder: Path) -> None:
+    while n_written(out) < n_lines:
+        if driver.poll() is not None:
+            raise RuntimeError(f"ended by itself: {(folder / 'stderr').read_text()[-3000:]}")
+        time.sleep(0.005)
+
+
+def main(n_lines: int = 2000, seed: int = 0) -> dict:
+    """Prints what came of it.
+
+    Args:
+        n_lines: of the input.
+        seed: of the moments and victims.
+    """
+    from ray.cluster_utils import Cluster
+
+    chance = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder)
+        write_lines(folder / "in.jsonl", n_lines)
+        finish(folder, folder / "alone.jsonl", 1)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        node, seconds = cluster.add_node(num_cpus=2), {}
+        try:
+            for kind in ("left alone", "killed"):
+                out, started = folder / f"{kind}.jsonl", time.perf_counter()
+                driver = start_driver(folder, out, cluster.address)
+                moments = sorted(chance.sample(range(1, n_lines * 9 // 10), 8)) if kind == "killed" else []
+                events = chance.sample(["worker"] * 6 + ["raylet", "driver"], 8)
+                for event, at in zip(events, moments):
+                    wait_for(max(at, n_written(out)), driver, out, folder)
+                    if event == "worker":
+                        while not (victims := workers()):
+                            time.sleep(0.01)
+                        os.kill(chance.choice(victims), signal.SIGKILL)
+                    elif event == "raylet":
+                        cluster.remove_node(node, allow_graceful=False)
+                        node = cluster.add_node(num_cpus=2)
+                    else:
+                        driver.kill()
+                        driver.wait()
+                        driver = start_driver(folder, out, cluster.address)
+                if driver.wait(timeout=600) != 0:
+                    raise RuntimeError((folder / "stderr").read_text()[-3000:])
+                seconds[kind] = time.perf_counter() - started
+        finally:
+            cluster.shutdown()
+        expected, lines = ((folder / f"{name}.jsonl").read_bytes().splitlines() for name in ("alone", "killed"))
+    ids = {record["id"] or record["line"] for record in map(json.loads, lines)}
+    found = {"lines": len(lines), "ids": len(ids), "equal": sorted(lines) == sorted(expected)}
+    print(f"{n_lines} lines, three replicas; killed at: " + ", ".join(f"{at} {e}" for e, at in zip(events, moments)))
+    same = "equal" if found["equal"] else "NOT equal"
+    print(f"in the end {found['lines']} lines with {found['ids']} ids, {same} to those of one process left alone")
+    ratio = seconds["killed"] / seconds["left alone"]
+    print(f"{seconds['left alone']:.1f} s left alone, {seconds['killed']:.1f} s killed: {ratio:.2f} times (bar 2)")
+    return None if __name__ == "__main__" else found
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
