@@ -5,6 +5,7 @@
 
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from typing_extensions import TypedDict  # PyTorch brings it
@@ -29,6 +30,12 @@ class Options(TypedDict, total=False):
     seed: int | Sequence[int | None] | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None
     top_logprobs: int | Sequence[int]
+    presence_penalty: float | Sequence[float]
+    frequency_penalty: float | Sequence[float]
+    json_schema: Mapping[str, Any] | str | bool | Sequence[Mapping[str, Any] | str | bool | None] | None
+    regex: str | Sequence[str | None] | None
+    choice: Sequence[str] | Sequence[Sequence[str] | None] | None
+    grammar: str | Sequence[str | None] | None
 
 
 class StreamOptions(Options, total=False):

@@ -28,7 +28,7 @@ from llama.checkpoint.writer import PthFile, appear_whole, progress, safetensors
 from llama.layers import layouts
 from llama.layers.packing import drop_pages
 from llama.layers.quantization import KINDS
-from llama.parallel import dtype_by_name
+from llama.parallel import dtype_by_name, partition
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS
 from llama.tokenizer.tokenizer_json import tokenizer_json
@@ -138,7 +138,7 @@ def write_checkpoint(
                     shutil.copyfile(source.paths[0].with_name("params.json"), folder / "params.json")
                 else:
                     _write_json(folder / "params.json", params_json(source.args))
-                _write_pth_files(folder, source, shards or 1, dtype, advance)
+                _write_pth_files(folder, source, tokenizer.kind, shards or 1, dtype, advance)
         write_checklist(folder)
 
 
@@ -202,8 +202,13 @@ def _share_out(sizes: dict[str, int], n_files: int | None) -> list[list[str]]:
     return files
 
 
-def _write_pth_files(folder: Path, source: Checkpoint, n_shards: int, dtype: torch.dtype, advance: Advance) -> None:
-    """Meta's shards, all at once, so that each tensor of the source is read once."""
+def _write_pth_files(
+    folder: Path, source: Checkpoint, tokenizer_kind: str, n_shards: int, dtype: torch.dtype, advance: Advance
+) -> None:
+    """Meta's shards, all at once, so that each tensor of the source is read once.
+
+    Llama 2's files have the columns of the embedding in different shards, Llama 3's its rows.
+    """
     args, full = source.args, source.shapes
     if n_shards not in args.model_parallel_sizes:
         raise ValueError(
@@ -214,6 +219,8 @@ def _write_pth_files(folder: Path, source: Checkpoint, n_shards: int, dtype: tor
         files: list[tuple[PthFile, dict[str, Part]]] = []
         for i in range(n_shards):
             parts = {name: part_of_rank(name, full[name], args, i, n_shards) for name in full}
+            if tokenizer_kind == "llama2":
+                parts["tok_embeddings.weight"] = COLUMNS, *partition(args.dim, i, n_shards)
             shapes = {name: shape_of_part(full[name], part) for name, part in parts.items()}
             file = PthFile(folder / f"consolidated.{i:02d}.pth", shapes, dtype)
             files.append((stack.enter_context(file), parts))

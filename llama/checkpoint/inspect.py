@@ -5,6 +5,7 @@ Both kinds of directory, Meta's and Hugging Face's. Prints nothing and builds no
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from llama.checkpoint.loading import CHUNK_BYTES, pieces
 from llama.checkpoint.meta import MetaCheckpoint, open_shard, require_directory
 from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint.quantized import stored
 from llama.checkpoint.writer import CHECKLIST, md5_of
 from llama.layers.packing import drop_pages
+from llama.layers.quantization import KINDS
 from llama.model import ModelArgs
 from llama.tokenizer import ChatFormat, Tokenizer
 
@@ -60,17 +63,28 @@ def info(
     tokenizer_path: str | os.PathLike | None = None,
     max_seq_len: int = 2048,
     max_batch_size: int = 1,
+    quantize: str | None = None,
+    gpu_memory: str | None = None,
 ) -> list[tuple[str, str]]:
     """What a directory holds and needs: (name, value) pairs in the order to show them. Reads headers, not weights.
 
-    Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does.
+    Args:
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, quantize: as in `Llama.build`.
+        gpu_memory: of each device, such as "16GB": whether the model fits is said beside what it needs.
+
+    Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does; ValueError for a size that is none.
     """
+    room = None if gpu_memory is None else parse_size(gpu_memory)
+    if quantize is not None and quantize not in KINDS:
+        raise ValueError(f"quantize = {quantize!r}: expected one of {', '.join(KINDS)}")
     tokenizer, checkpoint = open_checkpoint(Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size)
     args = checkpoint.args
     n_parameters = sum(map(math.prod, checkpoint.shapes.values()))
     name, context = family(args)
     n_files, kind = len(checkpoint.paths), "Meta" if isinstance(checkpoint, MetaCheckpoint) else "Hugging Face"
     bits = f", matrices {checkpoint.quantization}" if checkpoint.quantization else ""
+    if bits and quantize not in (None, checkpoint.quantization):
+        raise ValueError(f"quantize = {quantize!r}, and {ckpt_dir} is {checkpoint.quantization} already: leave it out")
     n_shared = "as many" if args.n_kv_heads == args.n_heads else args.n_kv_heads
     lines = [
         ("architecture", f"looks like {name}"),
@@ -88,10 +102,15 @@ def info(
         parts = memory(args, n_parameters, checkpoint.dtype.itemsize, n_ranks)
         if bits:
             parts["weights"] = sum(tensor.nbytes for tensor in checkpoint.shards[0].values()) // n_ranks
+        elif quantize:
+            parts["weights"] = _rounded_bytes(checkpoint.shapes, args, quantize, checkpoint.dtype) // n_ranks
         text = _size(sum(parts.values()))
         if n_ranks == 1:
             text += f" = {' + '.join(f'{part} {_size(size)}' for part, size in parts.items())}"
             text += f", at max_batch_size {max_batch_size}, max_seq_len {max_seq_len}"
+        if room is not None:
+            fits = sum(parts.values()) <= room
+            text += f", {'fits' if fits else 'does not fit'} in {gpu_memory}"
         lines.append(("memory", f"on {n_ranks} process{'es' if n_ranks > 1 else ''}: {text}{' each' * (n_ranks > 1)}"))
     return [*lines, ("model_parallel_size", "one of " + ", ".join(map(str, args.model_parallel_sizes)))]
 
@@ -107,6 +126,23 @@ def _dialogs(tokenizer: Tokenizer) -> str:
     except (ValueError, ImportError) as error:
         return f"none: {error}"
     return f"the directory's own template, {name}" if own else f"{built_in}, and {name} renders the same"
+
+
+def _rounded_bytes(shapes: dict[str, tuple[int, ...]], args: ModelArgs, kind: str, dtype: torch.dtype) -> int:
+    """Of all weights, the matrices rounded; a tied output matrix is a rounded copy of the embedding."""
+    tied = {"output.weight": (args.vocab_size, args.dim)} if args.tied_embeddings else {}
+    parts = [part for name, shape in (shapes | tied).items() for part in stored(name, shape, kind, dtype).values()]
+    return sum(math.prod(shape) * (part_dtype or dtype).itemsize for shape, part_dtype in parts)
+
+
+def parse_size(text: str) -> int:
+    """Bytes, of such as "16GB", "16 GiB" or "8e9". Raises ValueError."""
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.I)
+    try:
+        number = float(found[1])
+    except (TypeError, ValueError):
+        raise ValueError(f"{text!r} is no size: expected a number of bytes, such as 16GB or 24GiB") from None
+    return int(number * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
 
 
 def _size(n_bytes: int) -> str:

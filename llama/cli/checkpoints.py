@@ -11,7 +11,13 @@ from llama.checkpoint.writer import progress
 
 
 def info(
-    ckpt_dir: Positional[str], *, tokenizer_path: str | None = None, max_seq_len: int = 2048, max_batch_size: int = 1
+    ckpt_dir: Positional[str],
+    *,
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 1,
+    quantize: Literal["int8", "int4"] | None = None,
+    gpu_memory: str | None = None,
 ) -> None:
     """Shows what a checkpoint directory holds, and the memory it needs at a given batch and length.
 
@@ -20,8 +26,11 @@ def info(
         tokenizer_path: the tokenizer's file; the directory's own when left out.
         max_seq_len: tokens of a prompt and its answer.
         max_batch_size: how many sequences run at a time.
+        quantize: what the matrices are rounded to while they are loaded.
+        gpu_memory: of each device, such as 16GB: says whether the model fits.
     """
-    for name, value in inspection.info(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size):
+    sizes = (max_seq_len, max_batch_size, quantize, gpu_memory)
+    for name, value in inspection.info(ckpt_dir, tokenizer_path, *sizes):
         print(f"{name:20} {value}")
 
 

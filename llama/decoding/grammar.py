@@ -224,6 +224,6 @@ def _import() -> ModuleType:
         import llguidance
     except ImportError:
         raise ImportError(
-            "answers of a given shape need llguidance: pip install 'llama[grammar]' (or llguidance)"
+            "answers of a given shape need llguidance: pip install '.[grammar]' (or llguidance)"
         ) from None
     return llguidance

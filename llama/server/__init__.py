@@ -29,5 +29,5 @@ def serve(load: Callable[[], Llama], settings: Settings, name: str) -> None:
     try:
         from llama.server.start import run
     except ImportError as error:
-        raise ImportError(f"the server's libraries are not all here ({error}): pip install 'llama[serve]'") from error
+        raise ImportError(f"the server's libraries are not all here ({error}): pip install '.[serve]'") from error
     run(load, settings, name)

@@ -50,6 +50,8 @@ def prepare_chat(llama: Llama, body: ChatRequest, max_answers: int) -> Prepared:
         if body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool):
             named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
             options["json_schema"] = call_schema(tools, named)
+    if body.messages and (last := body.messages[-1].role) not in ("user", "tool"):
+        raise ApiError(400, f"the last message has role {last!r}: expected 'user' or 'tool'", "messages")
     try:
         dialog = [_message(message) for message in body.messages]
         ids = llama.formatter.encode_dialog_prompt(offer_tools(dialog, offered) if offered else dialog)

@@ -47,9 +47,7 @@ def add_web_chat(app: FastAPI, service: Service) -> None:
 
         @app.get("/", include_in_schema=False)
         def hint() -> PlainTextResponse:
-            return PlainTextResponse(
-                "The web chat needs NiceGUI: pip install 'llama[web]'. The interface is at /docs.\n"
-            )
+            return PlainTextResponse("The web chat needs NiceGUI: pip install '.[web]'. The interface is at /docs.\n")
 
         return
 

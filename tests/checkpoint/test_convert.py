@@ -146,6 +146,16 @@ def test_shards_are_cut_as_metas_are_from_any_source(write_checkpoint, tmp_path,
         assert_same_bits(torch.load(path, weights_only=True), expected)
 
 
+@pytest.mark.parametrize("n_shards", [1, 2, 4])
+def test_a_llama_2s_embedding_is_cut_by_columns_as_in_metas_files(stories, tmp_path, n_shards):
+    convert(stories, tmp_path / "cut", "meta", shards=n_shards)
+    slow = split_checkpoint(stories, tmp_path / "slow", n_shards, embedding="columns")
+    for path in sorted(slow.glob("*.pth")):
+        expected = torch.load(path, weights_only=True)
+        expected.pop("rope.freqs", None)
+        assert_same_bits(torch.load(tmp_path / "cut" / path.name, weights_only=True), expected)
+
+
 def test_files_are_whole_zip_archives_and_their_tensors_are_aligned(write_checkpoint, tmp_path):
     convert(write_checkpoint(dtype=torch.bfloat16), tmp_path / "cut", "meta", shards=2)
     for path in (tmp_path / "cut").glob("*.pth"):

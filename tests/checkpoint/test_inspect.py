@@ -13,8 +13,8 @@ from conftest import ROOT, split_checkpoint
 
 from llama import ModelArgs
 from llama.checkpoint import inspect as inspect_checkpoint
-from llama.checkpoint.convert import convert
-from llama.checkpoint.inspect import family, info, memory, verify
+from llama.checkpoint.convert import convert, quantize
+from llama.checkpoint.inspect import family, info, memory, parse_size, verify
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
@@ -175,3 +175,31 @@ def test_the_commands(two_shards):
     run = command("info", two_shards / "nowhere")
     assert run.returncode == 2
     assert run.stderr.startswith("llama: ckpt_dir ") and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_rounding_will_take_is_what_a_rounded_directory_takes(write_checkpoint, tmp_path, kind):
+    folder = write_checkpoint(dim=128, dtype=torch.bfloat16)
+    quantize(folder, tmp_path / kind, kind)
+    rounded = [dict(info(path, None, 2048, 1, kind))["memory"] for path in (folder, tmp_path / kind)]
+    assert rounded[0] == rounded[1] != dict(info(folder))["memory"]
+    with pytest.raises(ValueError, match=f"is {kind} already: leave it out"):
+        info(tmp_path / kind, quantize="int4" if kind == "int8" else "int8")
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("16GB", 16 * 10**9), ("24 GiB", 24 * 2**30), ("8e9", 8 * 10**9), ("500m", 5 * 10**8)]
+)
+def test_a_size_is_read_as_it_is_written(text, n_bytes):
+    assert parse_size(text) == n_bytes
+
+
+def test_info_says_whether_a_model_fits(write_checkpoint):
+    folder = write_checkpoint()
+    for size, word in (("1GB", "fits"), ("1MB", "does not fit")):
+        told = [value for name, value in info(folder, None, 2048, 1, "int8", size) if name == "memory"]
+        assert told[0].endswith(f", {word} in {size}")
+    with pytest.raises(ValueError, match="'much' is no size: expected a number of bytes, such as 16GB"):
+        info(folder, gpu_memory="much")
+    with pytest.raises(ValueError, match="quantize = 'int3': expected one of int8, int4"):
+        info(folder, quantize="int3")

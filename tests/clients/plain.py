@@ -32,12 +32,14 @@ class PlainLlama:
 
     def text_completion(self, prompts: list[str], temperature: float, max_gen_len: int) -> list[dict]:
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        return [{"generation": self.tokenizer.decode(a)} for a in self.generate(ids, max_gen_len, temperature)[0]]
+        texts = [self.tokenizer.decode(answer) for answer in self.generate(ids, max_gen_len, temperature)[0]]
+        return [{"generation": text, "finish_reason": "length"} for text in texts]
 
     def chat_completion(self, dialogs: list, temperature: float, max_gen_len: int) -> list[dict]:
         ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         texts = [self.tokenizer.decode(answer) for answer in self.generate(ids, max_gen_len, temperature)[0]]
-        return [{"generation": {"role": "assistant", "content": text.strip()}} for text in texts]
+        messages = [{"role": "assistant", "content": text.strip()} for text in texts]
+        return [{"generation": message, "finish_reason": "length"} for message in messages]
 
     def stream_text(self, prompt: str, temperature: float, max_gen_len: int):
         yield self.text_completion([prompt], temperature, max_gen_len)[0]["generation"]

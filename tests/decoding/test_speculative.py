@@ -13,7 +13,9 @@ from conftest import DEMO, SMALL, random_model, torchrun, write_byte_tokenizer
 from test_engine import prompts_of_every_length
 from test_sampling import chi_square_is_plausible
 
-from llama import GenerationError, Llama, Tokenizer, Transformer, generation
+from llama import GenerationError, Llama, Tokenizer, Transformer
+from llama.adapters import lora
+from llama.decoding import speculative
 from llama.decoding.speculative import MAX_PROPOSALS, DraftModel, NgramIndex, check_tokenizer
 from llama.engine import PREFILL_TOKENS
 from llama.sampling import race
@@ -212,7 +214,7 @@ def keys_and_values(model: Transformer, ids: list[int]) -> torch.Tensor:
     fresh.load_state_dict(model.state_dict())
     fresh.allocate_cache()
     with torch.inference_mode():
-        fresh.hidden_states(torch.tensor([ids]))
+        fresh.hidden_states(torch.tensor([ids]), 0)
     return torch.stack([*fresh.cache.keys, *fresh.cache.values])[:, 0, :, : len(ids)]
 
 
@@ -372,9 +374,9 @@ def test_a_draft_that_is_not_there_is_named_as_what_it_is():
 
 def test_the_counts_are_in_the_predictions_of_a_model_with_a_draft_alone(build):
     ((plain,), (drafted,)) = (x.text_completion(["abcabcabc"], 0, max_gen_len=20) for x in (build(), build("ngram")))
-    assert set(plain) == {"generation"}
+    assert set(plain) == {"generation", "finish_reason"}
     assert plain["generation"] == drafted["generation"]
-    assert set(drafted) == {"generation", "speculation"}
+    assert set(drafted) == {"generation", "finish_reason", "speculation"}
     assert set(drafted["speculation"]) == {"steps", "proposed", "accepted"}
     chat = build("ngram").chat_completion([[{"role": "user", "content": "ab"}]] * 2, max_gen_len=5)
     assert all("speculation" in prediction for prediction in chat)
@@ -421,7 +423,8 @@ def test_two_processes_give_the_same_tokens_split_or_as_replicas(build, folders,
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr(generation, "build_model", lambda *_: pytest.fail("weights were loaded"))
+    for module in (lora, speculative):
+        monkeypatch.setattr(module, "build_model", lambda *_: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

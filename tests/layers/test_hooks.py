@@ -5,14 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, random_model
+from conftest import SMALL, random_model, split_checkpoint, torchrun
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear as FairscaleLinear
 from torch import nn
 
+from llama import Llama
 from llama.layers.hooks import check_hooks, watched
 from llama.layers.linear import ColumnParallelLinear
 from llama.layers.packing import pack
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
 
 TOKENS = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
 MODULES = [name for name, module in random_model(**SMALL).named_modules() if name and not name.endswith("layers")]
@@ -255,3 +256,39 @@ def test_a_compiled_step_is_refused_where_it_would_ignore_somebody():
     with pytest.raises(ValueError, match="every module has hooks"):
         check_hooks(model)
     handle.remove()
+
+
+def test_a_hook_and_a_compiled_step_are_refused_before_anything_is_compiled(write_checkpoint):
+    llama = Llama.build(write_checkpoint(), None, 64, 1, device="cpu")
+    llama.model.layers[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"layers\.1 has hooks, which a compiled step would ignore: take it off again"):
+        Llama(llama.model, llama.tokenizer, compile=True)
+
+
+SHARDS = """
+import sys
+import torch, torch.distributed as dist
+from pathlib import Path
+from llama import ModelArgs, Transformer, parallel
+parallel.initialize(device=torch.device("cpu"))
+model = Transformer(ModelArgs(**eval(sys.argv[2])))
+shard = torch.load(Path(sys.argv[1]) / f"consolidated.{dist.get_rank():02d}.pth", weights_only=True)
+print(model.load_state_dict(shard, strict=False))
+logits = model(torch.tensor([[1, 2, 3, 300]]))
+if dist.get_rank() == 0:
+    torch.save(logits, Path(sys.argv[1]) / "logits.pt")
+"""
+
+
+@pytest.mark.parametrize("embedding", ["columns", "rows"])
+def test_each_rank_loads_its_shard_of_metas_as_a_state_dict(write_checkpoint, tmp_path, embedding):
+    folder = write_checkpoint()
+    split = split_checkpoint(folder, tmp_path / "split", 2, embedding=embedding)
+    (tmp_path / "script.py").write_text(SHARDS)
+    result = torchrun(2, tmp_path / "script.py", split, SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "missing_keys=[], unexpected_keys=['rope.freqs']" in result.stdout
+    whole = Transformer(ModelArgs(**SMALL))
+    whole.load_state_dict(torch.load(folder / "consolidated.00.pth", weights_only=True))
+    expected = whole(torch.tensor([[1, 2, 3, 300]]))
+    assert torch.allclose(torch.load(split / "logits.pt"), expected, atol=1e-5)
