@@ -240,7 +240,7 @@ class _Worker:
     def open(self, make: Callable[[Llama | None], Run]) -> None:
         self.open_runs.close()
         self.run = make(self.llama)
-        if self.llama is not None:
+        if self.run.llama is not None:
             self.run.option_of({})  # what only a model can check, such as a grammar
         self.jobs = self.open_runs.enter_context(self.run.open_jobs())
 
