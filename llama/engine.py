@@ -70,6 +70,7 @@ class Engine:
         now = self.check(self.opened)
         if now != self.model:
             self._give_up("the model was exchanged for another, or runs one sequence at a time from now on")
+            now.allocate_cache()
             self.model, self.slots = now, Slots(now.cache)
             self.decode_step = DecodeStep(now, self.decode_step.compiled)
             for sequence in [sequence for sequence in self.waiting if sequence.n_slots > len(self.slots)]:

@@ -82,6 +82,8 @@ class Llama:
         parallel.silence_other_ranks()
         with parallel.fail_together():
             tokenizer, checkpoint = open_checkpoint(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
+            if compile and adapter is not None and checkpoint.quantization:
+                raise ValueError("compile = True with an adapter beside quantised weights: expected one of the two")
             smaller = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
             model, loaded = build_adapted(checkpoint, adapter, dtype, device, quantize, train)
             proposer = make_proposer(draft, smaller, model.norm.weight.dtype, device)

@@ -5,10 +5,12 @@ Split over ranks as W is: with the rows of W the rows of B are split, with the c
 
 import copy
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 from torch import nn
 
@@ -37,6 +39,15 @@ class Lora(nn.Module):
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.split, self.group = scale, split, group
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["group"]  # of this process: a copy joins the group of its own
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.group = get_model_parallel_group()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # what the matrix gets -> what is added to its product
         hidden = F.linear(x.to(self.a.dtype), self.a)
@@ -97,6 +108,7 @@ def build_adapted(
     model, loaded = build_model(checkpoint, dtype, device, quantize, train, alone=True)
     for name, (a, b) in lora.pairs.items():
         attach(model, name, a, b, lora.scales[name])
+        model.get_submodule(name.removesuffix(".weight")).lora.requires_grad_(False)
     model.adapter = lora.digest
     return model, loaded
 

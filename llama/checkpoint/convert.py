@@ -29,13 +29,14 @@ from llama.layers import layouts
 from llama.layers.packing import drop_pages
 from llama.layers.quantization import KINDS
 from llama.parallel import dtype_by_name, partition
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import ChatFormat, Tokenizer
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS
 from llama.tokenizer.tokenizer_json import tokenizer_json
 
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file, as Transformers cuts them
 
 # What a Hugging Face directory says about its tokenizer and its answers. Copied from one such directory to another.
+CHAT_FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 # `ChatFormat` for Llama 3, in Transformers' template language.
@@ -260,8 +261,14 @@ def _codes(source: Checkpoint, name: str, kind: str, rest: list[tuple], advance:
 
 def _write_meta_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     path = tokenizer.path
+    for text in (path.with_name(name) for name in CHAT_FILES):  # with what ends an answer, and how dialogs are written
+        if text.is_file():
+            shutil.copyfile(text, folder / text.name)
     if path.suffix != ".json":
         shutil.copyfile(path, folder / "tokenizer.model")
+        return
+    if _has_own_template(tokenizer):  # which names tokens by names that tokenizer.model has no place for
+        shutil.copyfile(path, folder / "tokenizer.json")
         return
     ranks = tokenizer.ranks
     ids = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
@@ -272,6 +279,14 @@ def _write_meta_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         raise ValueError(f"{path}: Meta's format has the {len(ids)} special tokens of Llama 3 alone, here is {found}")
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
+
+
+def _has_own_template(tokenizer: Tokenizer) -> bool:
+    """Whether dialogs are written by the directory's template, or cannot be."""
+    try:
+        return ChatFormat(tokenizer).template is not None
+    except (ValueError, ImportError):
+        return True
 
 
 def _write_hugging_face_texts(

@@ -70,8 +70,10 @@ def open_checkpoint(
     config = read_json(ckpt_dir / file, f"the {file} of a Llama")
     tokenizer = Tokenizer(find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
     sizes = tokenizer.n_words, max_seq_len, max_batch_size
+    read_chat_files(
+        tokenizer, ckpt_dir
+    )  # beside Meta's files too, where `llama convert` or `quantize` has written them
     if not is_meta:
-        read_chat_files(tokenizer, ckpt_dir)
         return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args_from_config(config, ckpt_dir, *sizes), check)
     args = args_from_params(config, ckpt_dir, *sizes)
     if "quantization" in config:

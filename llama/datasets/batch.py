@@ -12,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,17 +69,19 @@ def run_batch(
         if replicas is not None:
             llama = closing.enter_context(_on_replicas(llama, replicas))
         run = _batch(llama, template, logprobs, options)
+        with parallel.fail_together():
+            if isinstance(lines, (list, tuple)) and dist.get_rank() == 0:
+                scan(map(row_of, itertools.count(1), lines))
         still_open = closing.pop_all()
-    with parallel.fail_together():
-        if isinstance(lines, (list, tuple)) and dist.get_rank() == 0:
-            scan(map(row_of, itertools.count(1), lines))
 
     def records() -> Iterator[dict]:  # a generator of its own, so that mistakes are raised at once
         with still_open, parallel.fail_at_once():
             yield from run.records(map(row_of, itertools.count(1), lines))
             parallel.gather_from_replicas([])  # none goes on before all are done
 
-    return records()
+    found = records()
+    weakref.finalize(found, still_open.close)  # one that is never begun closes nothing itself
+    return found
 
 
 def run_batch_files(
@@ -167,7 +170,8 @@ class _Batch(Run):
             task = self.template.task_of(row.fields)
             asked, options = task.render({"id": row.id, **row.fields}), task.options
             task.measure("", {}, row.fields)  # raises where there is no right answer
-            given = {name: v for name, v in row.fields.items() if name in KEYS and name not in (*KINDS, *task.fields)}
+            taken = {*KINDS, *task.fields, task.gold, self.template.column}  # a right answer is no option
+            given = {name: value for name, value in row.fields.items() if name in KEYS and name not in taken}
         logprobs = given.get("logprobs", self.logprobs)
         if not isinstance(logprobs, bool):
             raise ValueError(f"logprobs = {logprobs!r}: expected true or false")

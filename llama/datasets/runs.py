@@ -61,7 +61,7 @@ class Run(ABC):
                 if row.error is not None:
                     raise ValueError(row.error)
                 task = {"line": row.number, **self.task_of(row)}
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, ImportError) as error:
                 task = {"line": row.number, "error": str(error)}
             waiting[row.number] = row, task
             yield task
@@ -130,6 +130,8 @@ class Run(ABC):
         if str(target) != "-":
             check_indent(indent, target)
         journal, rows, summary = None, (), Summary(Path(target))
+        if isinstance(self.llama, RemoteModel):
+            self.llama.replicas.open(self.remote)  # raises what only a replica can see, before the target is touched
         with parallel.fail_together():
             if dist.get_rank() == 0:
                 every_row = Rows(source, self.as_json)
@@ -161,7 +163,7 @@ class Run(ABC):
     def _begin(self, task: Task) -> list[Job] | Result:
         try:
             return task if "error" in task else self.begin(task)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             return {"line": task["line"], "error": str(error)}
 
     @abstractmethod
@@ -207,7 +209,7 @@ class RemoteModel:
         parallel.initialize(1, torch.device("cpu"))  # this process's own groups, of one
         expected = {"package": package_digest()}
         self.replicas = Replicas(functools.partial(_Worker, build), replicas, size, address, device, expected)
-        self.seed = time.time_ns() % 2**32
+        self.seed = self.replicas.facts.get("seed", 1)
         self.fingerprint = self.replicas.facts.get("model")
         self.answerer = self  # of which a run asks the seed, and to check options
 
@@ -235,6 +237,7 @@ class _Worker:
             names = ("vocab_size", "max_batch_size", "max_seq_len")
             facts |= {name: getattr(self.llama.answerer.args, name) for name in names}
             facts |= {"model": fingerprint(self.llama), "room": facts["max_batch_size"]}
+            facts["seed"] = self.llama.answerer.seed
         return facts
 
     def open(self, make: Callable[[Llama | None], Run]) -> None:
@@ -252,8 +255,9 @@ class _Worker:
 
 
 def _budget(task: Task) -> float:
-    """How many tokens a task may take, where that is known."""
-    return task.get("options", {}).get("max_gen_len") or 0
+    """How many tokens a task may take, where that is known; a replica refuses what is no number."""
+    budget = task.get("options", {}).get("max_gen_len")
+    return budget if type(budget) is int else 0
 
 
 @dataclass

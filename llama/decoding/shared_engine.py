@@ -53,8 +53,12 @@ class SharedEngine:
         """Has the engine run another model from the next step on. Raises as `Engine.check`, and keeps the old one."""
         with self.lock:
             self.engine.check(model)
-            self.engine.opened, self.engine.model_is_held = model, True
-            self.look_again()
+            before, self.engine.opened, self.engine.model_is_held = self.engine.opened, model, True
+            try:
+                self.look_again()
+            except BaseException:
+                self.engine.opened = before
+                raise
 
     def _make_changes(self) -> None:
         while self._changes:

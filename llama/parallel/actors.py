@@ -105,6 +105,14 @@ class Replicas:
         if self._joined:
             self._ray.shutdown()
 
+    def open(self, make: Callable) -> None:
+        """Begins a run, and waits until a replica has begun it. Raises what `Worker.open` raises."""
+        self._make = make
+        for replica in self._replicas:
+            replica.open()
+        while not any(replica.is_ready and not replica.is_opening for replica in self._replicas):
+            list(self._wait())
+
     def results(
         self, make: Callable, tasks: Iterator[Task], cost: Callable[[Task], float] = lambda task: 0.0
     ) -> Iterator[Result]:
@@ -113,15 +121,14 @@ class Replicas:
         A task whose worker died is done again, by any replica; one that three workers died of gets an `error`.
 
         Args:
-            make: what `Worker.open` gets.
+            make: what `Worker.open` gets, or has got by `open`.
             tasks: taken a few ahead of what is being done.
             cost: of a task; of those taken, the dearest are done first.
         """
-        self._make = make
+        if make is not self._make:
+            self.open(make)
         deaths: Counter[int] = Counter()
         ready: list[tuple[float, int, Task]] = []  # a heap; the second number is the task's line
-        for replica in self._replicas:
-            replica.open()
         more = True
         while True:
             n_ahead = sum(replica.room for replica in self._replicas)
@@ -162,14 +169,14 @@ class Replicas:
             if replica.calls:
                 continue  # until all its ranks have returned
             if replica.is_opening:
-                replica.is_opening = False
+                replica.is_opening, replica.n_failed_starts = False, 0
             elif replica.is_ready:
                 for result in replica.value:
                     del replica.tasks[result["line"]]
                 yield replica, replica.value, []
             else:
                 self._check_facts(replica)
-                replica.is_ready, replica.room, replica.n_failed_starts = True, self.facts["room"] + AHEAD, 0
+                replica.is_ready, replica.room = True, self.facts["room"] + AHEAD
                 replica.open()
         if self._n is None:
             for _ in range(self._n_that_fit(free=True)):
@@ -180,12 +187,13 @@ class Replicas:
         cause = error.cause if isinstance(error, self._ray.exceptions.RayTaskError) else error
         is_mistake = self.facts is None or (replica.is_opening and cause is not error)
         lost, replica.cause = list(replica.tasks.values()), f"{type(cause).__name__}: {cause}".splitlines()[0]
-        replica.n_failed_starts += not replica.is_ready
+        replica.n_failed_starts += replica.is_opening or not replica.is_ready
         replica.end()
         if is_mistake:  # of the caller's, as a rule: nothing has worked yet
             raise cause
         if replica.n_failed_starts >= MOST_FAILED_STARTS:
             self._replicas.remove(replica)
+            self._n = len(self._replicas)  # and none is added in its place
             print(
                 f"a replica is given up: it failed to start {MOST_FAILED_STARTS} times: {replica.cause}",
                 file=sys.stderr,

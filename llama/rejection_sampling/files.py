@@ -155,7 +155,8 @@ class _Sampling(Run):
 
     def _task_of_template(self, row: Row, template: TaskTemplate) -> Task:
         """What a template asks of a row, all of whose fields the scorer finds in its `metadata`."""
-        given = {name: value for name, value in row.fields.items() if name in SAMPLED and name not in template.fields}
+        taken = {*template.fields, template.gold, self.template.column}  # a right answer is no option
+        given = {name: value for name, value in row.fields.items() if name in SAMPLED and name not in taken}
         if wrong := sorted(template.options.keys() - set(SAMPLED)):
             raise ValueError(f"task {template.name!r} sets {wrong[0]}, which has no part in rejection sampling")
         data = {name: value for name, value in row.fields.items() if name not in given}

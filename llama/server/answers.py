@@ -69,6 +69,8 @@ class Choice:
         sequence = self._sequence
         if ended and sequence.error is not None:
             raise failed(sequence.error)
+        if sequence.logprobs and len(self._scored.prompt_token_logprobs) < len(self._echoed):
+            return "", []  # until the prompt, which comes first, has its own
         self._text.follow(sequence.tokens[:n_tokens])
         text = self._text.finish() if ended else self._text.decided
         new, self._n_sent = text[self._n_sent :], len(text)

@@ -13,7 +13,7 @@ from conftest import SMALL, random_model, shared, write_byte_tokenizer
 
 from llama import ChatFormat, Llama, Tokenizer
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.convert import convert
+from llama.checkpoint.convert import convert, quantize
 from llama.checkpoint.inspect import info
 from llama.datasets.fingerprint import fingerprint
 from llama.rejection_sampling.reward_model import RewardModel
@@ -273,3 +273,17 @@ def test_a_reward_model_reads_dialogs_by_its_own_template(with_template):
     tokenizer, _ = open_checkpoint(with_template(CHATML))
     ids = RewardModel(None, tokenizer).encode([user("Hi")], "Hello")
     assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+
+
+@pytest.mark.parametrize("how", ["int8", "meta"])
+def test_a_directory_that_is_written_again_keeps_its_template_and_its_stop_ids(with_template, tmp_path, how):
+    source = with_template(CHATML, eos_token_id=[7, 1])
+    if how == "meta":
+        convert(source, tmp_path / how, "meta")
+    else:
+        quantize(source, tmp_path / how, how)
+    before, after = (open_checkpoint(path)[0] for path in (source, tmp_path / how))
+    dialog = [{"role": "user", "content": "hi"}]
+    assert ChatFormat(before).template is not None
+    assert ChatFormat(after).encode_dialog_prompt(dialog) == ChatFormat(before).encode_dialog_prompt(dialog)
+    assert after.stop_tokens == before.stop_tokens

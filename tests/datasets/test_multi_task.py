@@ -7,6 +7,7 @@ import pytest
 
 from llama.cli import commands as cli
 from llama.datasets import Rows
+from llama.datasets.batch import run_batch
 from llama.datasets.task_template import Template, report_of
 from llama.rejection_sampling import Plan, sample_files
 
@@ -127,3 +128,10 @@ def test_each_line_of_a_text_file_is_a_prompt(tmp_path):
     rows = list(Rows(tmp_path / "in.txt"))
     assert [(row.number, row.fields.get("prompt")) for row in rows] == [(1, "One day"), (3, "  The {fox} "), (4, None)]
     assert "not UTF-8" in rows[2].error
+
+
+def test_a_right_answer_whose_field_has_the_name_of_an_option_is_none(demo):
+    template = {"tasks": {"letters": {"user": "{question}", "gold": "choice", "metric": "accuracy"}}}
+    row = {"question": "Which letter?", "choice": ["B"]}
+    (record,) = run_batch(demo, [row], template=template, max_gen_len=5, temperature=0)
+    assert record["text"] != "B" and record["accuracy"] == 0.0

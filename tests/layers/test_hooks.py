@@ -292,3 +292,13 @@ def test_each_rank_loads_its_shard_of_metas_as_a_state_dict(write_checkpoint, tm
     whole.load_state_dict(torch.load(folder / "consolidated.00.pth", weights_only=True))
     expected = whole(torch.tensor([[1, 2, 3, 300]]))
     assert torch.allclose(torch.load(split / "logits.pt"), expected, atol=1e-5)
+
+
+def test_a_model_without_a_cache_takes_the_place_of_another(write_checkpoint):
+    llama, other = (
+        Llama.build(write_checkpoint(name, seed=n), None, 64, 2, device="cpu") for n, name in enumerate("ab")
+    )
+    bare = Transformer(other.args)
+    bare.load_state_dict(other.model.state_dict())
+    llama.model = bare
+    assert llama.generate([[1, 2, 3]], 5, temperature=0) == other.generate([[1, 2, 3]], 5, temperature=0)
