@@ -111,6 +111,17 @@ def test_the_logprobs_of_a_chat_are_those_of_offline_and_join_to_the_text(client
         assert joined == expected["generation"]["content"]
 
 
+def test_echoed_prompts_that_wait_for_a_slot_are_streamed_as_they_are_answered_at_once(client):
+    asked = {"model": "llama-demo", "prompt": [f"{STORY} {n}" for n in range(20)], "temperature": 0, "max_tokens": 3}
+    whole = client.completions.create(**asked, logprobs=1, echo=True).choices
+    parts = [chunk.choices[0] for chunk in client.completions.create(**asked, logprobs=1, echo=True, stream=True)]
+    for choice in whole:
+        own = [part for part in parts if part.index == choice.index]
+        assert "".join(part.text for part in own) == choice.text
+        tokens = [token for part in own if part.logprobs for token in part.logprobs.tokens]
+        assert tokens == choice.logprobs.tokens
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_scores_the_prompt_as_offline(client, demo, stream):
     (expected,) = demo.text_completion([STORY], temperature=0, max_gen_len=5, logprobs=True, echo=True, top_logprobs=2)

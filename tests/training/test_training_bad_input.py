@@ -1,5 +1,6 @@
 """What a user can get wrong: each is refused before the first step, or counted, and says what was found."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -157,6 +158,10 @@ def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_c
     )
     with torch.inference_mode():
         assert (beside.model(ids) - without.model(ids)).abs().max() > 0.1
+    copied = copy.deepcopy(beside.model)
+    assert torch.equal(copied(ids), beside.model(ids))  # nothing in it wants gradients
+    with pytest.raises(ValueError, match="compile = True with an adapter beside quantised weights"):
+        Llama.build(tmp_path / kind, max_seq_len=64, adapter=tmp_path / "out", compile=True)
     assert fingerprint(beside) != fingerprint(without)  # no file of answers goes on with the other
     with pytest.raises(ValueError, match=f"the weights are in {kind}: expected a model that was built without"):
         without.save(tmp_path / "saved")
