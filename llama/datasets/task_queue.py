@@ -1,7 +1,8 @@
 """Tasks of one run for several replicas: rank 0 hands them out, each replica takes one whenever it has room.
 
-What is waiting, and what was answered, lies in queues of torch's own store, which torchrun has made; no other port is
-opened. Knows nothing of what a task is, except that it and its result are JSON.
+What waits for the others, and what they have answered, lies in queues of torch's own store, which torchrun has made; no
+other port is opened. Rank 0 takes its own tasks from the source, so it never waits for a task that only it could post.
+Knows nothing of what a task is, except that it and its result are JSON.
 """
 
 import json
@@ -27,7 +28,7 @@ class TaskQueue:
 
     Args:
         tasks: rank 0's are taken one at a time, others' are ignored.
-        ahead: how many tasks lie ready for each replica, such as the number of its slots.
+        ahead: how many tasks lie ready for each other replica, such as the number of its slots.
 
     Raises:
         ValueError: the caller has made the process group with a store that has no queues.
@@ -41,8 +42,8 @@ class TaskQueue:
         self._own: deque[Any] = deque()  # rank 0's results
         self._is_first = dist.get_rank() % fairscale_groups.get_model_parallel_world_size() == 0
         self._n_others = parallel.n_replicas() - 1
-        self._ahead = parallel.n_replicas() * ahead
-        self._n_open = 0  # on rank 0: tasks whose results have not been collected
+        self._ahead = self._n_others * ahead
+        self._n_open = 0  # on rank 0: tasks whose results have not been collected, and others that may take more
         if self._n_others:
             store = dist.distributed_c10d._get_default_store()
             if not store.has_extended_api():
@@ -53,10 +54,12 @@ class TaskQueue:
     def take(self) -> Any:
         """The next task for this replica, None after the last. All its ranks call this together."""
         task = [None]
-        if self._is_first:
+        if dist.get_rank() == 0:
             self._post()
-            task = [self._receive("tasks") if self._n_others else self._next()]
-            if task == [None] and dist.get_rank() > 0:
+            task = [self._next()]
+        elif self._is_first:
+            task = [self._receive("tasks")]
+            if task == [None]:
                 self._send("results", None)
         if fairscale_groups.get_model_parallel_world_size() > 1:
             source = fairscale_groups.get_model_parallel_src_rank()
@@ -93,24 +96,24 @@ class TaskQueue:
 
     def _next(self) -> Any:
         """The next of rank 0's tasks, None after the last. The exception of one that fails is kept for the end."""
+        if not self._has_more:
+            return None
         try:
             task = next(self._tasks, None)
             json.dumps(task if self._n_others else None)
         except Exception as error:
             task, self._error = None, error
-        self._n_open += task is not None
+        self._has_more = task is not None
+        self._n_open += 1 if self._has_more else self._n_others
+        for _ in range(0 if self._has_more else self._n_others):
+            self._send("tasks", None)  # which each answers, once it has seen that there are no more
         return task
 
     def _post(self) -> None:
-        """On rank 0, keeps tasks ready in the store; in the end a None for each replica."""
-        while self._has_more and self._n_others and dist.get_rank() == 0:
-            if self._store.queue_len("tasks") >= self._ahead:
-                return
-            task = self._next()
-            self._has_more = task is not None
-            for _ in range(1 if self._has_more else self._n_others + 1):
+        """On rank 0, keeps tasks ready in the store for the others."""
+        while self._has_more and self._n_others and self._store.queue_len("tasks") < self._ahead:
+            if (task := self._next()) is not None:
                 self._send("tasks", task)
-            self._n_open += 0 if self._has_more else self._n_others  # who answer that they have seen it
 
     def _send(self, queue: str, message: Any) -> None:
         text = json.dumps(message)
