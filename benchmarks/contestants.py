@@ -30,7 +30,7 @@ class Ours:
             *(folder, None, max(room.values()), max(room) + 3),
             **{"device": device, **build},
         )
-        self.engine = llama._engine
+        self.engine, self.device = llama._engine, device
 
     def first_token(self, n_tokens: int) -> None:
         self.prefill(n_tokens)
@@ -56,12 +56,14 @@ class Ours:
         sequences = [
             Sequence(prompt, n_new, DecodingOptions(temperature=0), RandomStream(1, prompt, 0, i)) for i in range(batch)
         ]
-        seconds, started = [], time.perf_counter()
-        for _ in self.engine.run(sequences):
-            synchronize(self.engine.device.type)
-            if (now := time.perf_counter()) - started > 1e-4:  # the first is before any step
-                seconds.append(now - started)
-            started = now
+        for sequence in sequences:
+            self.engine.add(sequence)
+        seconds = []
+        while self.engine.has_work:
+            started = time.perf_counter()
+            self.engine.step()
+            synchronize(self.device)
+            seconds.append(time.perf_counter() - started)
         return seconds
 
 

@@ -24,6 +24,8 @@ PARAMS = {
 }
 # As many bytes, in matrices as wide, as one of eight processes holds of the 70B.
 PARAMS["llama-3.1-70b-eighth"] = PARAMS["llama-3.1-70b"] | {"n_layers": 10}
+# To try a program of this folder in seconds; its figures mean nothing.
+PARAMS["tiny"] = {"dim": 256, "n_layers": 2, "n_heads": 8, "multiple_of": 256}
 PARAMS = {name: params | LLAMA_3 for name, params in PARAMS.items()}
 TIED = ("llama-3.2-1b", "llama-3.2-3b")  # their files have no output.weight
 N_RANKS = 128000  # of the tokenizer, before its 256 special tokens
