@@ -1,14 +1,15 @@
 """Speculative decoding: tokens a step on the embedded checkpoint, and tokens/s with a target eight times its draft.
 
     python -m benchmarks.speculative acceptance
-    python -m benchmarks.speculative speed [--rounds 3] [--acceptance 0.8]
+    python -m benchmarks.speculative speed [--rounds 3] [--acceptance 0.8,0]
 
 `acceptance`: drafts that are the first layers of the embedded checkpoint with its last norm and output, and n-grams on
 repetitive text. Beside the tokens a step: how probable it is, at a position of the answers, that the draft's token is
 accepted, and that it would be by the rule of Leviathan et al. (sum(min(p, q))), both worked out from the distributions.
 
 `speed`: random float32 weights; the draft runs for its cost, and each of its proposals is then replaced by the token
-that the target is known to choose, with the probability asked for, else by another. The two ways take turns.
+that the target is known to choose, with the probability asked for, else by another. Three ways take turns: without
+proposals, with them while they pay (as `Llama.build(draft=…)` does it), and with them always.
 """
 
 import json
@@ -21,7 +22,7 @@ import fire
 import torch
 
 from benchmarks.shapes import write_tokenizer
-from llama import Llama, ModelArgs, Transformer, parallel
+from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
 from llama.cli.arguments import DEMO
 from llama.decoding.speculative import DraftModel
 from llama.engine import Counters
@@ -97,6 +98,7 @@ def acceptance(max_gen_len: int = 100) -> None:
                 expected, _ = plain.generate(texts, max_gen_len, seed=1, **options)
                 for what, draft in proposers.items():
                     llama = Llama.build(DEMO, draft=draft, **size)
+                    llama._engine.payoff.clock = lambda: 0.0  # proposals whatever they cost
                     llama.tokenizer.stop_tokens = set()
                     same = llama.generate(texts, max_gen_len, seed=1, **options)[0] == expected
                     counters, counts = llama._engine.counters, llama._engine.counters.speculation
@@ -135,12 +137,12 @@ def _parameters(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def speed(rounds: int = 3, acceptance: float = 0.8, new_tokens: int = 96) -> None:
-    """Tokens/s with proposals that are right with a known probability, beside none.
+def speed(rounds: int = 3, acceptance: str = "0.8,0", new_tokens: int = 128) -> None:
+    """Tokens/s with proposals that are right with known probabilities, beside none.
 
     Args:
         rounds: how often each takes its turn.
-        acceptance: the probability that a proposed token is right.
+        acceptance: the probabilities that a proposed token is right, separated by commas.
         new_tokens: tokens of each answer.
     """
     parallel.initialize(device=torch.device("cpu"))
@@ -148,10 +150,9 @@ def speed(rounds: int = 3, acceptance: float = 0.8, new_tokens: int = 96) -> Non
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         write_tokenizer(Path(name) / "tokenizer.model", common["vocab_size"] - 256)
-        from llama import Tokenizer
-
         tokenizer = Tokenizer(Path(name) / "tokenizer.model")
     tokenizer.stop_tokens = set()
+    probabilities = acceptance if isinstance(acceptance, (tuple, list)) else str(acceptance).split(",")
     for rows in (1, 4):
         target = Transformer(ModelArgs(dim=1024, n_layers=14, n_heads=16, max_batch_size=rows, **common))
         draft = Transformer(ModelArgs(dim=512, n_layers=5, n_heads=8, max_batch_size=rows, **common))
@@ -159,30 +160,39 @@ def speed(rounds: int = 3, acceptance: float = 0.8, new_tokens: int = 96) -> Non
             model.init_weights(generator=generator)
             model.requires_grad_(False)
         sizes = [_parameters(model) / 1e6 for model in (target, draft)]  # packed for products, they hold less
-        proposer = KnownAnswer(draft, acceptance, common["vocab_size"])
-        ways = {"none": Llama(target, tokenizer), "speculative": Llama(target, tokenizer, proposer=proposer)}
         prompts = torch.randint(0, 7_000, (rows, 16), generator=generator).tolist()
-        answers, _ = ways["none"].generate(prompts, new_tokens, temperature=0)
-        proposer.answers = {tuple(prompt): answer for prompt, answer in zip(prompts, answers)}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(rounds + 1):  # the first to warm up
-            for way, llama in ways.items():
-                llama._engine.counters = Counters()
-                llama._engine.slots.forget()
-                started = time.perf_counter()
-                if llama.generate(prompts, new_tokens, temperature=0)[0] != answers:
-                    raise RuntimeError(f"{way} gave other answers")
-                if turn:
-                    seconds[way].append(time.perf_counter() - started)
-        rates = {way: rows * new_tokens / statistics.median(times) for way, times in seconds.items()}
-        counters = ways["speculative"]._engine.counters
-        per_step = counters.decoded / counters.speculation.steps
-        print(
-            f"target {sizes[0]:.0f} M, draft {sizes[1]:.0f} M parameters, "
-            f"{rows} row(s), {acceptance:.0%} right: {rates['none']:.1f} tokens/s without, "
-            f"{rates['speculative']:.1f} with ({rates['speculative'] / rates['none']:.2f} x), "
-            f"{per_step:.2f} tokens a step"
-        )
+        without = Llama(target, tokenizer)
+        answers, _ = without.generate(prompts, new_tokens, temperature=0)
+        for probability in map(float, probabilities):
+            proposer = KnownAnswer(draft, probability, common["vocab_size"])
+            proposer.answers = {tuple(prompt): answer for prompt, answer in zip(prompts, answers)}
+            ways = {name: Llama(target, tokenizer, proposer=proposer) for name in ("while they pay", "always")}
+            ways["always"]._engine.payoff.clock = lambda: 0.0
+            rates = _rates({"none": without} | ways, prompts, answers, rounds)
+            counters = ways["while they pay"]._engine.counters
+            print(
+                f"target {sizes[0]:.0f} M, draft {sizes[1]:.0f} M parameters, {rows} row(s), {probability:.0%} right: "
+                f"{rates['none']:.1f} tokens/s without; with proposals while they pay {rates['while they pay']:.1f} "
+                f"({rates['while they pay'] / rates['none']:.2f} x, at least 0.98), always {rates['always']:.1f} "
+                f"({rates['always'] / rates['none']:.2f} x); {counters.decoded / counters.speculation.steps:.2f} "
+                "tokens a step"
+            )
+
+
+def _rates(ways: dict[str, Llama], prompts: list[list[int]], answers: list, rounds: int) -> dict[str, float]:
+    """Tokens/s of each way, medians of rounds in which they take turns."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(rounds + 1):  # the first to warm up
+        for way, llama in ways.items():
+            llama._engine.counters = Counters()
+            llama._engine.slots.forget()
+            started = time.perf_counter()
+            if llama.generate(prompts, len(answers[0]), temperature=0)[0] != answers:
+                raise RuntimeError(f"{way} gave other answers")
+            if turn:
+                seconds[way].append(time.perf_counter() - started)
+    n_tokens = sum(map(len, answers))
+    return {way: n_tokens / statistics.median(times) for way, times in seconds.items()}
 
 
 if __name__ == "__main__":

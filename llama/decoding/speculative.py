@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 
 from llama.checkpoint import Checkpoint, build_model, open_checkpoint
 from llama.decode_step import run_rows
+from llama.decoding.payoff import Payoff
 from llama.engine import PREFILL_TOKENS, Engine
 from llama.kv_cache import Slots
 from llama.layers.hooks import Logits
@@ -56,12 +58,14 @@ class Proposer(Protocol):
 class SpeculativeEngine(Engine):
     """An engine whose decode steps check proposals, each row at its own acceptance.
 
-    All else is the engine's: which sequences run beside each other, prefill, prefixes, and how a token is chosen.
+    Measured times decide whether there are proposals (`Payoff`). All else is the engine's: which sequences run beside
+    each other, prefill, prefixes, and how a token is chosen.
     """
 
     def __init__(self, model: Transformer, proposer: Proposer):
         super().__init__(model)
         self.proposer = proposer
+        self.payoff = Payoff(get_model_parallel_group(), self.model.device)
         self._n_proposals: dict[Sequence, int] = {}  # how many each running sequence gets
 
     def _decode(self) -> None:
@@ -70,15 +74,22 @@ class SpeculativeEngine(Engine):
         # The step adds one token to those accepted, so the last of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
         proposals: dict[Sequence, list[int]] = {}
-        if self.packed and any(limits) and self.model is self.opened:  # after the second token
+        may_propose = self.packed and any(limits) and self.model is self.opened  # after the second token
+        trials, n_rows, n_decoded = self.payoff.at(len(self.running)), len(self.running), self.counters.decoded
+        started = self.payoff.clock()
+        if may_propose and trials.proposing:
             proposals = dict(zip(sampled, self.proposer.propose(sampled, limits)))
+        proposed = self.payoff.clock()
         self.counters.speculation.steps += len(sampled)
         for sequence in sampled:
             sequence.speculation.steps += 1
         if any(proposals.values()):
             self._decode_with([proposals.get(s, []) for s in self.running])
+            trials.note_with(self.payoff.clock() - started, (self.counters.decoded - n_decoded) / n_rows)
         else:
             super()._decode()
+            if may_propose:  # the first step packs the matrices
+                trials.note_without(self.payoff.clock() - proposed, proposed - started)
 
     def _decode_with(self, proposals: list[list[int]]) -> None:
         """Runs each sequence's last token and its proposals, and chooses tokens as long as these are what was proposed.
@@ -220,15 +231,11 @@ class DraftModel:
         self.slots.forget()
 
     def _place(self, sequences: list[Sequence], texts: list[list[int]]) -> None:
-        """Gives each sequence the slot of its place in the list: what it held until now, or a shared beginning.
-
-        New sequences come after those that were here last time, as in `Engine.running`, so their slots are free.
-        """
-        order = list(self._lengths)
+        """Gives each sequence the slot of its place in the list: what it held until now, or a shared beginning."""
+        held = self.slots.tokens
+        order = [*self._lengths, *[None] * (len(self.slots) - len(self._lengths))]
         for slot, (sequence, text) in enumerate(zip(sequences, texts)):
-            held = self.slots.tokens
             if sequence not in self._lengths:
-                self.slots.take(slot, *self.slots.find(text, len(text) - 1))
                 continue
             at = order.index(sequence)
             self.slots.swap(slot, at)
@@ -238,6 +245,15 @@ class DraftModel:
             while kept < min(len(held[slot]), len(text) - 1) and held[slot][kept] == text[kept]:
                 kept += 1
             del held[slot][kept:]
+        new = [slot for slot, sequence in enumerate(sequences) if sequence not in self._lengths]
+        for i, slot in enumerate(new):
+            source, shared = self.slots.find(texts[slot], len(texts[slot]) - 1)
+            if len(sequences) - slot == len(new) - i:  # all slots from here on are free
+                self.slots.take(slot, source, shared)
+            else:  # steps without proposals came before, and a slot above this one has its sequence already
+                self.slots.record(slot, shared if source == slot else 0, [])
+                if shared and source != slot:
+                    self.slots.copy([source], [slot], 0, shared)
 
     def _prefill(self, texts: list[list[int]]) -> None:
         """Runs what new texts have but for their last ids, one pass a step: long ones take several, and wait."""

@@ -1,5 +1,6 @@
 """Speculative decoding against the model alone: the same answers, token for token, whatever proposes."""
 
+import functools
 import itertools
 import json
 import re
@@ -16,11 +17,18 @@ from test_sampling import chi_square_is_plausible
 from llama import GenerationError, Llama, Tokenizer, Transformer
 from llama.adapters import lora
 from llama.decoding import speculative
+from llama.decoding.payoff import Payoff
 from llama.decoding.speculative import MAX_PROPOSALS, DraftModel, NgramIndex, check_tokenizer
 from llama.engine import PREFILL_TOKENS
 from llama.sampling import race
 
 KINDS = ["near", "bad", "ngram"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_takes_time(monkeypatch):
+    """So that proposals are made whatever they cost; `test_payoff` has the times."""
+    monkeypatch.setattr(speculative, "Payoff", functools.partial(Payoff, clock=lambda: 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +394,7 @@ SCRIPT = """
 import json, sys
 import torch.distributed as dist
 from llama import Llama
+from llama.decoding.payoff import Trials
 target, draft, odd, model_parallel_size, prompts, out = sys.argv[1:]
 options = {"max_batch_size": 4, "model_parallel_size": int(model_parallel_size), "device": "cpu"}
 refused = ""
@@ -397,8 +406,14 @@ llama = Llama.build(target, draft=draft, **options)
 llama.tokenizer.stop_tokens = {7, 300}
 prompts = json.load(open(prompts))
 answers = [llama.generate(prompts, 8, seed=1, temperature=t, num_return_sequences=2)[0] for t in (0, 1.0)]
-counts = llama._engine.counters.speculation
-json.dump([answers, counts.accepted, refused], open(f"{out}.{dist.get_rank()}", "w"))
+accepted = llama._engine.counters.speculation.accepted
+# The ranks' clocks disagree from now on: after its next window, the first would go on without proposals.
+decision = [False, 1000] if dist.get_rank() == 0 else [True, 16]
+Trials._decide = lambda self: decision
+llama._engine.payoff._trials.clear()
+answers.append(llama.generate(prompts, 40, seed=1, temperature=0)[0])
+stopped = [not trials.proposing for trials in llama._engine.payoff._trials.values()]
+json.dump([answers, accepted, any(stopped), refused], open(f"{out}.{dist.get_rank()}", "w"))
 """
 
 
@@ -407,6 +422,7 @@ def test_two_processes_give_the_same_tokens_split_or_as_replicas(build, folders,
     llama = build()
     prompts = [*PROMPTS[:10], [65, 66] * 10]
     expected = [llama.generate(prompts, 8, seed=1, temperature=t, num_return_sequences=2)[0] for t in (0, 1.0)]
+    expected.append(llama.generate(prompts, 40, seed=1, temperature=0)[0])
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "script.py").write_text(SCRIPT)
     odd = write(tmp_path / "odd", random_model(0, **SMALL | {"n_heads": 1, "n_kv_heads": 1}))
@@ -415,9 +431,10 @@ def test_two_processes_give_the_same_tokens_split_or_as_replicas(build, folders,
     result = torchrun(2, tmp_path / "script.py", *arguments)
     assert result.returncode == 0, result.stderr
     for rank in range(2):
-        answers, accepted, refused = json.loads((tmp_path / f"out.{rank}").read_text())
+        answers, accepted, stopped, refused = json.loads((tmp_path / f"out.{rank}").read_text())
         assert answers == expected
         assert accepted > 0
+        assert stopped == (rank == 0 or model_parallel_size == 2)
         assert (": 1 heads with 1 of keys and values cannot be shared out" in refused) == (model_parallel_size == 2)
 
 
