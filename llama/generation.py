@@ -5,7 +5,7 @@ Everything a user passes in is checked here, before anything runs; the work is d
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -23,9 +23,10 @@ from llama.decoding.predictions import ChatPrediction, CompletionPrediction
 from llama.decoding.rollouts import answer_dialogs, encode_dialog, named
 from llama.decoding.speculative import Proposer, SpeculativeEngine, make_proposer, open_draft
 from llama.engine import Engine
-from llama.keywords import Options, StreamOptions
+from llama.keywords import Options, StreamOptions, in_our_words
 from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p, shared_attribute  # noqa: F401  # importable
 from llama.model import ModelArgs, Transformer
+from llama.options import DecodingOptions, check_flags
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer  # noqa: F401
 from llama.tokenizer.open_turns import OpenDialog
 
@@ -34,6 +35,7 @@ class Llama:
     """A model and its tokenizer, ready to generate. `Llama.build` makes one."""
 
     @staticmethod
+    @in_our_words
     def build(
         ckpt_dir: str | os.PathLike,
         tokenizer_path: str | os.PathLike | None = None,
@@ -75,8 +77,8 @@ class Llama:
             MemoryError: the device has no room for the weights and the cache.
         """
         started = time.perf_counter()
-        if not isinstance(compile, bool):
-            raise TypeError(f"compile = {compile!r}: expected True or False")
+        check_flags(compile=compile, train=train)
+        DecodingOptions(seed=seed)  # raises if it is none
         device = parallel.pick_device(device)
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
@@ -176,10 +178,8 @@ class Llama:
             GenerationError: the model or a logits_processor gave logits that cannot be used, for some of the prompts.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        if not isinstance(prompt_tokens, Iterable):
-            raise TypeError(f"prompt_tokens is {prompt_tokens!r}: expected a list of prompts, each a list of token ids")
-        prompts = [self.answerer.check_prompt(index, prompt) for index, prompt in enumerate(prompt_tokens)]
-        settings = self.answerer.check_options(prompts, options)
+        check_flags(logprobs=logprobs, echo=echo, progress=progress)
+        prompts, settings = self.answerer.check_prompts(prompt_tokens, options)
         by_prompt = self.answerer.answer(prompts, settings, logprobs, echo, progress)
         answers = [(prompt, answer) for prompt, group in zip(prompts, by_prompt) for answer in group]
         tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
@@ -207,8 +207,8 @@ class Llama:
             "tokens", "logprobs" and "top_logprobs" when these are asked for.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        ids = self.answerer.encode_texts(prompts)
-        settings = self.answerer.check_options(ids, options)
+        check_flags(logprobs=logprobs, echo=echo, progress=progress)
+        ids, settings = self.answerer.encode_texts(prompts, options)
         if (generate := self._other_generate) is None:
             groups = self.answerer.answer(ids, settings, logprobs, echo, progress)
         else:
@@ -237,6 +237,7 @@ class Llama:
             with placeholders it is the last of its answers, and "dialog" has all the messages.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
+        check_flags(logprobs=logprobs, progress=progress)
         return answer_dialogs(self.answerer, self.formatter, dialogs, options, logprobs, progress, self._other_generate)
 
     def stream_text(self, prompt: str, **options: Unpack[StreamOptions]) -> Iterator[str]:
@@ -246,14 +247,17 @@ class Llama:
         is yielded; joined, the pieces are what `text_completion` returns with the same seed. An answer of nothing
         yields nothing. Closing the iterator ends the answer and frees its slot.
         """
-        return self.answerer.open_stream(self.answerer.encode_texts([prompt])[0], options)
+        (ids,), (option,) = self.answerer.encode_texts([prompt], options)
+        return self.answerer.open_stream(ids, option)
 
     def stream_chat(self, dialog: Dialog | str, **options: Unpack[StreamOptions]) -> Iterator[str]:
         """Yields the answer to a dialog piece by piece, as `stream_text` does: print(piece, end="") shows it."""
         opened = named("dialog 0", OpenDialog, dialog, self.formatter)
         if opened.has_placeholders:
             raise ValueError("a stream is one answer: expected a dialog without open turns")
-        return self.answerer.open_stream(encode_dialog(self.answerer, self.formatter, 0, opened.prompt), options)
+        (option,) = self.answerer.check_options([dialog], options)
+        ids = encode_dialog(self.answerer, self.formatter, 0, opened.prompt, option)
+        return self.answerer.open_stream(ids, option)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[scoring.Score]:
         """The log-probability of each token of texts, without generating.

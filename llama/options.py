@@ -5,7 +5,7 @@ Knows nothing of models or text. The names are those of Transformers and vLLM.
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
@@ -71,6 +71,9 @@ class DecodingOptions:
     grammar: str | None = None  # the answer is a text of this grammar, in Lark's notation
     logits_processor: LogitsProcessor | None = None  # called as Transformers'; returns logits [1, vocab_size]
     top_logprobs: int = 0  # how many of the most likely tokens to report at each position
+    # "left" or "right": at which side a prompt is cut that leaves no room for max_gen_len tokens, or a quarter of
+    # max_seq_len, whichever is less; of a dialog, its longest message is cut. None: it is an error if it does not fit.
+    truncate: str | None = None
 
     def __post_init__(self):
         for name, (kind, least, most) in NUMBERS.items():
@@ -84,6 +87,8 @@ class DecodingOptions:
             raise _mistake(self, name, expected + (", or None" if may_be_none else ""))
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise _mistake(self, "early_stopping", "True, False or 'never'")
+        if self.truncate not in (None, "left", "right"):
+            raise _mistake(self, "truncate", "'left' or 'right', or None")
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise _mistake(self, "logits_processor", "a callable, or None")
         if self.stop is not None and not all(map(_is_stop, self.stops)):
@@ -179,6 +184,22 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
     return result
 
 
+def check_flags(**flags: Any) -> None:
+    """Raises TypeError for a value that is neither True nor False: a text such as "no" would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            found = f"{name} = {shown(value)}: expected True or False"
+            raise TypeError(found + " (for the likeliest tokens, top_logprobs)" * (name == "logprobs"))
+
+
+def as_list(name: str, values: Any, what: str, single: str) -> list:
+    """The elements of what should be a list. Raises TypeError for a single one, whose parts would be taken for them."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        hint = f", so pass [{single}]" if isinstance(values, (str, bytes, Mapping)) else ""
+        raise TypeError(f"{name} is a {type(values).__name__}: expected a list of {what}{hint}")
+    return list(values)
+
+
 def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[int]:
     """Token ids as a list of int, whatever holds them: a list, a tuple, an array or a tensor.
 
@@ -193,7 +214,7 @@ def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[i
         raise ValueError(f"{name} is empty: expected at least one token id, such as the tokenizer's bos_id")
     if limit is not None and len(ids) > limit:
         found = f"{name} has {len(ids):,} tokens"
-        raise ValueError(f"{found}: expected at most max_seq_len = {limit:,}, which `Llama.build` sets")
+        raise ValueError(f"{found}: expected at most max_seq_len = {limit:,}; truncate = 'left' or 'right' cuts it")
     for token in ids:
         if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
             raise ValueError(f"{name} has {token!r} among its ids: expected integers from 0 to {vocab_size - 1}")

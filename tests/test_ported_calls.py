@@ -1,13 +1,16 @@
 """Calls as they are written for Transformers, vLLM and lmdeploy: they give what is meant, or name our word for it."""
 
+import inspect
+
 import pytest
 from conftest import DEMO
 
 from llama import Llama
 from llama.cli import commands as cli
 from llama.datasets.batch import run_batch
-from llama.keywords import PORTED, Options, StreamOptions, unknown
+from llama.keywords import PORTED, PORTED_BUILD, Options, StreamOptions, unknown
 from llama.options import NAMES, DecodingOptions
+from llama.rejection_sampling import rejection_sample
 
 USER = [{"role": "user", "content": "What is 21 + 34?"}]
 P = {"role": "assistant", "content": "<PLACEHOLDER>"}
@@ -30,6 +33,10 @@ def test_the_typed_options_are_the_options():
             "do_sample is temperature here: 0 takes the most likely token each time, and more than 0 samples",
         ),
         ("stop_token_ids", "stop_token_ids is stop here, which takes strings and ids of tokens"),
+        ("sampling_params", "sampling_params is not an object here: pass its fields"),
+        ("attention_mask", "attention_mask is not needed here: prompts may differ in length"),
+        ("streamer", "streamer is stream_text or stream_chat here, methods of their own"),
+        ("truncation_side", "truncation_side is truncate here: 'left' or 'right'"),
         ("temprature", "'temprature' is not a decoding option: did you mean temperature? expected one of "),
     ],
 )
@@ -53,8 +60,70 @@ def test_each_word_of_ours_that_is_named_for_a_foreign_one_exists():
     for name, ours in PORTED.items():
         assert name not in NAMES
         first = ours.partition(" here")[0].partition("=")[0]
-        assert first in {*NAMES, "logprobs", "always so"}, name
+        not_options = {"always so", "not an object", "not needed", "stream_text or stream_chat"}
+        assert first in {*NAMES, *not_options, *inspect.signature(Llama.generate).parameters}, name
         assert unknown(name, NAMES).startswith(f"{name} is {first}")
+    parameters = inspect.signature(Llama.build).parameters
+    for name, ours in PORTED_BUILD.items():
+        assert name not in parameters and ours.partition(" here")[0] in parameters, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is model_parallel_size here"),
+        ({"torch_dtype": "float16"}, "torch_dtype is dtype here"),
+        ({"max_model_len": 64}, "max_model_len is max_seq_len here"),
+        ({"load_in_8bit": True}, "load_in_8bit is quantize here: 'int8' or 'int4'"),
+        ({"max_sequence_len": 64}, "'max_sequence_len' is not an argument: did you mean max_seq_len? expected one of "),
+        ({"compile": "yes"}, "compile = 'yes': expected True or False"),
+        ({"train": "no"}, "train = 'no': expected True or False"),
+        ({"seed": "x"}, "seed = 'x': expected an integer, or None"),
+    ],
+)
+def test_a_model_is_not_built_with_what_would_be_taken_for_something_else(options, message):
+    with pytest.raises((TypeError, ValueError)) as found:
+        Llama.build("/nowhere", **options)
+    assert message in str(found.value)
+
+
+def test_one_where_several_are_expected_is_refused_and_not_taken_apart(demo):
+    text, row = USER[0]["content"], {"prompt": "One day"}
+    calls = [
+        (lambda: demo.text_completion(text), r"prompts is a str: expected a list of texts, so pass \[prompt\]"),
+        (lambda: demo.text_completion(None), "prompts is a NoneType: expected a list of texts$"),
+        (
+            lambda: demo.generate({"input_ids": [[1]]}),
+            "prompt_tokens is a dict: expected a list of prompts, ",
+        ),
+        (
+            lambda: demo.chat_completion(text),
+            r"dialogs is a str: .* dialogs or strings, so pass \[text\]",
+        ),
+        (lambda: demo.chat_completion(USER[0]), r"dialogs is a dict: .* so pass \[dialog, itself a list of messages\]"),
+        (lambda: demo.score(text), "texts is a str"),
+        (lambda: demo.score([5]), "text 0 is a int: expected a list of token ids"),
+        (lambda: demo.perplexity(5), "texts is a int: expected a list of texts"),
+        (lambda: demo.perplexity([5]), "text 0 is a int: expected a text, or a list of token ids"),
+        (
+            lambda: rejection_sample(demo, text, "logprob"),
+            "prompts is a str: expected a list of texts, dialogs or",
+        ),
+        (lambda: rejection_sample(demo, row, "logprob"), "prompts is a dict"),
+        (lambda: run_batch(demo, "in.jsonl"), r"lines is a str: expected dictionaries.*`run_batch_files` reads files"),
+        (lambda: run_batch(demo, row), "lines is a dict: expected dictionaries, one for each row"),
+        (lambda: run_batch("demo/checkpoint", [row]), "llama is a str: expected a Llama; a directory goes with"),
+    ]
+    for call, message in calls:
+        with pytest.raises(TypeError, match=message):
+            call()
+    for name in ("logprobs", "echo", "progress"):  # vLLM's logprobs are a number
+        with pytest.raises(TypeError, match=f"{name} = 5: expected True or False"):
+            demo.text_completion(["One"], **{name: 5})
+    with pytest.raises(
+        TypeError, match=r"logprobs = 'no': expected True or False \(for the likeliest tokens, top_logp"
+    ):
+        run_batch(demo, [row], logprobs="no")
 
 
 def test_beams_without_a_temperature_are_greedy_beams(demo):
@@ -84,8 +153,6 @@ def test_a_string_where_a_dialog_is_expected_is_one_turn_of_the_user(demo):
     assert "".join(demo.stream_chat(text, **options)) == expected[0]["generation"]["content"]
     (record,) = run_batch(demo, [{"messages": text, **options}])
     assert record["text"] == expected[0]["generation"]["content"]
-    with pytest.raises(TypeError, match=r"dialogs is a str: expected a list of dialogs or strings, so pass \[text\]"):
-        demo.chat_completion(text)
     with pytest.raises(ValueError, match=r"dialog 0: .*found dict.*pass \[dialog\]"):
         demo.chat_completion(USER)
 
@@ -139,9 +206,7 @@ def test_a_flag_of_another_program_is_answered_with_ours(capsys):
     assert said[1].startswith("llama: --do_sample is --temperature here: 0 takes")
 
 
-def test_what_would_be_taken_for_something_else_is_refused(demo):
-    with pytest.raises(TypeError, match="compile = 'yes': expected True or False"):
-        Llama.build(DEMO, compile="yes")
+def test_a_text_without_a_token_to_predict_has_no_perplexity(demo):
     for text, found in (("", "is empty"), ([5], "has one token")):
         with pytest.raises(ValueError, match=f"text 1 {found}: a perplexity needs a token after the first"):
             demo.perplexity(["One day", text])

@@ -54,8 +54,9 @@ STOP = PrimitiveConstructorSpec(
 class Decoding(DecodingOptions):
     """How an answer is decoded."""
 
-    stop: Annotated[Any, STOP] = None
+    stop: Annotated[Any, STOP] = None  # ends the answer: a text, the id of a token, or a JSON list of these
     json_schema: str | None = None  # the answer is JSON of this schema, itself in JSON
+    # Added to the logits of the ids it names, such as "{97: -5}".
     logit_bias: UsePythonSyntaxForLiteralCollections[dict[int, float] | None] = None
     logits_processor: Suppress[Any] = None
 

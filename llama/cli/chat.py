@@ -94,7 +94,7 @@ class Conversation:
         before = self.turns
         while (n := len(self.llama.formatter.encode_dialog_prompt(self.dialog(message)))) + room > limit and self.turns:
             self.turns = self.turns[2:]
-        if n >= limit:
+        if n >= limit and self.options.get("truncate") is None:
             self.turns = before
             raise ValueError(
                 f"the message makes a prompt of {n:,} tokens without any earlier turn: expected at most {limit - 1:,}, "

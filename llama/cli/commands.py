@@ -4,21 +4,25 @@ tyro makes flags, types, help and suggestions from the commands' annotations and
 """
 
 import os
+import re
 import sys
+from dataclasses import fields
 
 import tyro
 
 from llama import __version__
-from llama.cli.arguments import MISTAKES, is_first_rank
+from llama.cli.arguments import MISTAKES, BatchLoading, is_first_rank
 from llama.cli.checkpoints import convert, info, quantize, verify
 from llama.cli.datasets import batch, rescore, sample
 from llama.cli.finetune import finetune, merge
 from llama.cli.serve import serve
 from llama.cli.texts import chat, complete, score
-from llama.keywords import PORTED
+from llama.keywords import ANSWERS, PORTED, PORTED_BUILD
 from llama.options import NAMES
 
 COMMANDS = (chat, complete, score, batch, sample, rescore, finetune, merge, info, verify, convert, quantize, serve)
+
+FLAGS = (*NAMES, *(field.name for field in fields(BatchLoading)))
 
 CONFIG = (
     tyro.conf.OmitArgPrefixes,  # --device, not --loading.device
@@ -81,14 +85,17 @@ def _name_ported(argv: list[str]) -> None:
     """Says on stderr which of our flags the flags of other programs are."""
     for word in argv:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--") and name in PORTED and not (name == "n" and argv[0] == "sample"):
-            dashes = "--" if PORTED[name].startswith(NAMES) else ""
-            print(f"llama: --{name} is {dashes}{PORTED[name]}", file=sys.stderr)
+        if not word.startswith("--") or (name == "n" and argv[0] == "sample"):
+            continue
+        ported = "-n here" if argv[0] == "sample" and name in ANSWERS else {**PORTED_BUILD, **PORTED}.get(name)
+        if ported is not None and ported.startswith((*FLAGS, "-n ")):
+            print(f"llama: --{name} is {'--' * (not ported.startswith('-'))}{ported}", file=sys.stderr)
 
 
 def _as_typed(message: str, argv: list[str]) -> str:
-    """A message of the package in the words of the command line: it names the flag, and not a keyword argument."""
-    flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("-")}
-    if message.partition(" = ")[0] in flags:
+    """A message of the package in the words of the command line: it names flags, and not keyword arguments."""
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("-")}
+    if (first := re.match(r"\w+", message)) and first[0] in given:
         message = f"--{message}"
-    return message.replace("`Llama.build`", "the command line")
+    message = re.sub(rf"(?<![-\w])({'|'.join(FLAGS)})(?= = )", r"--\1", message)
+    return message.replace(", which `Llama.build` sets", "").replace("`Llama.build`", "the command line")

@@ -46,8 +46,7 @@ class Files:
 
     def check(self, *others: str | None) -> None:
         """Raises OSError, ValueError or ImportError if rows cannot be read, or answers to them not be written."""
-        if self.target != "-":
-            check_indent(self.indent, self.target)
+        check_indent(self.indent, self.target)
         if is_first_rank():
             inputs = [self.source, *(path for path in others if path is not None)]
             if self.target != "-":
@@ -117,6 +116,7 @@ def batch(
                 found = report_of(map(json.loads, lines))
             print(table_of(found))
             if report is not None:
+                Path(report).parent.mkdir(parents=True, exist_ok=True)
                 Path(report).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if summary.n_failed == summary.n_lines > 0:
             sys.exit(1)
@@ -182,6 +182,7 @@ class Scoring:
             hint = "(with --retry, rows with an answer that has no score are done again, and give the same answers)"
             print(hint, file=sys.stderr)
         if self.plot is not None:
+            Path(self.plot).parent.mkdir(parents=True, exist_ok=True)
             summary.plot(self.plot)
         if not summary.scores and (summary.groups or summary.n_failed):
             sys.exit(1)
@@ -265,17 +266,22 @@ def _model(
 
 def check_report(path: Path, files: Files) -> None:
     """Raises OSError or ValueError if a report could not be written at the end of the run."""
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise FileNotFoundError(f"--report {path}: expected a file in a directory that is there")
+    if path.is_dir() or not _folder_of(path).is_dir():
+        raise FileNotFoundError(f"--report {path}: expected the name of a file to write")
     if path.exists() and any(Path(f).exists() and path.samefile(f) for f in (files.source, files.target)):
         raise ValueError(f"--report {path} is the source or the target: expected another file")
 
 
+def _folder_of(path: Path) -> Path:
+    """The first of the folders above a file that is there; those below it are made when the file is written."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
 def _check_plot(path: Path) -> None:
     """Raises OSError if a plot could not be written at the end of the run."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--plot {path}: there is no directory {path.parent}: expected one that is there")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not (folder := _folder_of(path)).is_dir():
+        raise NotADirectoryError(f"--plot {path}: {folder} is a file: expected a directory for the PNG")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         found = "a directory" if path.is_dir() else "not writable"
         raise OSError(f"--plot {path}: it is {found}: expected a PNG to write")
 

@@ -15,6 +15,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from llama.decoding.answering import Answer, Job
 from llama.decoding.predictions import details
 from llama.decoding.rollouts import Rollout, Rollouts
 from llama.generation import Llama
+from llama.options import check_flags
 from llama.tokenizer.open_turns import OpenDialog
 
 
@@ -70,8 +72,12 @@ def run_batch(
             llama = closing.enter_context(_on_replicas(llama, replicas))
         run = _batch(llama, template, logprobs, options)
         with parallel.fail_together():
-            if isinstance(lines, (list, tuple)) and dist.get_rank() == 0:
-                scan(map(row_of, itertools.count(1), lines))
+            if dist.get_rank() == 0:
+                if isinstance(lines, (str, os.PathLike, dict)) or not isinstance(lines, Iterable):
+                    hint = " (`run_batch_files` reads files)" if isinstance(lines, (str, os.PathLike)) else ""
+                    raise TypeError(f"lines is a {type(lines).__name__}: expected dictionaries, one for each row{hint}")
+                if isinstance(lines, (list, tuple)):
+                    scan(map(row_of, itertools.count(1), lines))
         still_open = closing.pop_all()
 
     def records() -> Iterator[dict]:  # a generator of its own, so that mistakes are raised at once
@@ -130,6 +136,9 @@ def _on_replicas(model: Any, replicas: int) -> RemoteModel:
 
 
 def _batch(llama: Llama | RemoteModel, template: Any, logprobs: bool, options: dict[str, Any]) -> "_Batch":
+    check_flags(logprobs=logprobs)
+    if not hasattr(llama, "answerer"):
+        raise TypeError(f"llama is a {type(llama).__name__}: expected a Llama; a directory goes with `replicas`")
     run = _Batch(llama, template, logprobs, options)
     content = run.template and run.template.content
     run.remote = functools.partial(_Batch, template=content, logprobs=logprobs, options=options)
@@ -182,9 +191,11 @@ class _Batch(Run):
         option, line = self.option_of(task["options"]), _Line(task)
         if "messages" in task:
             dialog = OpenDialog(task["messages"], self.llama.formatter)
-            line.rollouts = Rollouts(dialog, option, lambda dialog: prompt_ids(self.llama, {"messages": dialog}))
+            line.rollouts = Rollouts(
+                dialog, option, lambda dialog: prompt_ids(self.llama, {"messages": dialog}, option)
+            )
             return [line.rollouts.first(line, logprobs=task["logprobs"])]
-        return [Job(line, prompt_ids(self.llama, task), option, logprobs=task["logprobs"])]
+        return [Job(line, prompt_ids(self.llama, task, option), option, logprobs=task["logprobs"])]
 
     def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | Result:
         line = job.key
@@ -203,7 +214,10 @@ class _Batch(Run):
             read = template.read(record["text"])
             record |= {"task": template.name, **read, **template.measure(record["text"], read, row.fields)}
             for answer in record.get("answers", ()):
-                answer |= template.read(answer["text"])
+                read = template.read(answer["text"])
+                answer |= read | template.measure(answer["text"], read, row.fields)
+            if "answers" in record and template.metric is not None:  # that of the row is the mean of its answers'
+                record[template.metric] = fmean(answer[template.metric] for answer in record["answers"])
             record |= {kind: task[kind] for kind in KINDS if kind in task}  # the row does not say what was asked
         if row.error is None and "metadata" in row.fields:
             record["metadata"] = row.fields["metadata"]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def begins_as_whole(line: bytes) -> bool:
-    """Whether the first line of a file that should be JSON lines is that of an array, or of an object that goes on."""
-    line = line.removeprefix(b"\xef\xbb\xbf").strip()
-    return line[:1] == b"[" or line == b"{"
+def begins_as_whole(lines: list[bytes]) -> bool:
+    """Whether the first two lines of what should be JSON lines are those of an array, or of an object that goes on."""
+    first, second = [line.removeprefix(b"\xef\xbb\xbf").strip() for line in [*lines, b"{"][:2]] if lines else (b"", b"")
+    goes_on = first[:1] == b"{" and first.endswith((b"{", b"[", b",", b":")) and second[:1] != b"{"
+    return first[:1] == b"[" or first == b"{" or goes_on
 
 
 def read_json_rows(path: Path) -> Iterator[Any]:

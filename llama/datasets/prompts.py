@@ -4,14 +4,23 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from llama.decoding.rollouts import dialog_ids
 from llama.generation import Llama
 from llama.keywords import unknown
-from llama.options import NAMES
+from llama.options import NAMES, DecodingOptions
 from llama.tokenizer.open_turns import as_dialog
 
 KINDS = ("prompt", "messages", "tokens")  # a text to be continued, a dialog to be answered, ids
 OPTIONS = tuple(name for name in NAMES if name != "logits_processor")  # a file holds no code
 KEYS = (*KINDS, "logprobs", "metadata", *OPTIONS)  # the fields of a row, besides its id
+
+# What fields of a prompt are called elsewhere.
+OTHERS = {
+    **dict.fromkeys(("text", "input", "inputs"), "prompt here"),
+    **dict.fromkeys(("instruction", "question", "query"), "messages here, maybe one text, or a template's field"),
+    **dict.fromkeys(("dialog", "conversation", "conversations", "chat"), "messages here: role and content of each"),
+    **dict.fromkeys(("input_ids", "prompt_token_ids", "token_ids"), "tokens here"),
+}
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -26,8 +35,11 @@ def check_names(row: Mapping[str, Any], others: Iterable[str], options: Iterable
     """Raises ValueError if a row has a field that is neither a prompt, nor one of `others`, nor a decoding option."""
     for name in row:
         if name not in (*KINDS, *others, *options):
+            if name in OTHERS:
+                raise ValueError(f"{name} is {OTHERS[name]}")
             expected = f"one of {', '.join(KINDS)}; id, {', '.join(others)}; or a decoding option: {', '.join(options)}"
-            raise ValueError(unknown(name, (*KINDS, *others, *options), expected, "known"))
+            names = (*KINDS, *others, *options)
+            raise ValueError(unknown(name, names, f"{expected}; other fields are for a template", "known"))
 
 
 def from_json(options: dict[str, Any]) -> dict[str, Any]:
@@ -48,14 +60,17 @@ def from_json(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
-    """The ids of a row's prompt. Raises ValueError or TypeError if it has not one, or it is empty or too long."""
+def prompt_ids(llama: Llama, row: Mapping[str, Any], option: DecodingOptions | None = None) -> list[int]:
+    """The ids of a row's prompt, cut if the option says so.
+
+    Raises ValueError or TypeError if it has not one, or it is empty or too long.
+    """
     kind = kind_of(row)
     ids = row[kind]
     if kind == "messages":
-        ids = llama.formatter.encode_dialog_prompt(as_dialog(ids))
+        ids = dialog_ids(llama.answerer, llama.formatter, as_dialog(ids), option or DecodingOptions())
     elif kind == "prompt":
         if not isinstance(ids, str) or not ids:
             raise ValueError(f"prompt = {ids!r}: expected a text that is not empty")
         ids = llama.tokenizer.encode(ids, bos=True)
-    return llama.answerer.check_prompt("the prompt", ids)
+    return llama.answerer.check_prompt("the prompt", ids, option)

@@ -63,10 +63,9 @@ class Rows:
         if self._format in (".jsonl", ".ndjson"):
             with self.path.open("rb") as file:
                 lines = ((number, line) for number, line in enumerate(file, 1) if line.strip(BLANK))
-                if (first := next(lines, None)) is None:
-                    return
-                if not begins_as_whole(first[1]):
-                    yield from (_row_of_json(*line) for line in itertools.chain([first], lines))
+                begin = list(itertools.islice(lines, 2))
+                if not begins_as_whole([line for _, line in begin]):
+                    yield from (_row_of_json(*line) for line in itertools.chain(begin, lines))
                     return
         if self._format not in (".csv", ".parquet"):
             for number, value in enumerate(read_json_rows(self.path), 1):
@@ -146,6 +145,8 @@ def counted(n: int, noun: str) -> str:
 
 def format_of(path: Path) -> str:
     """The ending of a file's name. Raises ValueError if it is not one of FORMATS."""
+    if str(path) == "-":
+        raise ValueError("-: only `llama batch` reads and writes standard streams: expected a file")
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
     return path.suffix.lower()

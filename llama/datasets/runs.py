@@ -28,7 +28,7 @@ from llama.datasets.rows import Row, Rows, counted
 from llama.datasets.task_queue import TaskQueue
 from llama.decoding.answering import Answer, Job, Jobs
 from llama.generation import Llama
-from llama.options import DecodingOptions
+from llama.options import DecodingOptions, check_flags
 from llama.parallel.actors import Replicas
 
 N_ERRORS_SHOWN = 10
@@ -127,8 +127,8 @@ class Run(ABC):
             progress: whether to show a bar, and why the first rows failed, on stderr.
             indent: by how many spaces the records of a .json target are indented; None: one record a line.
         """
-        if str(target) != "-":
-            check_indent(indent, target)
+        check_flags(force=force, retry=retry, progress=progress)
+        check_indent(indent, target)
         journal, rows, summary = None, (), Summary(Path(target))
         if isinstance(self.llama, RemoteModel):
             self.llama.replicas.open(self.remote)  # raises what only a replica can see, before the target is touched

@@ -29,6 +29,7 @@ from typing import Any
 from llama.datasets.prompts import from_json
 
 TASK_KEYS = ("system", "user", "prompt", "options", "parse", "match", "gold", "metric")
+TEMPLATE = '{"tasks": {NAME: {"user": …}}}'
 METRICS = "accuracy, exact_match, hit@K, ndcg or ndcg@K"
 METRIC = re.compile(r"accuracy|exact_match|hit@[1-9]\d{0,5}|ndcg(@[1-9]\d{0,5})?", re.ASCII)
 # With or without commas between thousands. The 3 of 3.14 is not one; 5-3 are two, both without a sign.
@@ -100,7 +101,7 @@ class Template:
         self.content = content
         is_object = isinstance(content, dict) and set(content) in ({"tasks"}, {"tasks", "column"})
         if not is_object or not isinstance(content["tasks"], dict):
-            raise ValueError('expected {"tasks": {NAME: {"user": …}}} and nothing beside "tasks" but a "column"')
+            raise ValueError(f'expected {TEMPLATE} and nothing beside "tasks" but a "column"')
         self.tasks: dict[str, Task] = {}
         self.column = content.get("column", "task")
         if not isinstance(self.column, str):
@@ -130,6 +131,8 @@ def read_template(path: str | os.PathLike) -> Template:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no template file {path}")
         return Template(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): expected a template, {TEMPLATE}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -23,11 +23,12 @@ from llama.decoding.penalties import Processing
 from llama.decoding.shared_engine import Call, SharedEngine
 from llama.engine import Engine
 from llama.model import ModelArgs
-from llama.options import DecodingOptions, check_ids, per_prompt
+from llama.options import DecodingOptions, as_list, check_ids, per_prompt
 from llama.sampling import RandomStream
 from llama.sequence import Sequence, Speculation
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.answer_text import AnswerText
+from llama.tokenizer.truncate import CutPrompt, cut_ids
 
 TopLogprobs = list[list[tuple[int, float]]]  # for each token, the most likely (id, log-probability), best first
 
@@ -166,12 +167,8 @@ class Answerer:
                     bar.update()
         if is_split:
             answers = {key: group for part in parallel.gather_from_replicas(answers) for key, group in part.items()}
-        by_prompt, failed = [], []
-        for index in range(len(jobs)):
-            by_prompt.append(answers[index])
-            for answer in answers[index]:
-                if answer.error is not None:
-                    failed.append((jobs[index].key, answer.error))
+        by_prompt = [answers[index] for index in range(len(jobs))]
+        failed = [(job.key, a.error) for job, group in zip(jobs, by_prompt) for a in group if a.error is not None]
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise GenerationError(f"prompt {failed[0][0]}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
@@ -187,12 +184,10 @@ class Answerer:
         **options: Any,
     ) -> list[list[Answer]]:
         """As `answer`, of prompts and options that have not been checked."""
-        prompts = [self.check_prompt(index, prompt) for index, prompt in enumerate(prompts)]
-        return self.answer(prompts, self.check_options(prompts, options), logprobs, echo, progress, shared)
+        return self.answer(*self.check_prompts(prompts, options), logprobs, echo, progress, shared)
 
-    def open_stream(self, prompt: list[int], options: dict[str, Any]) -> Iterator[str]:
+    def open_stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
         """The text of one answer while it is decided; what is wrong is raised at once, not with the first piece."""
-        (option,) = self.check_options([self.check_prompt(0, prompt)], options)
         if option.num_beams > 1 or option.num_return_sequences > 1:
             raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
         if option.top_logprobs:
@@ -218,22 +213,40 @@ class Answerer:
         if rest := text.finish()[n_sent:]:
             yield rest
 
-    def check_prompt(self, name: int | str, ids: Any, any_length: bool = False) -> list[int]:
-        """The ids of a prompt, by `options.check_ids`; an int as its name is its index in the call."""
-        name = f"prompt {name}" if isinstance(name, int) else name
-        return check_ids(name, ids, self.args.vocab_size, None if any_length else self.max_seq_len)
+    def check_prompt(
+        self, name: int | str, ids: Any, option: DecodingOptions | None = None, any_length: bool = False
+    ) -> list[int]:
+        """The ids of a prompt, by `options.check_ids`; an int as its name is its index in the call.
 
-    def encode_texts(self, texts: SequenceOf[str]) -> list[list[int]]:
-        """The prompts of texts to be continued. Raises ValueError or TypeError, naming the text by its index."""
-        if isinstance(texts, str):
-            raise TypeError("prompts is a str: expected a list of them, so pass [prompt]")
+        With an option that says so, a prompt that is too long is cut.
+        """
+        if isinstance(ids, CutPrompt):
+            return ids
+        name, side = f"prompt {name}" if isinstance(name, int) else name, option and option.truncate
+        ids = check_ids(name, ids, self.args.vocab_size, None if any_length or side else self.max_seq_len)
+        return ids if side is None else cut_ids(ids, self.prompt_room(option), side, self.tokenizer.bos_id)
+
+    def check_prompts(self, prompts: Any, options: dict[str, Any]) -> tuple[list[list[int]], list[DecodingOptions]]:
+        """The prompts of ids of a call, and the options of each. Raises ValueError or TypeError, naming the prompt."""
+        prompts = as_list("prompt_tokens", prompts, "prompts, each a list of token ids", "ids")
+        settings = self.check_options(prompts, options)
+        checked = (self.check_prompt(index, ids, option) for index, (ids, option) in enumerate(zip(prompts, settings)))
+        return list(checked), settings
+
+    def prompt_room(self, option: DecodingOptions) -> int:
+        """The most tokens of a prompt that is cut: `max_gen_len` fit after it, or a quarter of the context."""
+        quarter, wanted = self.max_seq_len // 4, option.max_gen_len
+        return self.max_seq_len - (quarter if wanted is None else min(wanted, quarter))
+
+    def encode_texts(self, texts: Any, options: dict[str, Any]) -> tuple[list[list[int]], list[DecodingOptions]]:
+        """As `check_prompts`, of texts to be continued."""
         prompts = []
-        for index, text in enumerate(texts):
+        for index, text in enumerate(as_list("prompts", texts, "texts", "prompt")):
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise TypeError(f"prompt {index} is a {kind}: expected a str (`generate` takes token ids)")
-            prompts.append(self.check_prompt(index, self.tokenizer.encode(text, bos=True, eos=False)))
-        return prompts
+            prompts.append(self.tokenizer.encode(text, bos=True, eos=False))
+        return self.check_prompts(prompts, options)
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
         """Raises ValueError, begun by `name`, if options ask for what the model has not, or for a shape that is none.

@@ -12,6 +12,7 @@ from typing_extensions import Required, TypedDict
 from llama.decoding.answering import Answer, Answerer, TopLogprobs
 from llama.decoding.speculative import SpeculativeEngine
 from llama.tokenizer import Dialog, Message
+from llama.tokenizer.truncate import CutPrompt
 
 
 class Details(TypedDict, total=False):
@@ -22,6 +23,7 @@ class Details(TypedDict, total=False):
     tokens: list[str]  # with logprobs=True: the text of each token,
     logprobs: list[float]  # and its natural-log probability
     top_logprobs: TopLogprobs  # with top_logprobs=k
+    truncated: int  # with truncate, where the prompt was cut: how many of its tokens are missing
     speculation: dict[str, int]  # with build(draft=...): see `Speculation`
 
 
@@ -54,6 +56,8 @@ def details(
     found: dict = {"finish_reason": answer.finish_reason}
     if answer.score is not None:
         found["score"] = answer.score
+    if isinstance(prompt, CutPrompt):
+        found["truncated"] = prompt.n_cut
     if isinstance(answerer.shared.engine, SpeculativeEngine):
         found["speculation"] = asdict(answer.speculation)
     if logprobs or wants_top(options):

@@ -5,13 +5,15 @@ Rollout i is sample i in each of its turns, so it does not depend on how many ot
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from llama.decoding.answering import Answer, Answerer, Job
 from llama.decoding.predictions import ChatPrediction, answers_of, details
-from llama.options import DecodingOptions
+from llama.options import DecodingOptions, as_list
 from llama.tokenizer import ChatFormat, Dialog, Message
 from llama.tokenizer.open_turns import OpenDialog
+from llama.tokenizer.truncate import cut_dialog
 
 
 @dataclass(eq=False)
@@ -77,16 +79,13 @@ def answer_dialogs(
     generate: Callable[..., tuple] | None = None,
 ) -> list[ChatPrediction]:
     """The answers to dialogs, in their order: see `Llama.chat_completion`; by another `generate` if there is one."""
-    if isinstance(dialogs, str):
-        raise TypeError("dialogs is a str: expected a list of dialogs or strings, so pass [text]")
+    single = "text" if isinstance(dialogs, str) else "dialog, itself a list of messages"
+    dialogs = as_list("dialogs", dialogs, "dialogs or strings", single)
     opened = [named(f"dialog {index}", OpenDialog, dialog, formatter) for index, dialog in enumerate(dialogs)]
     settings = answerer.check_options(opened, options)
     groups, jobs = [], []
     for index, (dialog, option) in enumerate(zip(opened, settings)):
-
-        def encode(dialog: Dialog, index: int = index) -> list[int]:
-            return encode_dialog(answerer, formatter, index, dialog)
-
+        encode = partial(encode_dialog, answerer, formatter, index, option=option)
         groups.append(named(f"dialog {index}", Rollouts, dialog, option, encode))
         jobs.append(groups[-1].first(index, logprobs=logprobs))
     while jobs:
@@ -111,9 +110,19 @@ def answer_dialogs(
     return predictions
 
 
-def encode_dialog(answerer: Answerer, formatter: ChatFormat, index: int, dialog: Dialog) -> list[int]:
-    """The prompt of a dialog, checked; errors name it by its index."""
-    return answerer.check_prompt(index, named(f"dialog {index}", formatter.encode_dialog_prompt, dialog))
+def encode_dialog(
+    answerer: Answerer, formatter: ChatFormat, index: int, dialog: Dialog, option: DecodingOptions
+) -> list[int]:
+    """The prompt of a dialog, checked, and cut if the option says so; errors name it by its index."""
+    return answerer.check_prompt(index, named(f"dialog {index}", dialog_ids, answerer, formatter, dialog, option))
+
+
+def dialog_ids(answerer: Answerer, formatter: ChatFormat, dialog: Dialog, option: DecodingOptions) -> list[int]:
+    """The ids of a dialog's prompt, cut if the option says so. Raises ValueError if the dialog is none."""
+    ids = formatter.encode_dialog_prompt(dialog)
+    if option.truncate is None or len(ids) <= (room := answerer.prompt_room(option)):
+        return ids
+    return cut_dialog(dialog, room, option.truncate, formatter)
 
 
 def named(name: str, call: Callable[..., Any], *args: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import TypedDict
 from llama import parallel
 from llama.decoding.answering import Answerer, GenerationError, TopLogprobs
 from llama.decoding.shared_engine import Call
-from llama.options import DecodingOptions
+from llama.options import DecodingOptions, as_list
 from llama.sequence import Sequence
 
 
@@ -110,10 +110,9 @@ def score_texts(
         ValueError, TypeError: a text is none, named by its index; or `stride` is out of range.
         GenerationError: the model's logits cannot be used; names the text.
     """
-    if isinstance(texts, str):
-        raise TypeError("texts is a str: expected a list of them, so pass [text]")
+    texts = as_list("texts", texts, "texts", "text")
     texts = [answerer.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
-    texts = [answerer.check_prompt(index, text, any_length=True) for index, text in enumerate(texts)]
+    texts = [answerer.check_prompt(f"text {index}", text, any_length=True) for index, text in enumerate(texts)]
     limit = answerer.max_seq_len
     stride = max(1, limit // 2) if stride is None else stride
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < max(limit, 2):
@@ -141,7 +140,10 @@ def score_texts(
 
 def perplexities(answerer: Answerer, texts: SequenceOf[str | list[int]], stride: int | None = None) -> list[float]:
     """The perplexity of each text: see `Llama.perplexity`."""
+    texts = as_list("texts", texts, "texts", "text")
     for index, text in enumerate(texts):
+        if not hasattr(text, "__len__"):
+            raise TypeError(f"text {index} is a {type(text).__name__}: expected a text, or a list of token ids")
         if len(text) == 0 or (not isinstance(text, str) and len(text) == 1):
             found = "is empty" if len(text) == 0 else "has one token"
             raise ValueError(f"text {index} {found}: a perplexity needs a token after the first")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from llama import parallel
@@ -18,8 +17,9 @@ from llama.datasets.prompts import prompt_ids
 from llama.decoding.answering import Answer, Job
 from llama.decoding.rollouts import Rollout, Rollouts
 from llama.generation import Llama
-from llama.options import MAX_SEQUENCES, DecodingOptions
-from llama.rejection_sampling.scorers import KINDS, Scorer, give_scores, load_scorer
+from llama.keywords import ANSWERS
+from llama.options import MAX_SEQUENCES, DecodingOptions, as_list
+from llama.rejection_sampling.scorers import Scorer, give_scores, named_scorer
 from llama.tokenizer import Dialog
 from llama.tokenizer.open_turns import OpenDialog, has_open_turns
 
@@ -170,29 +170,23 @@ def rejection_sample(
         ValueError, TypeError: as `Llama.generate`; a number is out of range. Nothing has run then.
     """
     plan = Plan(n, keep, threshold, max_samples)
-    if isinstance(scorer, str):
-        with parallel.fail_together():
-            n_ranks = dist.get_world_size(llama.group)
-            scorer = load_scorer(scorer, llama, tokenizer=llama.tokenizer, model_parallel_size=n_ranks)
-    elif not callable(scorer):
-        raise TypeError(f"scorer = {scorer!r}: expected a function (row, answers), or one of {KINDS}")
-    for name in ("num_return_sequences", "num_beams"):
+    prompts = as_list("prompts", prompts, "texts, dialogs or rows", "prompt")
+    scorer = named_scorer(scorer, llama)
+    for name in ("num_return_sequences", "num_beams", *ANSWERS):
         if name in options:
             raise TypeError(f"{name} has no part in rejection sampling: n says how many answers are drawn")
-    rows, ids = [], []
-    for index, prompt in enumerate(prompts):
-        kind = "prompt" if isinstance(prompt, str) else "messages"
-        rows.append(dict(prompt) if isinstance(prompt, Mapping) else {kind: prompt})
-        try:
-            ids.append(prompt_to_sample(llama, rows[-1]))
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"prompt {index}: {error}") from None
     occurrences: Counter[tuple[int, ...]] = Counter()
     drawings = []
-    for index, (row, prompt, option) in enumerate(zip(rows, ids, llama.answerer.check_options(ids, options))):
-        job = Job(index, prompt, option, occurrences[tuple(prompt)])
+    for index, (prompt, option) in enumerate(zip(prompts, llama.answerer.check_options(prompts, options))):
+        kind = "prompt" if isinstance(prompt, str) else "messages"
+        row = dict(prompt) if isinstance(prompt, Mapping) else {kind: prompt}
+        try:
+            ids = prompt_to_sample(llama, row, option)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"prompt {index}: {error}") from None
+        job = Job(index, ids, option, occurrences[tuple(ids)])
         drawings.append(drawing_of(llama, job, row, plan, scorer))
-        occurrences[tuple(prompt)] += 1
+        occurrences[tuple(ids)] += 1
     waiting = deque(drawings[parallel.replica() :: parallel.n_replicas()])
     results: dict[int, dict[str, Any]] = {}
     bar = tqdm(total=len(waiting), unit="prompt", disable=not progress)
@@ -208,21 +202,21 @@ def rejection_sample(
                 for job in more or ():
                     jobs.add(job)
     results = {key: result for part in parallel.gather_from_replicas(results) for key, result in part.items()}
-    return [results[index] for index in range(len(rows))]
+    return [results[index] for index in range(len(prompts))]
 
 
-def prompt_to_sample(llama: Llama, row: Mapping[str, Any]) -> list[int]:
+def prompt_to_sample(llama: Llama, row: Mapping[str, Any], option: DecodingOptions) -> list[int]:
     """The ids of a row's prompt, up to its first open turn. Raises ValueError or TypeError as `prompt_ids`."""
     if has_open_turns(row.get("messages")):
         row = {**row, "messages": OpenDialog(row["messages"], llama.formatter).prompt}
-    return prompt_ids(llama, row)
+    return prompt_ids(llama, row, option)
 
 
 def drawing_of(llama: Llama, job: Job, row: Mapping[str, Any], plan: Plan, scorer: Scorer) -> Drawing:
     """The drawing for a row, whose turns may be open. Raises ValueError as `OpenDialog` and `check_option`."""
     is_open = has_open_turns(row.get("messages"))
     dialog = OpenDialog(row["messages"], llama.formatter) if is_open else None
-    return Drawing(job, row, plan, scorer, lambda dialog: prompt_ids(llama, {"messages": dialog}), dialog)
+    return Drawing(job, row, plan, scorer, lambda dialog: prompt_ids(llama, {"messages": dialog}, job.option), dialog)
 
 
 def check_option(option: DecodingOptions, plan: Plan) -> None:

@@ -22,9 +22,10 @@ from llama.datasets.task_template import Task as TaskTemplate
 from llama.datasets.task_template import read_template
 from llama.decoding.answering import Answer, Job
 from llama.generation import Llama
+from llama.options import shown
 from llama.rejection_sampling.best_of_n import Summary
 from llama.rejection_sampling.draw import Plan, check_option, drawing_of, prompt_to_sample
-from llama.rejection_sampling.scorers import Judge, Logprob, Reward, Scorer, give_scores
+from llama.rejection_sampling.scorers import Judge, Logprob, Reward, Scorer, give_scores, named_scorer
 from llama.tokenizer.open_turns import PLACEHOLDER, has_open_turns
 
 # The decoding options of a sampled answer.
@@ -82,6 +83,8 @@ def sample_files(
         template: a file of task prompts (llama.datasets.task_template); a scorer finds the row's fields in `metadata`.
         options: the decoding options of rows that have none of their own; `seed` is the run's.
     """
+    if not isinstance(scorer, RemoteScorer):
+        scorer = named_scorer(scorer, llama)
     run = _Sampling(llama, options, scorer, plan, template)
     run.remote = functools.partial(RemoteScorer.sampling, options=options, scorer=scorer, plan=plan)
     parameters = decoding_parameters(llama, run.options, run.seed) | {"plan": vars(plan), "scorer": scorer_name}
@@ -118,6 +121,8 @@ def rescore_files(
         prompts: the file with the rows that were answered, found by their ids, for a source that does not repeat them,
             such as the output of `llama batch`.
     """
+    if not isinstance(scorer, RemoteScorer):
+        scorer = named_scorer(scorer, None)
     parameters = {"scorer": scorer_name, "keep": plan.keep}
     run = _Rescoring(scorer, plan, prompts, llama)
     run.remote = functools.partial(RemoteScorer.rescoring, scorer=scorer, plan=plan)
@@ -165,7 +170,8 @@ class _Sampling(Run):
         return {"row": asked, "options": self.with_seed(template.options | given, row)}
 
     def begin(self, task: Task) -> list[Job] | Result:
-        option, prompt = self.option_of(task["options"]), prompt_to_sample(self.llama, task["row"])
+        option = self.option_of(task["options"])
+        prompt = prompt_to_sample(self.llama, task["row"], option)
         return drawing_of(
             self.llama, Job(task["line"], prompt, option), task["row"], self.plan, self.scorer
         ).next_jobs()
@@ -260,9 +266,11 @@ def _with_answers(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a row whose answers may end its dialog: the last `content` is then a list of texts, or one."""
     messages = fields.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
-    if fields.keys() & {"answers", "text", "error"} or not isinstance(last, dict) or last.get("role") != "assistant":
+    if not isinstance(last, dict) or last.get("role") != "assistant" or (content := last.get("content")) == PLACEHOLDER:
         return fields
-    if (content := last.get("content")) == PLACEHOLDER:
+    if named := fields.keys() & {"answers", "text", "error"}:
+        if isinstance(content, list):
+            raise ValueError(f"found {named.pop()} and a dialog that ends with a list of answers: expected one of them")
         return fields
     return {**fields, "messages": messages[:-1], "answers": content if isinstance(content, list) else [content]}
 
@@ -276,10 +284,9 @@ def _answers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
         answers = [{"text": answer} if isinstance(answer, str) else answer for answer in answers]
     is_list = isinstance(answers, list) and all(isinstance(a, dict) for a in answers)
     if not is_list or not answers or not all(isinstance(a.get("text"), str) for a in answers):
-        expected = (
-            "`answers`, a list of texts or of objects with a `text` each; a `text`; or messages that end with them"
-        )
-        raise ValueError(f"found no answers: expected {expected}")
+        fields = f"answers = {shown(answers)}" if "answers" in record else f"no answers in {', '.join(sorted(record))}"
+        expected = "a list of texts or of objects with a `text` each; a `text`; or messages that end with them"
+        raise ValueError(f"found {fields}: expected `answers`, {expected}")
     result = []
     for answer in answers:
         dropped = ("score",) if answer.get("finish_reason") == "error" else ("score", "error")

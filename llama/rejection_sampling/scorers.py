@@ -18,6 +18,7 @@ import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
 
+from llama import parallel
 from llama.datasets.prompts import kind_of, prompt_ids
 from llama.generation import Llama
 from llama.parallel import RankFailed
@@ -245,18 +246,36 @@ def load_scorer(
     return Logprob(llama, mean=kind == "mean_logprob")
 
 
+def named_scorer(scorer: Any, llama: Llama | None) -> Scorer:
+    """The scorer that is given, or that a name stands for. Raises TypeError, and as `check_spec` for a name."""
+    if not isinstance(scorer, str):
+        if not callable(scorer):
+            raise TypeError(f"scorer = {scorer!r}: expected a function (row, answers), or one of {KINDS}")
+        return scorer
+    if llama is None:
+        if (function := check_spec(scorer)) is None:
+            raise ValueError(f"scorer {scorer!r} needs a model: expected a function, such as load_scorer(…) returns")
+        return function
+    with parallel.fail_together():
+        size = dist.get_world_size(llama.group)
+        return load_scorer(scorer, llama, tokenizer=llama.tokenizer, model_parallel_size=size)
+
+
 def python_function(spec: str) -> Scorer:
     """The function that module:function names; the module may lie in the current directory. Raises ValueError."""
     module_name, _, name = spec.partition(":")
     if "" in module_name.split("."):
         expected = "expected module:function, with the module's full name and no dots around it"
         raise ValueError(f"scorer {spec!r}: {expected}")
+    if module_name.endswith(".py"):
+        raise ValueError(f"scorer {spec!r}: a module goes without its .py: expected {module_name[:-3]}:{name}")
     sys.path.insert(0, "")  # the current directory, as for `python -m`
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # an import inside the module failed
+    except (Exception, SystemExit) as error:  # whatever the caller's code may raise
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        if not is_missing:
+            raise ValueError(f"scorer {spec!r}: {module_name} fails ({type(error).__name__}: {error})") from error
         found = f"there is no module {module_name!r} in the current directory or installed"
         raise ValueError(f"scorer {spec!r}: {found}; expected one of {KINDS}") from None
     finally:

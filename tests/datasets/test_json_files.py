@@ -25,6 +25,7 @@ def records(path):
         "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
         "\ufeff\n" + json.dumps(ROWS, indent=2),
         "\n\n".join(json.dumps(row, indent=2) for row in ROWS),
+        "\n".join(json.dumps(row).replace(", ", ",\n ") for row in ROWS),
     ],
 )
 def test_an_array_and_pretty_printed_objects_are_read_as_what_they_are(tmp_path, name, text):
@@ -58,6 +59,11 @@ def test_a_broken_array_is_refused_before_anything_runs_with_its_line(demo, tmp_
     assert not (tmp_path / "out.json").exists()
 
 
+def test_a_first_line_that_is_cut_off_breaks_no_other(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x",\n{"prompt": "y"}\n')
+    assert [row.error is None for row in Rows(tmp_path / "in.jsonl")] == [False, True]
+
+
 def test_a_broken_line_has_one_number(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n{"prompt" "y"}\n')
     assert [row.error for row in Rows(tmp_path / "in.jsonl")][1] == "not JSON: Expecting ':' delimiter at character 11"
@@ -82,9 +88,10 @@ def test_an_indent_without_an_array_and_out_of_range_are_refused(demo, tmp_path)
     for target, indent, message in (
         ("o.jsonl", 2, "indent = 2 for .*o.jsonl: expected a target"),
         ("o.json", -1, "16"),
+        ("-", 2, "indent = 2 for -: expected a target whose name ends in .json"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_batch_files(demo, tmp_path / "in.json", tmp_path / target, indent=indent)
+            run_batch_files(demo, tmp_path / "in.json", target if target == "-" else tmp_path / target, indent=indent)
     with pytest.raises(SystemExit):
         cli.main(["batch", str(tmp_path / "in.json"), str(tmp_path / "o.csv"), "--indent", "2"])
 

@@ -95,7 +95,10 @@ def test_a_file_of_tasks_gives_a_table_and_a_report(tmp_path, monkeypatch, capsy
     records = list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()))
     assert report_of(records) == unknown | report
     assert {r["line"]: r["accuracy"] for r in records if "accuracy" in r} == {1: 1.0, 2: 0.0}
-    for wrong in ("--report r.json", "--template tasks.json --report no/folder.json"):
+    cli.main(["batch", "in.json", "out.jsonl", *options.replace("r.json", "new/folder/r.json").split()])
+    assert (tmp_path / "new" / "folder" / "r.json").read_text() == (tmp_path / "r.json").read_text()
+    capsys.readouterr()
+    for wrong in ("--report r.json", "--template tasks.json --report .", "--template tasks.json --report in.json"):
         with pytest.raises(SystemExit):
             cli.main(f"batch in.json other.jsonl {wrong}".split())
         assert "llama: --report" in capsys.readouterr().err
@@ -121,6 +124,15 @@ def test_sample_takes_a_template_and_the_scorer_finds_the_fields(demo, tmp_path)
     assert sorted(seen, key=str) == sorted(
         [({"text": "21 + 34", "right": 55}, question), ({"text": "The fox"}, "The fox")], key=str
     )
+
+
+def test_the_metric_of_several_answers_is_the_mean_of_theirs(demo):
+    template = {"tasks": {"sum": SUM}}
+    row = {"text": "21 + 34", "right": 55, "num_return_sequences": 4, "temperature": 1.8, "top_p": 1.0, "seed": 3}
+    (record,) = run_batch(demo, [row], template=template, max_gen_len=60)
+    right = [answer["parsed"] == "55" for answer in record["answers"]]
+    assert [answer["accuracy"] for answer in record["answers"]] == right and 0 < sum(right) < 4
+    assert record["accuracy"] == sum(right) / 4
 
 
 def test_each_line_of_a_text_file_is_a_prompt(tmp_path):

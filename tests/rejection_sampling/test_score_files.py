@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from llama import rejection_sampling
 from llama.datasets.prompts import prompt_ids
 from llama.rejection_sampling import Logprob, Plan, rejection_sample, rescore_files, sample_files
 
@@ -50,20 +49,21 @@ def test_the_answers_may_end_the_dialog_or_be_texts(demo, tmp_path):
     assert found[2]["answers"][1]["by"] == "me" and found[3]["metadata"] == 5
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": QUESTION},
-        {"messages": answered([])},
-        {"messages": answered([5])},
-        {"messages": QUESTION, "answers": "one"},
-        {"messages": QUESTION, "answers": [None]},
-    ],
-)
-def test_a_row_without_answers_says_where_they_are_looked_for(tmp_path, row):
-    (record,) = rescore(tmp_path, [row], lambda row, answers: [1.0] * len(answers))
+def test_a_row_without_answers_says_what_it_has_and_where_they_are_looked_for(tmp_path):
+    rows = {
+        "no answers in messages, responses": {"messages": QUESTION, "responses": ["a"]},
+        "answers = []": {"messages": answered([])},
+        "answers = [5]": {"messages": answered([5])},
+        "answers = 'one'": {"messages": QUESTION, "answers": "one"},
+        "answers = [None]": {"messages": QUESTION, "answers": [None]},
+    }
+    records = rescore(tmp_path, list(rows.values()), lambda row, answers: [1.0] * len(answers))
     expected = "`answers`, a list of texts or of objects with a `text` each; a `text`; or messages that end with them"
-    assert record["error"] == f"found no answers: expected {expected}"
+    assert [record["error"] for record in records] == [f"found {found}: expected {expected}" for found in rows]
+    both = {"messages": answered(["a"]), "answers": ["b"]}
+    (record,) = rescore(tmp_path, [both], lambda row, answers: [1.0] * len(answers), "both.json")
+    found = "found answers and a dialog that ends with a list of answers"
+    assert record["error"] == f"{found}: expected one of them"
 
 
 @pytest.mark.parametrize("returned", [[1.0], [1.0] * 5, []])
@@ -117,4 +117,41 @@ def test_the_scorers_of_the_command_line_go_by_the_same_names_in_python(demo, mo
     monkeypatch.chdir(tmp_path)
     (found,) = rejection_sample(demo, ["One day"], "lengths:f", **options)
     assert found["scores"] == [len(answer["text"]) for answer in found["answers"]]
-    assert rejection_sampling.scorers.KINDS.startswith("logprob, mean_logprob")
+    (tmp_path / "in.json").write_text('[{"prompt": "One day"}]')
+    for name in ("lengths:f", "mean_logprob"):
+        sample_files(demo, tmp_path / "in.json", tmp_path / f"{name[0]}.json", name, Plan(2), name, **HOT)
+        assert None not in json.loads((tmp_path / f"{name[0]}.json").read_text())[0]["scores"]
+    assert rescore(tmp_path, [{"prompt": "x", "answers": ["ab"]}], "lengths:f", "named.json")[0]["scores"] == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        ("logprobs", "scorer 'logprobs': expected one of logprob, mean_logprob, reward:DIR, judge, judge:DIR or "),
+        ("reward:/nowhere", "scorer 'reward:/nowhere': there is no directory /nowhere"),
+        ("wrong:f", r"scorer 'wrong:f': wrong fails \(SyntaxError: .*wrong.py, line 1"),
+        ("needs:f", r"scorer 'needs:f': needs fails \(ModuleNotFoundError: No module named 'not_there'\)"),
+        ("wrong.py:f", "scorer 'wrong.py:f': a module goes without its .py: expected wrong:f"),
+        (5, r"scorer = 5: expected a function \(row, answers\), or one of logprob, mean_logprob"),
+        (None, "scorer = None: expected a function"),
+    ],
+)
+def test_what_is_no_scorer_is_refused_before_anything_is_drawn(demo, monkeypatch, tmp_path, scorer, message):
+    (tmp_path / "wrong.py").write_text("def f(:\n")
+    (tmp_path / "needs.py").write_text("import not_there\n")
+    (tmp_path / "in.json").write_text('[{"prompt": "One day"}]')
+    monkeypatch.chdir(tmp_path)
+    before = demo.answerer.shared.engine.counters.prefilled
+    calls = [
+        lambda: rejection_sample(demo, ["One day"], scorer, n=2),
+        lambda: sample_files(demo, "in.json", "out.json", scorer, Plan(2), "x"),
+        lambda: rescore_files("in.json", "out.json", scorer, Plan(2), "x"),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+            call()
+    with pytest.raises(ValueError, match="scorer 'logprob' needs a model: expected a function"):
+        rescore_files("in.json", "out.json", "logprob", Plan(2), "x")
+    with pytest.raises(TypeError, match="num_samples has no part in rejection sampling: n says how many answers"):
+        rejection_sample(demo, ["One day"], "logprob", num_samples=4)
+    assert demo.answerer.shared.engine.counters.prefilled == before and not (tmp_path / "out.json").exists()
