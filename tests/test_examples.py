@@ -1,4 +1,4 @@
-"""What a newcomer runs first: the examples and the README's Python."""
+"""What a newcomer runs first: the examples. (The README's own Python and commands are in test_guide.py.)"""
 
 import os
 import re
@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_python, torchrun
+from conftest import ROOT, torchrun
 
 CHAT, TEXT = ROOT / "example_chat_completion.py", ROOT / "example_text_completion.py"
 SAMPLING = ROOT / "example_rejection_sampling.py"
@@ -80,11 +80,3 @@ def test_an_unknown_flag_is_named():
     result = run(TEXT, "--max_gen_len", "1", "--bogus", "1")
     assert result.returncode == 2
     assert "ERROR: Could not consume arg: --bogus" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_the_readmes_python_prints_what_it_says():
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    result = run_python(f"import os; os.chdir({str(ROOT)!r})\n{block}")
-    assert result.returncode == 0, result.stderr
-    assert "So 21 + 34 = 55." in result.stdout and "So 15 + 62 = 77." in result.stdout
-    assert "8 ['generation', 'finish_reason', 'tokens', 'logprobs']" in result.stdout
