@@ -6,7 +6,6 @@ import pytest
 from conftest import DEMO
 
 from llama import Llama
-from llama.cli import commands as cli
 from llama.datasets.batch import run_batch
 from llama.keywords import PORTED, PORTED_BUILD, Options, StreamOptions, unknown
 from llama.options import NAMES, DecodingOptions
@@ -196,14 +195,6 @@ def test_several_gpus_in_a_plain_script_are_told_the_command(tmp_path, monkeypat
         Llama.build(DEMO, model_parallel_size=2, device="cpu")
     assert str(found.value).startswith("model_parallel_size=2 in a run of one process: a model is split over processes")
     assert f"`torchrun --nproc_per_node 2 {script} …`" in str(found.value)
-
-
-def test_a_flag_of_another_program_is_answered_with_ours(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["complete", "One", "--max_new_tokens", "5", "--do-sample"])
-    said = capsys.readouterr().err.splitlines()[-2:]
-    assert said[0] == "llama: --max_new_tokens is --max_gen_len here"
-    assert said[1].startswith("llama: --do_sample is --temperature here: 0 takes")
 
 
 def test_a_text_without_a_token_to_predict_has_no_perplexity(demo):

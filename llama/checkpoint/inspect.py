@@ -139,10 +139,9 @@ def parse_size(text: str) -> int:
     """Bytes, of such as "16GB", "16 GiB" or "8e9". Raises ValueError."""
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.I)
     try:
-        number = float(found[1])
-    except (TypeError, ValueError):
-        raise ValueError(f"{text!r} is no size: expected a number of bytes, such as 16GB or 24GiB") from None
-    return int(number * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"gpu_memory = {text!r}: expected a number of bytes, such as 16GB or 24GiB") from None
 
 
 def _size(n_bytes: int) -> str:

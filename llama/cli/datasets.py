@@ -25,7 +25,7 @@ from llama.datasets.batch import run_batch_files
 from llama.datasets.fingerprint import fingerprint as fingerprint_of
 from llama.datasets.journal import check_target
 from llama.datasets.rows import Rows
-from llama.datasets.runs import RemoteModel, check_indent
+from llama.datasets.runs import RemoteModel, check_indent, check_stream
 from llama.datasets.task_template import read_template, report_of, table_of
 from llama.rejection_sampling.best_of_n import Summary, require_matplotlib
 from llama.rejection_sampling.draw import Plan, check_option
@@ -44,8 +44,12 @@ class Files:
     retry: bool = False  # tries rows again that have failed, or have an answer without a score
     indent: int | None = None  # spaces by which the records of a .json target are indented
 
-    def check(self, *others: str | None) -> None:
-        """Raises OSError, ValueError or ImportError if rows cannot be read, or answers to them not be written."""
+    def check(self, *others: str | None, streams: bool = False) -> None:
+        """Raises OSError, ValueError or ImportError if rows cannot be read, or answers to them not be written.
+
+        `streams` says whether "-" is a target.
+        """
+        check_stream(self.target, streams)
         check_indent(self.indent, self.target)
         if is_first_rank():
             inputs = [self.source, *(path for path in others if path is not None)]
@@ -101,7 +105,7 @@ def batch(
     if report is not None and is_first_rank():
         check_report(Path(report), files)
     with files.opened() as files:
-        files.check()
+        files.check(streams=True)
         if template is not None and is_first_rank():
             read_template(template)
         options = {"template": template, "logprobs": logprobs, "force": files.force, "retry": files.retry}

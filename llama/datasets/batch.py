@@ -156,6 +156,8 @@ class _Line:
 class _Batch(Run):
     """A job for each row; where turns are open, one for each turn of each rollout."""
 
+    streams = True
+
     def __init__(self, llama: Llama, template: Any, logprobs: bool, options: dict[str, Any]):
         super().__init__(llama, options)
         self.logprobs = logprobs

@@ -45,6 +45,7 @@ class Run(ABC):
     """
 
     as_json: Collection[str] = KEYS[1:]  # the columns of a CSV file that hold JSON
+    streams: bool = False  # whether records may go to standard output
     remote: Callable[[Llama | None], "Run"]  # makes this run on a replica, where `llama` is a RemoteModel
 
     def __init__(self, llama: "Llama | RemoteModel | None" = None, options: dict[str, Any] | None = None):
@@ -129,6 +130,7 @@ class Run(ABC):
         """
         check_flags(force=force, retry=retry, progress=progress)
         check_indent(indent, target)
+        check_stream(target, self.streams)
         journal, rows, summary = None, (), Summary(Path(target))
         if isinstance(self.llama, RemoteModel):
             self.llama.replicas.open(self.remote)  # raises what only a replica can see, before the target is touched
@@ -294,6 +296,12 @@ class Summary:
             f"{self.n_done:,} of {counted(self.n_lines, 'line')} done{before}, {self.n_failed:,} of them failed; "
             f"{self.n_tokens:,} tokens in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
         )
+
+
+def check_stream(target: str | os.PathLike, streams: bool) -> None:
+    """Raises ValueError if a target is standard output, and the run needs a file."""
+    if str(target) == "-" and not streams:
+        raise ValueError("-: only `llama batch` reads and writes standard streams: expected a file")
 
 
 def check_indent(indent: int | None, target: str | os.PathLike) -> None:

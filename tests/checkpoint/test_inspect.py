@@ -199,7 +199,7 @@ def test_info_says_whether_a_model_fits(write_checkpoint):
     for size, word in (("1GB", "fits"), ("1MB", "does not fit")):
         told = [value for name, value in info(folder, None, 2048, 1, "int8", size) if name == "memory"]
         assert told[0].endswith(f", {word} in {size}")
-    with pytest.raises(ValueError, match="'much' is no size: expected a number of bytes, such as 16GB"):
+    with pytest.raises(ValueError, match="gpu_memory = 'much': expected a number of bytes, such as 16GB"):
         info(folder, gpu_memory="much")
     with pytest.raises(ValueError, match="quantize = 'int3': expected one of int8, int4"):
         info(folder, quantize="int3")

@@ -22,7 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # The options of a single answer, which can be shown while it is decided; `batch` has more, none of them code.
 STREAMED = {
     *("max_gen_len", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size"),
-    *("stop", "logit_bias", "seed", "presence_penalty", "frequency_penalty"),
+    *("stop", "logit_bias", "seed", "presence_penalty", "frequency_penalty", "truncate"),
     *("json_schema", "regex", "choice", "grammar"),
 }
 
@@ -199,15 +199,51 @@ def test_a_line_that_is_no_call_is_explained_in_a_few_lines(words, expected, not
         ("complete hi --stop=", "--stop = '': expected strings that are not empty"),
         ("chat --ckpt_dir /nowhere", "/nowhere"),
         ("chat --ckpt_dir CKPT --max_seq_len 0", "--max_seq_len = 0: expected an integer of at least 1"),
-        ("chat --ckpt_dir CKPT --logit_bias {9999:1}", "names token 9999: expected ids from 0 to 511"),
-        ("complete too-long --ckpt_dir CKPT --max_seq_len 8", "has 9 tokens: expected at most max_seq_len = 8"),
-        ("complete hi --device abacus --ckpt_dir CKPT", "abacus"),
-        ("complete hi --draft /nowhere --ckpt_dir CKPT", "/nowhere"),
-        ("info nowhere", "nowhere"),
+        ("chat --ckpt_dir CKPT --logit_bias {9999:1}", "--logit_bias names token 9999: expected ids from 0 to 511"),
+        (
+            "complete too-long --ckpt_dir CKPT --max_seq_len 8",
+            "9 tokens: expected at most --max_seq_len = 8; --truncate",
+        ),
+        ("complete hi --truncate middle", "--truncate = 'middle': expected 'left' or 'right', or None"),
+        ("complete hi --device abacus --ckpt_dir CKPT", "--device 'abacus' is not known to PyTorch: expected 'cpu', "),
+        ("complete hi --dtype half", "--dtype = 'half': expected bfloat16, float16, float32 or float64"),
+        ("complete hi --quantize int3", "--quantize = 'int3': expected 'int8' or 'int4', or None"),
+        ("complete hi --model_parallel_size 2", "--model_parallel_size=2 in a run of one process: "),
+        (
+            "complete hi --draft /nowhere --ckpt_dir CKPT",
+            "--draft = '/nowhere': expected the directory of a smaller model",
+        ),
+        ("complete hi --adapter /nowhere", "--adapter /nowhere does not exist: expected a directory with adapter_"),
+        ("complete hi --regex (", "--regex cannot be compiled: "),
+        ("complete hi --json_schema {", "--json_schema = '{' is not JSON: "),
+        ("complete hi --regex a --choice b", "--regex and choice together: expected at most one shape"),
+        ("info nowhere", "nowhere does not exist: expected a directory with params.json and consolidated"),
+        ("info CKPT --gpu_memory much", "--gpu_memory = 'much': expected "),
+        ("batch nowhere.jsonl out.jsonl", "there is no file nowhere.jsonl: expected a file of rows"),
+        ("batch IN out.txt", "out.txt: expected a name that ends in .jsonl, .ndjson, .json, .csv, .parquet"),
+        ("batch IN out.jsonl --indent 2", "--indent = 2 for out.jsonl: expected a target whose name ends in .json"),
+        ("batch IN - --indent 2", "--indent = 2 for -: expected a target whose name ends in .json"),
+        ("batch IN out.jsonl --report r.json", "--report r.json: expected a --template, and a file as the target"),
+        ("batch IN out.jsonl --template nowhere.json", "there is no template file nowhere.json"),
+        ("batch IN out.jsonl --template IN", "IN.jsonl is not JSON (Extra data: "),
+        ("batch IN out.jsonl --num_beams 40", "--num_beams = 40: expected at most --max_batch_size = 16"),
+        (
+            "batch IN out.jsonl --num_beams 4 --temperature 1",
+            "--num_beams = 4 with --temperature = 1.0: a beam search ",
+        ),
+        ("batch IN out.jsonl --replicas 0", "--replicas = 0: expected an integer of at least 1"),
         ("sample a b --scorer logprob --keep 17", "--keep = 17: expected at most the 16 answers"),
+        ("sample a b --scorer logprob -n 0", "--n = 0: expected an integer of at least 1"),
+        ("sample IN - --scorer logprob", "-: only `llama batch` reads and writes standard streams: expected a file"),
+        ("sample IN out.jsonl --scorer best", "--scorer 'best': expected one of logprob, mean_logprob, reward:DIR"),
+        ("sample IN out.jsonl --scorer logprob --temperature 0", "--temperature = 0 with n = 16: expected more than 0"),
+        ("rescore IN out.jsonl --scorer logprob --prompts nowhere.jsonl", "there is no file nowhere.jsonl"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(words, expected, write_checkpoint, capfd):
+def test_a_mistake_is_one_line_and_exit_code_2(words, expected, write_checkpoint, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "IN.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    words = re.sub(r"\bIN\b", "IN.jsonl", words)
     if "CKPT" in words:
         words = words.replace("CKPT", str(write_checkpoint()))
     with pytest.raises(SystemExit) as exit:
@@ -216,7 +252,28 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, expected, write_checkpoint
     out, err = capfd.readouterr()
     (line,) = (line for line in err.splitlines() if not line.startswith("Loaded"))
     assert line.startswith("llama: ") and expected in line and "Llama.build" not in line
-    assert out == ""
+    assert out == "" and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "complete hi --max_new_tokens 5 --do-sample",
+            ["--max_new_tokens is --max_gen_len here", "--do_sample is --temp"],
+        ),
+        ("complete hi --model x --torch-dtype=half", ["--model is --ckpt_dir here", "--torch_dtype is --dtype here"]),
+        ("batch a b --tensor_parallel_size 2", ["--tensor_parallel_size is --model_parallel_size here"]),
+        ("batch a b --n 4", ["--n is --num_return_sequences here"]),
+        ("sample a b --scorer logprob --num_samples 4", ["--num_samples is -n here"]),
+    ],
+)
+def test_a_flag_of_another_program_is_answered_with_ours(words, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(words.split())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llama: ")]
+    assert exit.value.code == 2 and len(lines) == len(said)
+    assert all(line.startswith(f"llama: {begin}") for line, begin in zip(lines, said)), lines
 
 
 def test_the_context_is_what_the_embedded_model_was_trained_on_and_else_2048(write_checkpoint):
