@@ -104,14 +104,14 @@ def info(
             parts["weights"] = sum(tensor.nbytes for tensor in checkpoint.shards[0].values()) // n_ranks
         elif quantize:
             parts["weights"] = _rounded_bytes(checkpoint.shapes, args, quantize, checkpoint.dtype) // n_ranks
-        text = _size(sum(parts.values()))
+        text = _size(sum(parts.values())) + " each" * (n_ranks > 1)
         if n_ranks == 1:
             text += f" = {' + '.join(f'{part} {_size(size)}' for part, size in parts.items())}"
             text += f", at max_batch_size {max_batch_size}, max_seq_len {max_seq_len}"
         if room is not None:
             fits = sum(parts.values()) <= room
             text += f", {'fits' if fits else 'does not fit'} in {gpu_memory}"
-        lines.append(("memory", f"on {n_ranks} process{'es' if n_ranks > 1 else ''}: {text}{' each' * (n_ranks > 1)}"))
+        lines.append(("memory", f"on {n_ranks} process{'es' if n_ranks > 1 else ''}: {text}"))
     return [*lines, ("model_parallel_size", "one of " + ", ".join(map(str, args.model_parallel_sizes)))]
 
 
