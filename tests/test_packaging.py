@@ -1,6 +1,7 @@
 """What is installed, under which name and version, and with which Python."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,11 +51,22 @@ def test_every_tool_that_the_makefile_runs_is_in_an_extra_and_in_the_constraints
         assert name in constraints | set(re.findall(r'^ +"(\w+)": \[', SETUP, re.M)), name
 
 
-def test_files_that_a_clone_does_not_have_may_lie_anywhere(tmp_path):
+def test_files_that_a_clone_does_not_have_may_lie_anywhere(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
-    code = "import sys; sys.path.insert(0, 'tests'); from conftest import shared; print(shared('checkpoints'))"
-    result = run_python(f"import os; os.chdir({str(ROOT)!r}); {code}", LLAMA_TEST_FILES=str(tmp_path))
-    assert result.stdout == f"{tmp_path / 'checkpoints'}\n", result.stderr
+    monkeypatch.setenv("LLAMA_TEST_FILES", str(tmp_path))
+    shared = runpy.run_path(str(ROOT / "tests" / "conftest.py"))["shared"]
+    assert shared("checkpoints") == tmp_path / "checkpoints"
+    with pytest.raises(pytest.skip.Exception, match=r"CONTRIBUTING\.md says what belongs there, and LLAMA_TEST_FILES"):
+        shared("tokenizers")
+    for name in ("tokenizers/llama3/tokenizer.model", "tokenizers/llama2/tokenizer.model", "checkpoints/stories260K/"):
+        assert f"`{name}`" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_whoever_reports_something_is_asked_for_what_helps():
+    asked = {path.stem: path.read_text() for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md")}
+    assert asked.keys() >= {"idea", "message", "wrong-answer"}
+    assert all(re.match(r"---\nname: .+\nabout: .+\n---\n", text) for text in asked.values())
+    assert "python -m llama --version" in asked["wrong-answer"]
 
 
 def test_make_docs_writes_a_reference_without_a_warning(tmp_path):

@@ -26,7 +26,7 @@ reason: str = chats[0]["finish_reason"]
 texts: list[CompletionPrediction] = llama.text_completion(["a"], num_beams=4, top_p=[0.5], logit_bias={5: -1.0})
 length: int = len(texts[0]["generation"])
 tokens, logprobs = llama.generate([[1, 2], [3]], 5, logprobs=True, top_k=[1, None], logits_processor=louder)
-for piece in llama.stream_chat("Who are you?", temperature=0.5, repetition_penalty=1.1):
+for piece in llama.stream_chat("Who are you?", temperature=0.5, truncate="left"):
     print(piece.upper())
 scores: list[float] = llama.perplexity(["a text"])
 """
@@ -41,6 +41,7 @@ llama.generate([[1]], top_k="five")
 llama.stream_text("a", max_new_tokens=5)
 generation: int = llama.text_completion(["a"])[0]["generation"]
 llama.text_completion(["a"])[0]["txet"]
+Llama.build("demo/checkpoint", torch_dtype="float16")
 """
 
 # What these libraries hold is not looked into: minutes for nothing.
@@ -72,7 +73,7 @@ def test_mypy_strict_accepts_a_right_client_and_names_the_lines_of_a_wrong_one(c
     pytest.importorskip("mypy", reason="pip install mypy to check types")
     (clients / "mypy.ini").write_text(MYPY.replace("strict = True", f"strict = True\nmypy_path = {ROOT}"))
     lines, said = found([sys.executable, "-m", "mypy", "right.py", "wrong.py"], clients)
-    assert lines == {4, 5, 6, 7, 8, 9} and "right.py" not in said.replace("wrong.py", ""), said
+    assert lines == {4, 5, 6, 7, 8, 9, 10} and "right.py" not in said.replace("wrong.py", ""), said
     assert 'Unexpected keyword argument "temprature" for "text_completion" of "Llama"' in said
 
 
@@ -81,5 +82,5 @@ def test_pyright_accepts_a_right_client_and_names_the_lines_of_a_wrong_one(clien
     settings = {"typeCheckingMode": "standard", "extraPaths": [str(ROOT)], "include": ["right.py", "wrong.py"]}
     (clients / "pyrightconfig.json").write_text(json.dumps(settings))
     lines, said = found([sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable], clients)
-    assert lines == {4, 5, 6, 7, 8, 9} and "right.py" not in said, said
+    assert lines == {4, 5, 6, 7, 8, 9, 10} and "right.py" not in said, said
     assert 'No parameter named "temprature"' in said
