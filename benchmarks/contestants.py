@@ -220,6 +220,14 @@ def hugging_face_copy(folder: Path) -> Path:
     return copy
 
 
+def gguf_with_words(folder: Path, words: list[str]) -> Path:
+    """The checkpoint as llama.cpp's file with a vocabulary, for its server, which takes texts: each word is a token."""
+    path = folder.with_name(folder.name + "-words.gguf")
+    if not path.is_file():
+        _write_gguf(folder, path, words)
+    return path
+
+
 def gguf_copy(folder: Path, kind: str) -> Path:
     """The checkpoint as llama.cpp's file, made once; the quantised ones by llama.cpp itself, with its defaults."""
     import llama_cpp as c
@@ -237,7 +245,7 @@ def gguf_copy(folder: Path, kind: str) -> Path:
     return path
 
 
-def _write_gguf(folder: Path, path: Path) -> None:
+def _write_gguf(folder: Path, path: Path, words: list[str] | None = None) -> None:
     """Format: github.com/ggml-org/ggml, docs/gguf.md, by its own package."""
     import gguf
 
@@ -257,7 +265,10 @@ def _write_gguf(folder: Path, path: Path) -> None:
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_rope_dimension_count(args.head_dim)
     writer.add_vocab_size(args.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if words is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_words(writer, words, args.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     names = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output", "attention_norm": "attn_norm"}
     names |= {"ffn_norm": "ffn_norm", "wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output"}
@@ -276,6 +287,21 @@ def _write_gguf(folder: Path, path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     partial.rename(path)
+
+
+def _add_words(writer: Any, words: list[str], vocab_size: int) -> None:
+    """A vocabulary as SentencePiece's: bytes, the words, letter by letter, and fillers."""
+    pieces = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}  # and gguf's types
+    for word in ("\u2581" + word for word in words):
+        pieces |= dict.fromkeys([*word, *(word[:end] for end in range(2, len(word) + 1))], 1)
+    pieces |= {f" w{i}": 1 for i in range(vocab_size - len(pieces))}
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*pieces])
+    writer.add_token_scores([float(-i) for i in range(vocab_size)])
+    writer.add_token_types([*pieces.values()])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def main(name: str, folder: str, device: str, room: str) -> None:

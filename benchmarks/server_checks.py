@@ -1,7 +1,7 @@
 """What the tests of the server check in small, at full size: `python -m benchmarks.server_checks`.
 
-Requests that schemathesis makes up from a server's OpenAPI document, right ones and wrong ones: none may be answered
-with a 500. And generated JSON schemas on the embedded checkpoint at temperature 1: every answer that ended by itself
+Requests that schemathesis makes up from a server's OpenAPI document, half of them against it: none may be answered with
+a 500. And generated JSON schemas on the embedded checkpoint at temperature 1: every answer that ended by itself
 must be valid. Needs the extras `test`.
 
     python -m benchmarks.server_checks --requests 1000 --schemas 2000
@@ -83,6 +83,7 @@ def check_requests(url: str, n: int) -> dict[int, int]:
     import httpx2
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis import GenerationMode
 
     statuses: dict[int, int] = collections.Counter()
     operations = [result.ok() for result in schemathesis.openapi.from_url(url + "/openapi.json").get_all_operations()]
@@ -102,15 +103,18 @@ def check_requests(url: str, n: int) -> dict[int, int]:
                 statuses[response.status_code] += 1
                 assert response.status_code < 500, (made, response.text)
 
+            modes = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE] if operation in posts else [None]
             how = settings(
-                max_examples=-(-n // len(posts)) if operation in posts else 3,
+                max_examples=-(-n // len(posts) // 2) if operation in posts else 3,
                 deadline=None,
                 database=None,
                 derandomize=True,
                 phases=[Phase.generate],
                 suppress_health_check=[*HealthCheck],
             )
-            how(given(case=operation.as_strategy())(check))()
+            for mode in modes:
+                made_up = operation.as_strategy(**({} if mode is None else {"generation_mode": mode}))
+                how(given(case=made_up)(check))()
     return dict(sorted(statuses.items()))
 
 

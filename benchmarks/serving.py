@@ -2,15 +2,16 @@
 
 Clients send one request after another, streamed, over real HTTP; each answer has a fixed number of tokens. For 1, 8 and
 32 clients: tokens/s, and the median and 99th percentile of the time to the first token and of the time between tokens.
-Beside it the engine alone, before and after, in a process of its own with as many sequences always running; and
-llama-cpp-python's server (pip install 'llama-cpp-python[server]') on a GGUF file of the same shape, with a vocabulary,
-for it takes texts alone. `--minutes 2` keeps 32 clients at it and prints the memory at the start and the end.
+Beside it the engine alone, before and after, in a process of its own with as many sequences always running; and,
+where they are installed, llama-cpp-python's server on the same weights (pip install 'llama-cpp-python[server]' gguf),
+which takes texts alone. `--minutes 2` keeps 32 clients at it and prints the memory at the start and the end.
 
     python -m benchmarks.serving --clients 8 --requests 3
     python -m benchmarks.serving --mask     # what the mask of a JSON schema costs of a step
 """
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
@@ -201,7 +202,6 @@ def main(
     requests: int = 3,
     tokens: int = 32,
     minutes: float = 0.0,
-    gguf: str | None = None,
     mask: bool = False,
 ) -> None:
     """Measures and prints.
@@ -213,7 +213,6 @@ def main(
         requests: of each client.
         tokens: of each answer.
         minutes: keeps 32 clients at it for so long.
-        gguf: a file of the same shape, with a vocabulary, for llama-cpp-python's server.
         mask: measures the mask of a JSON schema instead.
     """
     path = str(folder or default_folder(shape))
@@ -237,14 +236,24 @@ def main(
         mean = sum(alone) / 2
         print(f"{n} clients: engine alone {alone[0]:.1f} tokens/s before, {alone[1]:.1f} after;", end=" ")
         print(f"the server gives {found.n_tokens / found.seconds / mean:.3f} of their mean", flush=True)
-        if gguf:
-            command = [sys.executable, "-m", "llama_cpp.server", "--model", gguf, "--n_threads", str(os.cpu_count())]
-            with Server([*command, "--port", "8977", "--n_ctx", "512"]) as other:
-                asyncio.run(load(other.url, "m", 1, 1, 4, as_text=True))
-                theirs = asyncio.run(load(other.url, "m", n, requests, tokens, as_text=True))
-                print(f"{n} clients: llama-cpp-python {theirs}")
-                ours = found.n_tokens / found.seconds
-                print(f"{n} clients: the server gives {ours * theirs.seconds / theirs.n_tokens:.2f} times as much")
+        if all(map(importlib.util.find_spec, ("llama_cpp", "gguf", "starlette_context"))):
+            theirs = _llama_cpp(path, n, requests, tokens)
+            print(f"{n} clients: llama-cpp-python {theirs}")
+            ours = found.n_tokens / found.seconds
+            print(f"{n} clients: the server gives {ours * theirs.seconds / theirs.n_tokens:.2f} times as much")
+
+
+def _llama_cpp(path: str, n_clients: int, n_requests: int, n_tokens: int) -> Load:
+    """The same of llama-cpp-python's server."""
+    from benchmarks.contestants import gguf_with_words
+
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf_with_words(Path(path), WORDS))]
+    threads = str(os.cpu_count())
+    command += ["--n_threads", threads, "--n_threads_batch", threads, "--n_ctx", "512", "--port", "8977"]
+    command += ["--interrupt_requests", "False"]  # or else each request breaks off the one that runs
+    with Server(command) as server:
+        asyncio.run(load(server.url, "m", 1, 1, 4, as_text=True))
+        return asyncio.run(load(server.url, "m", n_clients, n_requests, n_tokens, as_text=True))
 
 
 def _alone(path: str, n_rows: int, n_tokens: int, n_requests: int) -> float:

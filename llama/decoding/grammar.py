@@ -10,6 +10,7 @@ same. Knows nothing of models.
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -84,7 +85,10 @@ class Grammars:
             raise ValueError(f"{shape[0]} cannot be compiled: {error}") from None
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"{shape[0]} cannot be compiled: {_first_lines(matcher.get_error())}")
+            found = _first_lines(matcher.get_error())
+            if shape[0] != "grammar":  # the others have no lines
+                found = re.sub(r"^(at )?\d+\(\d+\): ", "", found)
+            raise ValueError(f"{shape[0]} cannot be compiled: {found}")
         with self._lock:
             self._compiled[shape] = matcher
             if len(self._compiled) > N_KEPT:
@@ -205,7 +209,7 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> tuple[Any, torch.Tenso
 def _grammar(matcher: Any, name: str, text: str) -> str:
     """A shape as a Lark grammar with llguidance's extensions."""
     if name == "grammar":
-        return text if "%llguidance" in text else FREE + text
+        return text if "%llguidance" in text else f"{text}\n{FREE}"  # behind it, for errors have numbers of lines
     if name == "json_schema":
         return FREE + "start: %json " + json.dumps({**json.loads(text), "x-guidance": JSON_OPTIONS})
     if name == "choice":
@@ -214,9 +218,14 @@ def _grammar(matcher: Any, name: str, text: str) -> str:
 
 
 def _first_lines(error: str) -> str:
-    """What an error of llguidance says, without what it says of itself."""
-    lines = [line for line in error.strip().splitlines() if line.strip() and not line.startswith("<state>")]
-    return " ".join(lines[:3])[:500]
+    """What an error of llguidance says, without what it says of itself, and the text that we made of the shape."""
+    lines = []
+    for line in error.strip().splitlines():
+        if re.match(r" *1 \| |<state>", line):
+            break
+        if line.strip(" ^"):
+            lines.append(line.strip())
+    return " ".join(lines[:6])[:500]
 
 
 def _import() -> ModuleType:

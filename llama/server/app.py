@@ -8,10 +8,10 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -32,6 +32,9 @@ from llama.server.protocol import (
 )
 from llama.server.requests import Prepared, dialog_ids, prepare_chat, prepare_completion
 
+Result = TypeVar("Result")
+# Requests that are cut into tokens at a time: it takes memory, and time from the engine's thread.
+PREPARED_AT_ONCE = 4
 # What FastAPI is to say of errors in its document.
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -71,6 +74,7 @@ class Service:
         self.created = int(time.time())
         self.stopping = False
         self._open: set[Ticket] = set()
+        self._preparing = CapacityLimiter(PREPARED_AT_ONCE)
 
     @property
     def llama(self) -> Llama:
@@ -103,6 +107,10 @@ class Service:
         if self.n_open + n_more > self.capacity:
             message = f"{self.n_open} answers are under way: expected at most {self.capacity}; try again later"
             raise ApiError(429, message, None, "queue_full", {"Retry-After": "1"})
+
+    async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Has something that may take a while done in another thread, after what came before it."""
+        return await to_thread.run_sync(function, *arguments, limiter=self._preparing)
 
     def open(self, ticket: Ticket) -> None:
         """Hands a ticket to the engine. Raises ApiError if too many wait."""
@@ -154,6 +162,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def translate(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI's word for JSON that is nested too deep
+            return answer_with(ApiError(400, "the body is not JSON that can be read", None, "invalid_json"))
         return answer_with(ApiError(error.status_code, str(error.detail), None, None, dict(error.headers or {})))
 
     return app
@@ -185,28 +195,16 @@ def _routes(service: Service) -> APIRouter:
         return _model(service)
 
     @router.post("/tokenize")
-    def tokenize(body: TokenizeRequest) -> Any:
+    async def tokenize(body: TokenizeRequest) -> Any:
         """The ids of a text or a dialog."""
-        llama = service.llama
         service.check_model(body.model)
-        if body.messages is not None:
-            ids = dialog_ids(llama, body.messages)
-        else:
-            try:
-                ids = llama.tokenizer.encode(body.prompt, bos=body.add_special_tokens)
-            except ValueError as error:
-                raise ApiError(400, str(error), "prompt") from None
-        return {"tokens": ids, "count": len(ids), "max_model_len": llama.args.max_seq_len}
+        return await service.in_thread(_tokenize, service.llama, body)
 
     @router.post("/detokenize")
-    def detokenize(body: DetokenizeRequest) -> Any:
+    async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of ids."""
-        llama = service.llama
         service.check_model(body.model)
-        try:
-            return {"prompt": llama.tokenizer.decode(body.tokens)}
-        except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error), "tokens") from None
+        return await service.in_thread(_detokenize, service.llama, body)
 
     @router.get("/tokenizer_info")
     def tokenizer_info() -> Any:
@@ -237,13 +235,31 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
+def _tokenize(llama: Llama, body: TokenizeRequest) -> Response:
+    if body.messages is not None:
+        ids = dialog_ids(llama, body.messages)
+    else:
+        try:
+            ids = llama.tokenizer.encode(body.prompt, bos=body.add_special_tokens)
+        except ValueError as error:
+            raise ApiError(400, str(error), "prompt") from None
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": llama.args.max_seq_len})
+
+
+def _detokenize(llama: Llama, body: DetokenizeRequest) -> Response:
+    try:
+        return JSONResponse({"prompt": llama.tokenizer.decode(body.tokens)})
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error), "tokens") from None
+
+
 async def _answer(
     service: Service, body: Sampling, request: Request, prepare: Callable[[Llama, Any, int], Prepared]
 ) -> Response:
     llama = service.llama
     service.check_model(body.model)
     service.check_room(body.n)  # before any work
-    prepared = await run_in_threadpool(prepare, llama, body, service.capacity)
+    prepared = await service.in_thread(prepare, llama, body, service.capacity)
     if service.log is not None:
         service.log(f"request {body.model_dump_json(exclude_unset=True)}")
     is_chat = isinstance(body, ChatRequest)

@@ -36,6 +36,7 @@ class Ticket:
         ended: which answers have ended.
         failure: why there will be no more.
         news: set after a report.
+        created: when it came, of `time.perf_counter`.
     """
 
     jobs: list[tuple[Job, int]]
@@ -45,6 +46,7 @@ class Ticket:
     failure: str | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
     loop: asyncio.AbstractEventLoop | None = None
+    created: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self):
         self.n_tokens = [0] * len(self.sequences)
@@ -109,7 +111,7 @@ class Driver:
         self._cancelled: deque[Ticket] = deque()
         self._stopping = False
         self._owners: dict[Sequence, tuple[Ticket, int]] = {}
-        self._times: dict[Sequence, list[float]] = {}  # when it was added, and when its first token was there
+        self._times: dict[Sequence, list[float]] = {}  # when it came, and when its first token was there
         self._n_reported: dict[Sequence, int] = {}
         self._keys: dict[Sequence, int] = {}  # what the other ranks know a sequence by
         self._next_key = itertools.count()
@@ -181,7 +183,7 @@ class Driver:
             call.cancel(gone)
             for ticket, index in new:
                 sequence = ticket.sequences[index]
-                self._owners[sequence], self._times[sequence] = (ticket, index), [time.perf_counter()]
+                self._owners[sequence], self._times[sequence] = (ticket, index), [ticket.created]
                 self._n_reported[sequence] = 0
                 call.add(sequence)
             ended = call.step(every=True) if call.n_open else []
@@ -189,34 +191,38 @@ class Driver:
 
     def _report(self, ended: list[Sequence]) -> None:
         """Tells each ticket what is new, in one call of its event loop for all."""
-        now = time.perf_counter()
+        now, n_new = time.perf_counter(), 0
         changes: dict[Ticket, tuple[list[tuple[int, int]], list[int]]] = {}
         for sequence, (ticket, index) in self._owners.items():
-            n, times = len(sequence.tokens), self._times[sequence]
-            if n == self._n_reported[sequence]:
+            n, n_before, times = len(sequence.tokens), self._n_reported[sequence], self._times[sequence]
+            if n == n_before:
                 continue
             self._n_reported[sequence] = n
-            if len(times) == 1:
+            n_new += n - n_before
+            if n_before == 0:
                 times.append(now)
                 self.metrics.first_token.observe(now - times[0])
+                self._count_prompt(sequence, ticket, index)
             changes.setdefault(ticket, ([], []))[0].append((index, n))
         for sequence in ended:
             ticket, index = self._owners.pop(sequence)
             self._keys.pop(sequence, None)
             del self._n_reported[sequence]
             changes.setdefault(ticket, ([], []))[1].append(index)
-            self._count(sequence, self._times.pop(sequence), now, is_first=ticket.jobs[index][1] == 0)
+            times = self._times.pop(sequence)
+            if not sequence.tokens:
+                self._count_prompt(sequence, ticket, index)
+            elif len(sequence.tokens) > 1:
+                self.metrics.per_token.observe((now - times[1]) / (len(sequence.tokens) - 1))
+        self.metrics.answer_tokens.inc(n_new)
         if changes:
             loop = next(iter(changes)).loop
             _call(loop, _report_all, [(ticket, *change) for ticket, change in changes.items()])
 
-    def _count(self, sequence: Sequence, times: list[float], now: float, is_first: bool) -> None:
-        if is_first:
+    def _count_prompt(self, sequence: Sequence, ticket: Ticket, index: int) -> None:
+        if ticket.jobs[index][1] == 0:  # once for all answers to it
             self.metrics.prompt_tokens.inc(len(sequence.prompt))
         self.metrics.reused.inc(sequence.n_cached)
-        self.metrics.answer_tokens.inc(len(sequence.tokens))
-        if len(sequence.tokens) > 1:
-            self.metrics.per_token.observe((now - times[1]) / (len(sequence.tokens) - 1))
 
     def _fail(self, reason: str) -> None:
         """The engine is of no use any more: all tickets fail, and those to come."""

@@ -22,6 +22,8 @@ from llama.server.protocol import ApiError
 # headers; and for the body after these.
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
+# How long a body that is refused is read on, so that its sender sees why.
+LINGER_SECONDS = 5.0
 MAX_CONNECTIONS = 2000
 # Bodies of all requests that are being read or answered, in largest bodies.
 MAX_BODIES = 32
@@ -103,13 +105,29 @@ class Gate:
         finally:
             self._held[0] -= body.n_bytes
         if body.error is not None and not has_begun:  # whatever the application has made of it
-            await self._refuse(body.error, scope, receive, send)
+            await self._refuse(body.error, scope, receive, send, not body.is_whole)
 
-    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send, is_more: bool = True) -> None:
+        """Answers with an error, and closes the connection once the client has sent its body, or should have."""
         self._refused.labels(error.status).inc()
         response = error.response()
-        response.headers["Connection"] = "close"  # what is left of the body is not read
-        await response(scope, receive, send)
+        response.headers["Connection"] = "close"
+        await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        headers = dict(scope["headers"])
+        # A client that is still sending would find the connection broken, and not the answer. One that expects to be
+        # told to go on has not begun.
+        is_sending = is_more and (b"content-length" in headers or b"transfer-encoding" in headers)
+        if is_sending and b"expect" not in headers:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_throw_away(receive), LINGER_SECONDS)
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _throw_away(receive: Receive) -> None:
+    """Reads the rest of a body, and keeps nothing of it."""
+    while (await receive()).get("more_body"):
+        pass
 
 
 def _too_large(limit: int) -> ApiError:
@@ -126,17 +144,18 @@ class _Body:
 
     Attributes:
         n_bytes: that have come.
+        is_whole: whether there is no more.
         error: what is wrong with it; raised, too, by `receive`.
     """
 
     def __init__(self, receive: Receive, limit: int, held: list[int]):
         self._receive, self._limit, self._held = receive, limit, held
         self.error: ApiError | None = None
-        self.n_bytes, self._is_whole = 0, False
+        self.n_bytes, self.is_whole = 0, False
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def receive(self) -> Message:
-        if self._is_whole:
+        if self.is_whole:
             return await self._receive()
         seconds = self._deadline - asyncio.get_running_loop().time()
         try:
@@ -149,7 +168,7 @@ class _Body:
             n_new = len(message.get("body", b""))
             self.n_bytes += n_new
             self._held[0] += n_new
-            self._is_whole = not message.get("more_body", False)
+            self.is_whole = not message.get("more_body", False)
             if self.n_bytes > self._limit:
                 self.error = _too_large(self._limit)
             elif self._held[0] > MAX_BODIES * self._limit:

@@ -5,6 +5,7 @@ same as leaving a field out, as in OpenAI's reference. Extra keys inside a messa
 `refusal` and others). Knows nothing of models.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -14,13 +15,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, m
 MAX_ANSWERS = 128  # OpenAI's limit of `n`
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 64
+MAX_PARTS = 1024  # of a message's content
+MAX_BIASES = 1024
 
 Integer = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
-# Fields that clients send without need; with any other value they are refused.
-NEUTRAL = {"store": False, "service_tier": "auto", "modalities": ["text"], "best_of": 1, "parallel_tool_calls": True}
+# The first wrong element of a list is enough: to note two million of them would stop the event loop for a minute.
+FIRST = Field(fail_fast=True)
+Integers = Annotated[list[Integer], FIRST]
+# Fields that clients send without need, with the values that change nothing; with any other they are refused. An
+# answer calls one tool, which both values of the last allow.
+NEUTRAL: dict[str, list[Any]] = {"store": [False], "service_tier": ["auto"], "modalities": [["text"]], "best_of": [1]}
+NEUTRAL["parallel_tool_calls"] = [True, False]
 
 
 class ApiError(Exception):
@@ -72,35 +80,50 @@ def describe(error: RequestValidationError) -> ApiError:
         reason = found.get("ctx", {}).get("error", "it cannot be parsed")
         return ApiError(400, f"the body is not JSON: {reason}", None, "invalid_json")
     message = found["msg"].removeprefix("Value error, ")
+    if name is None and found["type"] == "value_error" and (field := re.match(r"(\w+): ", message)):
+        return ApiError(400, message, field[1], found["type"])  # fields that do not go together: the message names one
     if name is None and found["type"] in ("model_attributes_type", "missing"):
         message = "expected a JSON object, with the header Content-Type: application/json"
     return ApiError(400, f"{name}: {message}" if name else message, name, found["type"])
 
 
-class Body(BaseModel):
-    """What all request bodies share."""
+class Strict(BaseModel):
+    """An object in which a field that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, data: Any) -> Any:
+        """One unknown field is enough to refuse it, and not half a million of them."""
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name in data if name not in known), None)
+        return {name: value for name, value in data.items() if name in known or name == unknown}
+
+
+class Body(Strict):
+    """What all request bodies share."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_what_says_nothing(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        own = {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
-        return {n: v for n, v in own.items() if n in cls.model_fields or not (n in NEUTRAL and v == NEUTRAL[n])}
+        fields = cls.model_fields
+        own = {name: value for name, value in data.items() if value is not None or name not in fields}
+        return {name: value for name, value in own.items() if name in fields or value not in NEUTRAL.get(name, [])}
 
 
-class Function(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Function(Strict):
     name: Text = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: Text | None = None
     parameters: dict[str, JsonValue] | None = None
     strict: Flag | None = None
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Tool(Strict):
     type: Literal["function"]
     function: Function
 
@@ -130,9 +153,17 @@ class TextPart(BaseModel):
     text: Text
 
 
+def _few_biases(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:  # before each is looked at
+        raise ValueError(f"{len(biases)} tokens: expected at most {MAX_BIASES}")
+    return biases
+
+
 def _joined(content: Any) -> Any:
     """The text of a content that is a list of parts, all of them texts."""
     if isinstance(content, list):
+        if len(content) > MAX_PARTS:
+            raise ValueError(f"{len(content)} parts: expected at most {MAX_PARTS}")
         try:
             return "".join(TextPart.model_validate(part).text for part in content)
         except ValueError:
@@ -145,7 +176,7 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "ipython"]
     content: Annotated[Text | None, BeforeValidator(_joined)] = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST] | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> "ChatMessage":
@@ -156,21 +187,18 @@ class ChatMessage(BaseModel):
         return self
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class StreamOptions(Strict):
     include_usage: Flag = False
 
 
-class JsonSchema(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class JsonSchema(Strict):
     name: Text
     description: Text | None = None
     schema_: dict[str, JsonValue] = Field(default_factory=dict, alias="schema")
     strict: Flag | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -190,9 +218,9 @@ class Sampling(Body):
     top_p: Number = Field(1.0, gt=0, le=1)
     top_k: Integer = Field(0, ge=0, lt=2**31)
     min_p: Number = Field(0.0, ge=0, le=1)
-    stop: Text | list[Text] | None = None
+    stop: Text | Annotated[list[Text], FIRST] | None = None
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: dict[str, Number] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[str, Number] | None, BeforeValidator(_few_biases)] = None
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
     frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     repetition_penalty: Number = Field(1.0, gt=0, le=100)
@@ -201,7 +229,7 @@ class Sampling(Body):
     response_format: ResponseFormat | None = None
     # Answers in other shapes, under the names that the offline options have.
     regex: Text | None = Field(None, min_length=1)
-    choice: list[Text] | None = Field(None, min_length=1)
+    choice: Annotated[list[Text], FIRST] | None = Field(None, min_length=1)
     grammar: Text | None = Field(None, min_length=1)
     user: Text | None = None
 
@@ -226,12 +254,12 @@ class Sampling(Body):
 class ChatRequest(Sampling):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FIRST] = Field(min_length=1)
     max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     logprobs: Flag = False
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: Annotated[list[Tool], FIRST] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
     @model_validator(mode="after")
@@ -253,7 +281,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
-    prompt: Text | list[Integer] | list[Text | list[Integer]]
+    prompt: Text | Integers | Annotated[list[Text | Integers], FIRST]
     max_tokens: Integer = Field(16, ge=0, lt=2**31)
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: Flag = False
@@ -264,7 +292,7 @@ class TokenizeRequest(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Annotated[list[ChatMessage], FIRST] | None = Field(None, min_length=1)
     add_special_tokens: Flag = True
 
     @model_validator(mode="after")
@@ -278,4 +306,4 @@ class DetokenizeRequest(Body):
     """The body of POST /detokenize."""
 
     model: Text | None = None
-    tokens: list[Integer]
+    tokens: Integers

@@ -3,6 +3,7 @@
 This runs in worker threads, for tokenizing a long text or compiling a schema takes a while. Knows nothing of HTTP.
 """
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from llama.decoding.answering import Job
 from llama.options import DecodingOptions
 from llama.server.driver import Ticket
 from llama.server.protocol import ApiError, ChatMessage, ChatRequest, CompletionRequest, NamedTool, Sampling
+from llama.tokenizer import Tokenizer
 from llama.tokenizer.tool_calls import call_schema, offer_tools, write_call
 
 # Names of the decoding options that have another name in a request.
@@ -50,10 +52,12 @@ def prepare_chat(llama: Llama, body: ChatRequest, max_answers: int) -> Prepared:
         if body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool):
             named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
             options["json_schema"] = call_schema(tools, named)
-    if body.messages and (last := body.messages[-1].role) not in ("user", "tool"):
+    if (last := body.messages[-1].role) not in ("user", "tool"):
         raise ApiError(400, f"the last message has role {last!r}: expected 'user' or 'tool'", "messages")
+    text = "".join(message.content or "" for message in body.messages)
+    check_text(llama, "messages", text, len(body.messages))
     try:
-        dialog = [_message(message) for message in body.messages]
+        dialog = _dialog(body.messages)
         ids = llama.formatter.encode_dialog_prompt(offer_tools(dialog, offered) if offered else dialog)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
@@ -68,6 +72,10 @@ def prepare_completion(llama: Llama, body: CompletionRequest, max_answers: int) 
         prompts = [prompts]
     if not prompts:
         raise ApiError(400, "prompt: expected at least one text, or at least one token id", "prompt")
+    _check_count(len(prompts) * body.n, max_answers)
+    for text in prompts:
+        if isinstance(text, str):
+            check_text(llama, "prompt", text)
     options = _options(body)
     options["max_gen_len"] = body.max_tokens
     options["top_logprobs"] = body.logprobs or 0
@@ -81,9 +89,37 @@ def prepare_completion(llama: Llama, body: CompletionRequest, max_answers: int) 
 def dialog_ids(llama: Llama, messages: list[ChatMessage]) -> list[int]:
     """The ids of a dialog's prompt. Raises ApiError."""
     try:
-        return llama.formatter.encode_dialog_prompt([_message(message) for message in messages])
+        return llama.formatter.encode_dialog_prompt(_dialog(messages))
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
+
+
+def check_text(llama: Llama, param: str, text: str, n_more: int = 0) -> None:
+    """Raises ApiError if a text cannot be as few tokens as fit, however it is cut: to cut it would take long.
+
+    Args:
+        param: the field with the text.
+        n_more: tokens that are there besides.
+    """
+    n_least = n_more + len(text) // _longest_token(llama.tokenizer)
+    if n_least > llama.args.max_seq_len:
+        raise _too_long(param, f"at least {n_least}", llama.args.max_seq_len)
+
+
+@functools.lru_cache(maxsize=4)
+def _longest_token(tokenizer: Tokenizer) -> int:
+    """Its bytes."""
+    return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.n_words))
+
+
+def _too_long(param: str, n_tokens: int | str, limit: int) -> ApiError:
+    message = f"{param}: the prompt has {n_tokens} tokens: expected at most {limit}, the context of this server"
+    return ApiError(400, message, param, "context_length_exceeded")
+
+
+def _check_count(n_answers: int, most: int) -> None:
+    if n_answers > most:
+        raise ApiError(400, f"n: the request asks for {n_answers} answers: expected at most {most}", "n")
 
 
 def _options(body: Sampling) -> dict[str, Any]:
@@ -113,8 +149,16 @@ def _check_tools(llama: Llama, body: ChatRequest, options: dict[str, Any]) -> No
         )
 
 
+def _dialog(messages: list[ChatMessage]) -> list[dict[str, str]]:
+    """Messages as the chat format has them. Raises ValueError if they cannot be a dialog."""
+    for before, message in zip([None, *messages], messages):
+        if message.role == "tool" and (before is None or before.role not in ("assistant", "tool")):
+            found = "nothing" if before is None else f"one of the role {before.role!r}"
+            raise ValueError(f"a message of the role 'tool' follows {found}: expected the assistant's, with its call")
+    return [_message(message) for message in messages]
+
+
 def _message(message: ChatMessage) -> dict[str, str]:
-    """A message as the chat format has it."""
     role = {"developer": "system", "tool": "ipython"}.get(message.role, message.role)
     if not message.tool_calls:
         return {"role": role, "content": message.content}
@@ -138,14 +182,11 @@ def _prepare(
     param: str,
     max_answers: int,
 ) -> Prepared:
-    n_answers = len(prompts) * body.n
-    if n_answers > max_answers:
-        raise ApiError(400, f"n: the request asks for {n_answers} answers: expected at most {max_answers}", "n")
+    _check_count(len(prompts) * body.n, max_answers)
     limit = llama.args.max_seq_len
     for ids in prompts:
         if len(ids) > limit:
-            message = f"{param}: the prompt has {len(ids)} tokens: expected at most {limit}, the context of this server"
-            raise ApiError(400, message, param, "context_length_exceeded")
+            raise _too_long(param, len(ids), limit)
     try:
         prompts = [llama.answerer.check_prompt(index, ids) for index, ids in enumerate(prompts)]
     except (ValueError, TypeError) as error:

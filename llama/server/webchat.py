@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,14 +26,29 @@ POLICY = (
     "form-action 'self'; frame-ancestors 'none'"
 )
 STYLE = """
-.chat { max-width: 52rem; margin: 0 auto; width: 100%; }
-.turn { width: 100%; padding: .25rem .75rem; border-radius: .75rem; overflow-wrap: anywhere; }
-.turn.user { background: rgba(25, 118, 210, .12); }
-.turn pre { overflow-x: auto; }
-.note { opacity: .8; font-size: .8rem; }
+.nicegui-content { align-items: center; }
+.chat { max-width: 48rem; width: 100%; min-width: 0; }
+.turn { width: 100%; min-width: 0; gap: 0; }
+.turn.user { flex-direction: row-reverse; align-items: center; }
+.tools { align-items: center; gap: .25rem; }
+.turn .content { max-width: 100%; min-width: 0; overflow-wrap: anywhere; line-height: 1.6; }
+.turn.user .content { max-width: 85%; padding: .5rem 1rem; border-radius: 1rem; background: rgba(25, 118, 210, .14); }
+.turn .content > :first-child { margin-top: 0; }
+.turn .content > :last-child { margin-bottom: 0; }
+.turn.stale { opacity: .4; }
+.turn :is(h1, h2, h3, h4, h5, h6) { font-size: 1.15rem; font-weight: 600; line-height: 1.4; margin: 1rem 0 .5rem; }
+.turn h1 { font-size: 1.35rem; }
+.turn pre { overflow-x: auto; padding: .75rem 1rem; border-radius: .5rem; background: rgba(127, 127, 127, .13); }
+.turn table { display: block; max-width: 100%; overflow-x: auto; overflow-wrap: normal; }
+.turn .q-btn { min-width: 2.5rem; min-height: 2.5rem; opacity: .8; }
+.body--dark .turn :is(a, .q-icon) { color: #8ab4f8; }
+.note { opacity: .7; font-size: .8rem; }
+.empty { width: 100%; margin-top: 22vh; align-items: center; text-align: center; opacity: .8; }
+.model-name { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .q-footer { background: #fff; color: inherit; }
 .body--dark .q-footer { background: #121212; }
 """
+KEYS = "Enter sends, Shift+Enter begins a new line, Escape stops an answer."
 # How often, seconds, a growing answer is drawn.
 REDRAW = 0.05
 
@@ -96,10 +110,11 @@ class Chat:
 
         self._ui, self._service = ui, service
         self._state: dict[str, Any] = app.storage.tab
-        defaults = {"messages": [], "system": "", "temperature": 0.6, "seed": None, "max_tokens": None}
+        defaults = {"messages": [], "system": "", "temperature": 0.6, "seed": None, "max_tokens": None, "dark": None}
         for name, value in defaults.items():
             self._state.setdefault(name, value)
         self._busy = self._stopped = False
+        self._editing: int | None = None  # the message that what is typed will take the place of
         self._ticket: Any = None
         self._client = ui.context.client
         self._client.on_disconnect(self.stop)
@@ -107,63 +122,86 @@ class Chat:
     def draw(self) -> None:
         """The whole page."""
         ui, state = self._ui, self._state
-        dark = ui.dark_mode(None)
-        with ui.header().classes("items-center"):
+        self._dark = ui.dark_mode(None).bind_value(state, "dark")
+        ui.colors(primary="#1a64a8")
+        with ui.header().classes("items-center no-wrap"):
             ui.label(self._service.model).classes("text-h6 model-name")
             ui.space()
-            ui.button("New chat", icon="add", on_click=self.new).props('flat color=white aria-label="New chat"')
-            ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props(
-                'flat color=white aria-label="Dark or light"'
-            )
+            with ui.button(icon="add", on_click=self.new).props(
+                'flat color=white no-wrap no-caps aria-label="New chat"'
+            ):
+                ui.label("New chat").classes("gt-xs")  # not on a phone
+            ui.button(icon="contrast", on_click=self.switch_dark).props('flat color=white aria-label="Dark or light"')
             ui.button(icon="tune", on_click=lambda: drawer.toggle()).props('flat color=white aria-label="Settings"')
         with ui.right_drawer(value=False).props("overlay bordered") as drawer:
+            with ui.row().classes("tools full-width"):
+                ui.label("Settings").classes("text-h6 col")
+                ui.button(icon="close", on_click=drawer.hide).props('flat round aria-label="Close settings"')
             ui.textarea("System prompt").bind_value(state, "system").props("outlined autogrow").classes("full-width")
             ui.number("Temperature", min=0, max=5, step=0.1).bind_value(state, "temperature").classes("full-width")
             ui.number("Seed (empty: another each time)", precision=0).bind_value(state, "seed").classes("full-width")
             ui.number("Longest answer, tokens", min=1, precision=0).bind_value(state, "max_tokens").classes(
                 "full-width"
             )
+        drawer.on("keydown.escape", drawer.hide)
         self._list = ui.column().classes("chat").props('role=log aria-live=polite aria-label="Conversation"')
-        with ui.footer(), ui.row().classes("chat no-wrap items-end"):
-            self._input = ui.textarea(placeholder="Ask something").props(
-                'outlined autogrow autofocus aria-label="Message" input-style="max-height: 12rem"'
-            )
-            self._input.classes("col").on("keydown.enter.exact.prevent", self.send).on("keydown.escape", self.stop)
-            self._send = ui.button(icon="send", on_click=self.send).props('round aria-label="Send"')
-            self._stop = ui.button(icon="stop", on_click=self.stop).props('round color=negative aria-label="Stop"')
+        with ui.footer(), ui.column().classes("chat").style("margin: 0 auto; gap: .25rem"):
+            self._hint = ui.label("Sending replaces what is dimmed. Escape keeps it.").classes("note")
+            with ui.row().classes("full-width no-wrap items-end"):
+                self._input = ui.textarea(placeholder="Ask something").props(
+                    'outlined autogrow autofocus aria-label="Message" input-style="max-height: 12rem"'
+                )
+                self._input.classes("col").on("keydown.enter.exact.prevent", self.send)
+                self._input.on("keydown.escape", self.escape)
+                self._send = ui.button(icon="send", on_click=self.send).props('round size=1.1rem aria-label="Send"')
+                self._stop = ui.button(icon="stop", on_click=self.stop)
+                self._stop.props('round size=1.1rem color=negative aria-label="Stop"')
         self._redraw()
+
+    async def switch_dark(self) -> None:
+        """From what is seen to the other; until then the page follows the system."""
+        if (is_dark := self._dark.value) is None:
+            is_dark = await self._client.run_javascript("matchMedia('(prefers-color-scheme: dark)').matches")
+        self._dark.value = not is_dark
 
     def _redraw(self) -> None:
         """The messages, each with what can be done with it."""
-        ui = self._ui
+        ui, messages = self._ui, self._state["messages"]
         self._list.clear()
         self._send.set_visibility(not self._busy)
         self._stop.set_visibility(self._busy)
+        self._hint.set_visibility(self._editing is not None)
         with self._list:
-            for index, message in enumerate(self._state["messages"]):
-                with ui.column().classes(f"turn {message['role']}"):
+            if not messages:
+                with ui.column().classes("empty"):
+                    ui.label(f"Ask {self._service.model}").classes("text-h5")
+                    ui.label(KEYS).classes("note")
+            for index, message in enumerate(messages):
+                is_stale = self._editing is not None and index >= self._editing
+                with ui.column().classes(f"turn {message['role']}" + (" stale" if is_stale else "")):
                     ui.markdown(message["content"]).classes("content")
-                    with ui.row().classes("items-center"):
+                    with ui.row().classes("tools"):
                         if message["role"] == "user":
                             button = ui.button(icon="edit", on_click=lambda index=index: self.edit(index))
-                            button.props('flat dense size=sm aria-label="Edit"')
+                            button.props('flat round dense size=sm aria-label="Edit"')
                         else:
                             ui.label(message.get("note", "")).classes("note")
                             button = ui.button(icon="refresh", on_click=lambda index=index: self.regenerate(index))
-                            button.props('flat dense size=sm aria-label="Regenerate"')
+                            button.props('flat round dense size=sm aria-label="Regenerate"')
                         button.set_enabled(not self._busy)
-        self._scroll()
+        self._scroll("true")
 
-    def _scroll(self) -> None:
-        """Shows the end of the conversation."""
+    def _scroll(self, condition: str = "h - innerHeight - scrollY < 300") -> None:
+        """Shows the end of the conversation, unless somebody is reading further up."""
         # Not `ui.run_javascript`: the button whose click led here may have been drawn over.
-        self._client.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
+        self._client.run_javascript(f"const h = document.body.scrollHeight; if ({condition}) scrollTo(0, h)")
 
     def new(self) -> None:
         """Forgets the conversation."""
         self.stop()
-        self._state["messages"] = []
+        self._state["messages"], self._editing = [], None
         self._redraw()
+        self._input.run_method("focus")
 
     def stop(self) -> None:
         """Ends the answer where it is."""
@@ -171,26 +209,35 @@ class Chat:
         if self._ticket is not None:
             self._ticket.news.set()
 
+    def escape(self) -> None:
+        """Ends the answer, or leaves a message as it was."""
+        self.stop()
+        if self._editing is not None:
+            self._editing = None
+            self._input.set_value("")
+            self._redraw()
+
     async def send(self) -> None:
         """Asks what has been typed."""
         text = (self._input.value or "").strip()
         if text and not self._busy:
             self._input.set_value("")
-            self._state["messages"] = [*self._state["messages"], {"role": "user", "content": text}]
+            earlier = self._state["messages"][: self._editing]
+            self._state["messages"], self._editing = [*earlier, {"role": "user", "content": text}], None
             await self._answer()
 
     def edit(self, index: int) -> None:
-        """Puts a message back into the field, and forgets all that came after it."""
+        """Puts a message back into the field; what is sent takes its place, and that of all that came after it."""
         if not self._busy:
+            self._editing = index
             self._input.set_value(self._state["messages"][index]["content"])
-            self._state["messages"] = self._state["messages"][:index]
             self._redraw()
             self._input.run_method("focus")
 
     async def regenerate(self, index: int) -> None:
         """Answers once more, from there."""
         if not self._busy:
-            self._state["messages"] = self._state["messages"][:index]
+            self._state["messages"], self._editing = self._state["messages"][:index], None
             await self._answer()
 
     async def _answer(self) -> None:
@@ -219,7 +266,7 @@ class Chat:
         """The answer, and a note on it."""
         service = self._service
         llama = service.llama
-        prepared: Prepared = await run_in_threadpool(prepare_chat, llama, self._request(), service.capacity)
+        prepared: Prepared = await service.in_thread(prepare_chat, llama, self._request(), service.capacity)
         ticket = self._ticket = prepared.ticket
         choice, text = Choice(llama, prepared, 0), ""
         first = last = drawn_at = time.monotonic()
@@ -233,7 +280,7 @@ class Chat:
                 last = time.monotonic()
                 first = last if ticket.n_tokens[0] <= 1 else first
                 if last - drawn_at > REDRAW:
-                    drawn.set_content(text or "…")
+                    drawn.set_content(_closed(text) or "…")
                     self._scroll()
                     drawn_at = last
         finally:
@@ -254,3 +301,8 @@ class Chat:
             return ChatRequest.model_validate(body)
         except ValidationError as error:
             raise ApiError(400, str(error.errors()[0]["msg"])) from None
+
+
+def _closed(text: str) -> str:
+    """Markdown while it comes: a block of code whose end is not there yet is ended."""
+    return text + "\n```" if text.count("```") % 2 else text

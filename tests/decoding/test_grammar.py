@@ -17,7 +17,7 @@ from llama.decoding.grammar import Grammars  # noqa: E402
 from llama.options import DecodingOptions, per_prompt  # noqa: E402
 from llama.tokenizer import Tokenizer  # noqa: E402
 
-N_SCHEMAS = 60  # `python -m benchmarks.server_checks` takes 2,000
+N_SCHEMAS = 40  # `python -m benchmarks.server_checks` takes 2,000
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 60}, "b": {"enum": ["x", "y z"]}},
@@ -147,7 +147,7 @@ def test_llama_3s_real_vocabulary_is_taken():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"json_schema": {"type": "foo"}}, "json_schema cannot be compiled"),
+        ({"json_schema": {"type": "foo"}}, r"json_schema cannot be compiled: [^|%]*foo$"),
         ({"json_schema": {"$ref": "#/nowhere"}}, "json_schema cannot be compiled"),
         ({"json_schema": "[1]"}, "expected a JSON schema"),
         ({"json_schema": "{'a': 1}"}, "json_schema = .* is not JSON"),
@@ -156,8 +156,8 @@ def test_llama_3s_real_vocabulary_is_taken():
         ({"regex": ""}, "regex = '': expected a text"),
         ({"regex": 5}, "regex = 5: expected a text"),
         ({"grammar": b"start: X"}, "grammar = b'start: X': expected a text"),
-        ({"regex": "(a"}, "regex cannot be compiled"),
-        ({"grammar": "start: nothing"}, "grammar cannot be compiled"),
+        ({"regex": "(a"}, r"regex cannot be compiled: [^|%]*unclosed group$"),
+        ({"grammar": "start: x\nx: nothing"}, r"grammar cannot be compiled: at 2\(4\): [^|%]*nothing\"$"),
         ({"choice": []}, r"choice = \[\]: expected a list of texts"),
         ({"choice": "yes"}, "choice = 'yes': expected a list of texts"),
         ({"regex": "a", "choice": ["b"]}, "regex and choice together: expected at most one shape"),

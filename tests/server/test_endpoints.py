@@ -219,9 +219,13 @@ BAD = [
     ({"max_tokens": 10**30}, "max_tokens"),
     ({"frequency_penalty": 3}, "frequency_penalty"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
-    ({"logit_bias": {"x": 1}}, None),
-    ({"top_logprobs": 2}, None),
-    ({"stream_options": {"include_usage": True}}, None),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include": True}}, "stream_options.include"),
+    ({"messages": [*SUM, {"role": "tool", "content": "55"}]}, "messages"),
+    ({"messages": [{"role": "tool", "content": "55"}, *SUM]}, "messages"),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"functions": []}, "functions"),
     ({"best_of": 3}, "best_of"),
     ({"no_such_field": None}, "no_such_field"),
@@ -257,5 +261,6 @@ def test_another_model_is_not_found(client):
 def test_extra_keys_inside_a_message_and_null_fields_are_let_pass(server):
     message = {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "Ada", "refusal": None}
     body = {"messages": [message], "max_tokens": 2, "stop": None, "logit_bias": None, "user": "ada", "store": False}
+    body["parallel_tool_calls"] = False
     response = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60)
     assert response.status_code == 200, response.text

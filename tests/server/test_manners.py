@@ -1,9 +1,9 @@
 """Limits and manners: who leaves is forgotten, who comes too late is told so, and the server ends in good order."""
 
 import json
-import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -59,37 +59,95 @@ def server():
         yield running
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_leaves_frees_its_slot_within_a_step(server, streamed):
-    before = metric(server, "llama_answer_tokens_total")
-    if streamed:
-        client, response, _ = begin(server)
-        response.close()
-        client.close()
-    else:
-        with pytest.raises(httpx.TimeoutException):
-            httpx.post(server.url + "/v1/completions", json=never_ending(server), timeout=0.5)
-    wait_for(lambda: metric(server, "llama_running") == 0)
-    # The answer that was left is not finished by anyone: its tokens are not counted, and the slot answers the next.
-    assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
-    assert metric(server, "llama_answer_tokens_total") - before <= 6
+# An engine that says before each step how many answers run and wait, and takes the step when it is told to.
+GATED = f"""
+import os, socket
+from llama import Llama
+from llama.server import Settings, serve
+
+def load():
+    llama = Llama.build({str(DEMO)!r}, max_seq_len=512, max_batch_size=3, device="cpu", dtype="float32")
+    engine, step = llama._engine, llama._engine.step
+    gate = socket.create_connection(("127.0.0.1", int(os.environ["GATE"])))
+    def gated():
+        gate.sendall(b"%d %d\\n" % (len(engine.running), len(engine.waiting)))
+        assert gate.recv(1)
+        return step()
+    engine.step = gated
+    return llama
+
+serve(load, Settings(port=0, no_web=True, max_waiting=1), "m")
+"""
 
 
-def test_a_full_queue_is_a_429_with_retry_after_and_the_running_answer_goes_on(server):
-    client, _, running = begin(server)
-    waiting_client = httpx.Client(timeout=120)
-    thread = threading.Thread(target=lambda: waiting_client.post(server.url + "/v1/completions", json=SHORT))
-    thread.start()
-    wait_for(lambda: metric(server, "llama_waiting") == 1)
+class Gated:
+    """A server whose engine steps when it is told to, with three answers that run and one that waits.
+
+    Attributes:
+        links: of the clients; the first is answered in 30 tokens, the others have as many as there is room for. All but
+            one stream.
+    """
+
+    def __init__(self, server: Server, gate: socket.socket):
+        self._gate, self._counts = gate, gate.makefile()
+        self.links: list[socket.socket] = []
+        for streamed in (True, True, False, True):
+            what = {"max_tokens": 30} if not self.links else {"regex": "[a-z ]{2000,}"}
+            body = json.dumps(LONG | {"stream": streamed} | what).encode()
+            self.links.append(link := socket.create_connection(("127.0.0.1", server.port), timeout=60))
+            link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            link.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            if len(self.links) == 1:
+                self.step_until("1 0")
+                self.step()
+        self.step_until("3 1")
+
+    def step(self) -> None:
+        self._gate.sendall(b"x")
+
+    def step_until(self, expected: str) -> None:
+        """Until an engine that runs and has waiting so many is about to take a step."""
+        while (found := self._counts.readline().strip()) != expected:
+            assert found, "the engine is gone"
+            self.step()
+
+    def counts(self) -> str:
+        """How many run and wait, before the next step is taken."""
+        return self._counts.readline().strip()
+
+
+@pytest.fixture
+def gated():
+    ear = socket.create_server(("127.0.0.1", 0))
+    with ear, Server(code=GATED, GATE=str(ear.getsockname()[1])) as server:
+        gate = ear.accept()[0]
+        gate.settimeout(60)
+        yield server, Gated(server, gate)
+
+
+def test_clients_that_leave_free_their_slots_within_one_step_streaming_or_not_and_so_do_those_that_wait(gated):
+    server, engine = gated
+    for link in engine.links[1:]:
+        link.close()
+    for _ in range(2):  # which are answered after the server has seen them go
+        httpx.get(server.url + "/health")
+    engine.step()
+    assert engine.counts() == "1 0"
+
+
+def test_a_full_queue_is_a_429_with_retry_after_and_the_running_answer_goes_on(gated):
+    server, engine = gated
     refused = httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60)
     assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert httpx.get(server.url + "/health").status_code == 200
-    rest = "".join(running)
-    assert rest.endswith("data: [DONE]\n\n")
-    thread.join(60)
-    client.close()
-    waiting_client.close()
+    assert (metric(server, "llama_running"), metric(server, "llama_waiting")) == (3, 1)
+    engine.step()
+    engine.step_until("3 0")  # the first has its 30 tokens, and the one that waited its slot
+    text = b""
+    while not text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+        text += engine.links[0].recv(4096)
+    assert text.startswith(b"HTTP/1.1 200 ") and text.count(b"data: {") > 20
 
 
 def test_a_request_for_more_answers_than_can_ever_wait_is_a_400(server):
@@ -121,24 +179,24 @@ def test_keys_of_all_three_places_let_in_and_nothing_else_does(tmp_path):
         assert "first" not in server.log and "from-file" not in server.log
 
 
-def test_no_prompt_and_no_answer_is_in_the_log_unless_asked_for():
-    for options, is_there in (((), False), (("--log_content",), True)):
-        with Server(*SMALL, *options) as server:
-            answer = httpx.post(server.url + "/v1/completions", json=SHORT | {"prompt": "a secret"}, timeout=60).json()
+def test_no_prompt_and_no_answer_is_in_the_log_unless_asked_for(server):
+    with Server(*SMALL, "--log_content") as other:
+        for running, is_there in ((server, False), (other, True)):
+            asked = SHORT | {"prompt": "a secret"}
+            answer = httpx.post(running.url + "/v1/completions", json=asked, timeout=60).json()
             text = answer["choices"][0]["text"]
             if is_there:
-                wait_for(lambda: "answer " in server.log)
-            assert ("a secret" in server.log) == is_there
-            assert (json.dumps(text) in server.log) == is_there
+                wait_for(lambda: "answer " in other.log)
+            assert ("a secret" in running.log) == is_there
+            assert (json.dumps(text) in running.log) == is_there
 
 
-def test_a_browser_page_of_another_origin_is_let_in_only_where_it_was_named():
-    origin = {"Origin": "https://example.org"}
-    with Server(*SMALL) as server:
-        assert "access-control-allow-origin" not in httpx.get(server.url + "/v1/models", headers=origin).headers
-    with Server(*SMALL, "--cors_origins", "https://example.org") as server:
-        found = httpx.get(server.url + "/v1/models", headers=origin).headers
-        assert found["access-control-allow-origin"] == "https://example.org"
+def test_a_browser_page_of_another_origin_is_let_in_only_where_it_was_named(server):
+    ask = lambda server, origin: httpx.get(server.url + "/v1/models", headers={"Origin": origin}).headers  # noqa: E731
+    assert "access-control-allow-origin" not in ask(server, "https://example.org")
+    with Server(*SMALL, "--cors_origins", "https://example.org") as other:
+        assert ask(other, "https://example.org")["access-control-allow-origin"] == "https://example.org"
+        assert "access-control-allow-origin" not in ask(other, "https://example.com")
 
 
 def test_a_request_that_takes_too_long_is_a_504_and_frees_its_slot():
@@ -153,7 +211,7 @@ def test_a_request_that_takes_too_long_is_a_504_and_frees_its_slot():
 
 
 def test_sigterm_ends_what_runs_takes_no_more_and_exits_0():
-    with Server("--no_web", "--max_seq_len", "200") as server:
+    with Server("--no_web", "--max_seq_len", "100") as server:
         client, _, running = begin(server)
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: not listens(server))
@@ -181,12 +239,21 @@ def listens(server: Server) -> bool:
 
 def test_a_following_rank_that_is_killed_takes_the_server_with_it(tmp_path):
     folder = split_checkpoint(DEMO, tmp_path / "split", 2, "rows")
-    with Server(*SMALL, "--ckpt_dir", str(folder), processes=2) as server:
-        assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
-        os.kill(server.ranks[1], signal.SIGKILL)
-        started = time.monotonic()
-        assert server.process.wait(60) != 0
-        assert time.monotonic() - started < 15
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # As torchrun starts them, but for torchrun itself, which would end the server anyway.
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    options = (*SMALL, "--ckpt_dir", str(folder))
+    follower = Server(*options, wait=False, RANK="1", LOCAL_RANK="1", **place)
+    try:
+        with Server(*options, RANK="0", LOCAL_RANK="0", **place) as server:
+            assert httpx.post(server.url + "/v1/completions", json=SHORT, timeout=60).status_code == 200
+            follower.process.send_signal(signal.SIGKILL)
+            started = time.monotonic()
+            assert server.process.wait(60) not in (0, None)
+            assert time.monotonic() - started < 15
+    finally:
+        follower.process.send_signal(signal.SIGKILL)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_reason():

@@ -38,10 +38,10 @@ def server():
         yield running
 
 
-@pytest.fixture
-def browser(tmp_path):
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900"]:
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "--window-size=1280,900"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     options.binary_location = shutil.which("chromium")
@@ -73,6 +73,10 @@ class Page:
         found = self.browser.find_elements(By.CSS_SELECTOR, ".turn .content")
         return [element.text for element in found]
 
+    def stale(self) -> list:
+        """The turns that what is being edited will take the place of."""
+        return self.browser.find_elements(By.CSS_SELECTOR, ".turn.stale")
+
     def set(self, label: str, text: str) -> None:
         """Changes a setting, and sees after a reload that the server has it."""
 
@@ -98,6 +102,7 @@ class Page:
 
 @pytest.fixture
 def page(browser, server) -> Page:
+    browser.switch_to.new_window("tab")  # which has a conversation of its own
     page = Page(browser, server)
     page.set("Temperature", "0")
     return page
@@ -116,8 +121,13 @@ def test_an_answer_streams_and_is_edited_asked_again_and_there_after_a_reload(pa
     page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER])
     page.button("Regenerate").click()
     page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER] and page.button("Send").is_displayed())
+    typed = lambda: page.button("Message").get_attribute("value")  # noqa: E731
     page.button("Edit").click()
-    page.wait(lambda: page.texts() == [] and page.button("Message").get_attribute("value") == "What is 21 + 34?")
+    page.wait(lambda: len(page.stale()) == 2 and typed() == "What is 21 + 34?")
+    page.button("Message").send_keys(Keys.ESCAPE)  # nothing is lost
+    page.wait(lambda: page.stale() == [] and typed() == "" and len(page.texts()) == 2)
+    page.button("Edit").click()
+    page.wait(lambda: len(page.stale()) == 2 and typed() == "What is 21 + 34?")
     page.button("Message").send_keys(Keys.CONTROL, "a")
     page.ask("What is 12 + 7?")
     (expected,) = demo.chat_completion([[{"role": "user", "content": "What is 12 + 7?"}]], temperature=0)
