@@ -22,19 +22,46 @@ WEATHER = {
 ASKED = [{"role": "user", "content": "Is it raining in Oslo?"}]
 
 
-def test_the_prompt_is_the_one_that_meta_documents():
-    system, user = offer_tools([{"role": "system", "content": "You are helpful."}, *ASKED], [WEATHER])
-    assert system["content"] == (
-        "Environment: ipython\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nYou are helpful."
-    )
-    begin = (
-        "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
-        "best answers the given prompt.\n\nRespond in the format "
-        '{"name": function name, "parameters": dictionary of argument name and its value}. Do not use variables.\n\n{\n'
-        '    "type": "function",\n    "function": {\n        "name": "get_weather",\n'
-    )
-    assert user["content"].startswith(begin) and user["content"].endswith("\n}\n\nIs it raining in Oslo?")
-    assert write_call("get_weather", '{"city":"Oslo"}') == '{"name": "get_weather", "parameters": {"city": "Oslo"}}'
+PROMPT = """\
+<|begin_of_text|><|start_header_id|>system<|end_header_id|>
+
+Environment: ipython
+Cutting Knowledge Date: December 2023
+Today Date: 26 Jul 2024
+
+You are helpful.<|eot_id|><|start_header_id|>user<|end_header_id|>
+
+Given the following functions, please respond with a JSON for a function call with its proper arguments that best \
+answers the given prompt.
+
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}. \
+Do not use variables.
+
+{
+    "type": "function",
+    "function": {
+        "name": "now"
+    }
+}
+
+What time is it in Oslo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+{"name": "now", "parameters": {"city": "Oslo"}}<|eot_id|><|start_header_id|>ipython<|end_header_id|>
+
+{"time": "12:30"}<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+"""
+
+
+def test_the_prompt_of_a_call_and_its_result_is_the_one_that_meta_documents(demo):
+    dialog = [
+        {"role": "system", "content": "You are helpful."},
+        {"role": "user", "content": "What time is it in Oslo?"},
+        {"role": "assistant", "content": write_call("now", '{"city":"Oslo"}')},
+        {"role": "ipython", "content": '{"time": "12:30"}'},
+    ]
+    offered = offer_tools(dialog, [{"type": "function", "function": {"name": "now"}}])
+    assert demo.tokenizer.decode(demo.formatter.encode_dialog_prompt(offered)) == PROMPT
 
 
 def test_the_earlier_turns_and_the_given_dialog_are_left_as_they_are():
