@@ -92,8 +92,11 @@ async def load(
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
                     chunk, now = json.loads(line[6:]), time.perf_counter()
+                    if "error" in chunk:
+                        raise ValueError(chunk["error"]["message"])
                     if not chunk["choices"]:
                         n_told = chunk["usage"]["completion_tokens"]
+                    if not chunk["choices"] or not chunk["choices"][0]["text"]:
                         continue
                     (result.first if n == 0 else result.between).append(now - (begun if n == 0 else last))
                     last, n = now, n + 1
@@ -203,6 +206,7 @@ def main(
     tokens: int = 32,
     minutes: float = 0.0,
     mask: bool = False,
+    beside: bool = True,
 ) -> None:
     """Measures and prints.
 
@@ -214,6 +218,7 @@ def main(
         tokens: of each answer.
         minutes: keeps 32 clients at it for so long.
         mask: measures the mask of a JSON schema instead.
+        beside: measures llama-cpp-python's server too, if it is there.
     """
     path = str(folder or default_folder(shape))
     write_random_checkpoint(Path(path), shape)
@@ -236,7 +241,7 @@ def main(
         mean = sum(alone) / 2
         print(f"{n} clients: engine alone {alone[0]:.1f} tokens/s before, {alone[1]:.1f} after;", end=" ")
         print(f"the server gives {found.n_tokens / found.seconds / mean:.3f} of their mean", flush=True)
-        if all(map(importlib.util.find_spec, ("llama_cpp", "gguf", "starlette_context"))):
+        if beside and all(map(importlib.util.find_spec, ("llama_cpp", "gguf", "starlette_context"))):
             theirs = _llama_cpp(path, n, requests, tokens)
             print(f"{n} clients: llama-cpp-python {theirs}")
             ours = found.n_tokens / found.seconds
