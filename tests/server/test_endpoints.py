@@ -82,15 +82,21 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option_is_the_one_of_the_same_name_offline(client, demo, options):
-    extra = options.pop("extra", {})
-    found = client.completions.create(model="llama-demo", prompt=STORY, max_tokens=24, **options, extra_body=extra)
+def test_every_option_is_the_one_of_the_same_name_offline_streamed_or_not(client, demo, options):
+    options = dict(options)
+    given = {"model": "llama-demo", "prompt": STORY, "max_tokens": 24, "extra_body": options.pop("extra", {})}
+    whole = client.completions.create(**given, **options)
+    pieces = [chunk.choices[0] for chunk in client.completions.create(**given, **options, stream=True)]
     n = options.pop("n", 1)
     if "logit_bias" in options:
         options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
-    given = {"top_p": 1.0, **options, **extra, "num_return_sequences": n, "max_gen_len": 24}
-    expected = demo.text_completion([STORY], **given)
-    assert [choice.text for choice in found.choices] == [prediction["generation"] for prediction in expected]
+    same = {"top_p": 1.0, **options, **given["extra_body"], "num_return_sequences": n, "max_gen_len": 24}
+    expected = demo.text_completion([STORY], **same)
+    assert [choice.text for choice in whole.choices] == [prediction["generation"] for prediction in expected]
+    for choice in whole.choices:
+        own = [piece for piece in pieces if piece.index == choice.index]
+        assert "".join(piece.text for piece in own) == choice.text
+        assert [piece.finish_reason for piece in own if piece.finish_reason] == [choice.finish_reason]
 
 
 def test_the_logprobs_of_a_chat_are_those_of_offline_and_join_to_the_text(client, demo):
