@@ -3,13 +3,15 @@
 Knows the forms of a row; nothing of batches, models or files. What cannot be used is counted with its reason.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from llama.datasets.rows import Row
-from llama.tokenizer import ChatFormat, Tokenizer
+from llama.tokenizer import ChatFormat, Dialog, Tokenizer
+from llama.tokenizer.open_turns import as_dialog, has_open_turns
 
 FORMS = "`messages`, `prompt` and `completion`, `text`, `answers` as `llama sample` writes them"
 PAIR_FORM = "`chosen` and `rejected`, with a `prompt` or `messages` before them or as whole dialogs"
@@ -120,24 +122,28 @@ class Reader:
         return Example((document,))
 
     def _examples(self, fields: dict[str, Any]) -> list[Example]:
-        if "answers" in fields:
-            return [Example((self._answered(fields, answer),)) for answer in self._chosen_answers(fields)]
-        if fields.get("messages") is not None:
-            return [Example((self.dialog(fields["messages"]),))]
-        if fields.get("completion") is not None:
-            return [Example((self._completed(fields.get("prompt"), fields["completion"]),))]
-        if fields.get("text") is not None:
-            return [Example((self.text(fields["text"]),))]
-        if "error" in fields:
+        if fields.get("error") is not None:
             raise NothingToLearn("have an error in place of an answer")
-        raise ValueError(f"found {', '.join(map(repr, fields)) or 'nothing'}: expected {FORMS}")
+        if "answers" in fields:
+            documents = [self._answered(fields, answer) for answer in self._chosen_answers(fields)]
+        elif fields.get("messages") is not None:
+            documents = [self.dialog(fields["messages"])]
+        elif fields.get("completion") is not None:
+            documents = [self._completed(fields.get("prompt"), fields["completion"])]
+        elif fields.get("text") is not None and fields.get("prompt") is None and "finish_reason" not in fields:
+            documents = [self.text(fields["text"])]
+        else:  # `llama batch` writes a `text` without its prompt
+            raise ValueError(f"found {', '.join(map(repr, fields)) or 'nothing'}: expected {FORMS}")
+        if not any(document.n_learned for document in documents):
+            raise NothingToLearn("have an empty answer")
+        return [Example((document,)) for document in documents if document.n_learned]
 
     def _chosen_answers(self, fields: dict[str, Any]) -> list[dict[str, Any]]:
         answers = fields["answers"]
         is_list = isinstance(answers, list) and all(isinstance(a, dict) for a in answers)
         if not is_list or not all(isinstance(a.get("text"), str) for a in answers):
             raise ValueError("expected `answers`, a list of objects with a `text` and a `score`")
-        scored = [a for a in answers if isinstance(a.get("score"), (int, float))]
+        scored = [a for a in answers if isinstance(a.get("score"), (int, float)) and math.isfinite(a["score"])]
         if self.threshold is not None:
             scored = [a for a in scored if a["score"] >= self.threshold]
             if not scored:
@@ -149,51 +155,66 @@ class Reader:
 
     def _answered(self, fields: dict[str, Any], answer: dict[str, Any]) -> Document:
         """A prompt of any kind and an answer to it, which has an end unless it was broken off."""
-        ends = answer.get("finish_reason") != "length"
-        return self._continued(self._prompt(fields), answer["text"], fields.get("messages") is not None, ends)
-
-    def _prompt(self, fields: dict[str, Any]) -> list[int]:
+        text, ends = answer["text"], answer.get("finish_reason") != "length"
+        if answer.get("messages") is not None:  # the prompt had open turns: this is the dialog that the answer ends
+            document = self.dialog(answer["messages"])
+            n_kept = len(document.ids if ends else self._reply(answer["messages"][:-1], text, ends=False).ids)
+            return Document(document.ids[:n_kept], document.learned[:n_kept])
         if fields.get("messages") is not None:
-            return self.formatter.encode_dialog_prompt(fields["messages"])
+            return self._reply(_closed(as_dialog(fields["messages"])), text, ends)
         if fields.get("tokens") is not None:
-            return self._checked(fields["tokens"])
-        return self.tokenizer.encode(_text("prompt", fields.get("prompt")), bos=True)
+            return self._continued(self._checked(fields["tokens"]), text, ends)
+        return self._continued(self.tokenizer.encode(_text("prompt", fields.get("prompt")), bos=True), text, ends)
 
-    def _continued(self, prompt: list[int], answer: str, is_dialog: bool, ends: bool = True) -> Document:
-        end = self.tokenizer.eot_id if is_dialog and self.tokenizer.kind == "llama3" else self.tokenizer.eos_id
-        ids = self.tokenizer.encode(answer.strip() if is_dialog else answer) + ([end] if ends else [])
-        return Document([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
+    def _continued(self, prompt: list[int], answer: str, ends: bool = True) -> Document:
+        return _behind(prompt, prompt + self.tokenizer.encode(answer) + ([self.tokenizer.eos_id] if ends else []))
+
+    def _reply(self, dialog: Dialog, answer: str, ends: bool = True) -> Document:
+        """The answer to a dialog, with the end of its turn."""
+        prompt = self.formatter.encode_dialog_prompt(dialog)
+        if not ends:
+            return _behind(prompt, prompt + self.tokenizer.encode(answer.strip()))
+        return _behind(prompt, self.formatter.encode_answered(dialog, answer))
 
     def _completed(self, prompt: Any, completion: Any) -> Document:
         if isinstance(prompt, list) and isinstance(completion, list):  # as dialogs
             return self.dialog([*prompt, *completion])
         ids = self.tokenizer.encode(_text("prompt", prompt), bos=True)
-        return self._continued(ids, _text("completion", completion), is_dialog=False)
+        return self._continued(ids, _text("completion", completion))
 
     def text(self, text: str) -> Document:
         """A text between its begin and end tokens; all but the begin token is learned."""
         ids = self.tokenizer.encode(_text("text", text), bos=True, eos=True)
-        return Document(ids, [False] + [True] * (len(ids) - 1))
+        return _behind(ids[:1], ids)
 
     def dialog(self, messages: Any) -> Document:
         """A dialog up to its last answer (all of it, where all is learned)."""
         self.formatter.check_messages(messages)
+        _closed(messages)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise NothingToLearn("have no turn of the assistant")
-        if self.tokenizer.kind == "llama2":
-            ids, answers = self._llama2_dialog(messages[: turns[-1] + 1], turns)
-        else:
-            ids, answers = self._llama3_dialog(messages if self.learn == "all" else messages[: turns[-1] + 1], turns)
+        is_built_in = self.tokenizer.kind == "llama3" and self.formatter.template is None
         if self.learn == "all":
-            return Document(ids, [False] + [True] * (len(ids) - 1))
+            return self._whole_dialog(messages, turns[-1] + 1, is_built_in)
+        spans_of = self._messages_and_answers if is_built_in else self._rendered_and_answers
+        ids, answers = spans_of(messages[: turns[-1] + 1], turns)
         learned = [False] * len(ids)
         for start, stop in answers if self.learn == "answers" else answers[-1:]:
             learned[start:stop] = [True] * (stop - start)
         return Document(ids, learned)
 
-    def _llama3_dialog(self, messages: list, turns: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a dialog, and where its answers lie, each with the end of its turn."""
+    def _whole_dialog(self, messages: Dialog, n_answered: int, is_built_in: bool) -> Document:
+        if is_built_in:
+            ids, _ = self._messages_and_answers(messages, [])
+        elif self.formatter.template is not None:
+            ids = self.formatter.template.ids(messages, self.tokenizer, add_generation_prompt=False)
+        else:  # Llama 2 has no form for a message that is not answered
+            ids = self.formatter.encode_answered(messages[: n_answered - 1], messages[n_answered - 1]["content"])
+        return _behind(ids[:1], ids)
+
+    def _messages_and_answers(self, messages: Dialog, turns: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a dialog in Llama 3's format, and where its answers lie, each with the end of its turn."""
         ids, answers = [self.tokenizer.bos_id], []
         for index, message in enumerate(messages):
             start = len(ids) + len(self.formatter.encode_header(message))
@@ -202,18 +223,18 @@ class Reader:
                 answers.append((start, len(ids)))
         return ids, answers
 
-    def _llama2_dialog(self, messages: list, turns: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `_llama3_dialog`; each answer is what the next prompt has after this one's."""
+    def _rendered_and_answers(self, messages: Dialog, turns: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same in Llama 2's format or a template's: an answer is what its prompt lacks of the dialog it ends."""
+        *_, last = wholes = [self.formatter.encode_answered(messages[:t], messages[t]["content"]) for t in turns]
         answers = []
-        for index, turn in enumerate(turns):
-            prompt = self.formatter.encode_dialog_prompt(messages[:turn])
-            if index + 1 == len(turns):
-                ids = prompt + self.tokenizer.encode(messages[turn]["content"].strip()) + [self.tokenizer.eos_id]
-                answers.append((len(prompt), len(ids)))
+        for turn, whole in zip(turns, wholes):
+            start = _beginning(self.formatter.encode_dialog_prompt(messages[:turn]), last)
+            if self.formatter.template is None:  # with an answer after it, one of Llama 2's ends with a space more
+                stop = last.index(self.tokenizer.eos_id, start) + 1
             else:
-                following = self.formatter.encode_dialog_prompt(messages[: turns[index + 1]])
-                answers.append((len(prompt), following.index(self.tokenizer.eos_id, len(prompt)) + 1))
-        return ids, answers
+                stop = _beginning(whole, last)
+            answers.append((start, stop))
+        return last, answers
 
     def _pair(self, fields: dict[str, Any]) -> Example:
         """The chosen and the rejected answer, each behind what it answers. A reward is read at its last token."""
@@ -221,19 +242,18 @@ class Reader:
             raise ValueError(f"found {', '.join(map(repr, fields)) or 'nothing'}: expected {PAIR_FORM}")
         documents = []
         for key in ("chosen", "rejected"):
-            answer, before = fields[key], fields.get("messages", fields.get("prompt"))
+            answer, before = fields[key], fields.get("prompt")
+            before = before if fields.get("messages") is None else as_dialog(fields["messages"])
             if isinstance(answer, list):
                 messages = [*before, *answer] if isinstance(before, list) else answer
                 self.formatter.check_messages(messages)
                 if messages[-1]["role"] != "assistant":
                     raise NothingToLearn("have no turn of the assistant")
-                prompt, answer, is_dialog = messages[:-1], messages[-1]["content"], True
+                ids = self._reply(_closed(messages)[:-1], messages[-1]["content"]).ids
+            elif isinstance(before, list):
+                ids = self._reply(_closed(before), _text(key, answer)).ids
             else:
-                prompt, is_dialog = before, isinstance(before, list)
-            if is_dialog:
-                ids = self._continued(self.formatter.encode_dialog_prompt(prompt), answer, True).ids
-            else:
-                whole = ("" if prompt is None else _text("prompt", prompt)) + _text(key, answer)
+                whole = ("" if before is None else _text("prompt", before)) + _text(key, answer)
                 ids = self.tokenizer.encode(whole, bos=True)
             documents.append(Document(ids, [False] * len(ids)))
         if documents[0].ids == documents[1].ids:
@@ -245,6 +265,24 @@ class Reader:
         if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < n_words for i in ids):
             raise ValueError(f"tokens: expected a list of ids from 0 to {n_words - 1}")
         return ids
+
+
+def _beginning(part: list[int], whole: list[int]) -> int:
+    """How many ids a part has; `whole` must begin with them, or an answer is learned where none will be drawn."""
+    if whole[: len(part)] != part:
+        raise NothingToLearn("have an answer that the chat template writes otherwise than behind its prompt")
+    return len(part)
+
+
+def _behind(prompt: list[int], whole: list[int]) -> Document:
+    n_given = _beginning(prompt, whole)
+    return Document(whole, [False] * n_given + [True] * (len(whole) - n_given))
+
+
+def _closed(messages: Dialog) -> Dialog:
+    if has_open_turns(messages):
+        raise NothingToLearn("have open turns: expected what was answered in their places")
+    return messages
 
 
 def _text(name: str, value: Any) -> str:

@@ -11,9 +11,10 @@ from training_helpers import run, write_rows
 from llama import Llama, Tokenizer
 from llama.checkpoint.convert import quantize
 from llama.datasets.fingerprint import fingerprint
-from llama.datasets.rows import Rows
+from llama.datasets.rows import Rows, row_of
+from llama.tokenizer.chat_template import ChatTemplate
 from llama.training import Options, finetune
-from llama.training.examples import Reader
+from llama.training.examples import Example, Reader
 from llama.training.sft import COLUMNS_AS_JSON
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -57,6 +58,47 @@ def test_each_form_of_a_row_is_learned_as_it_says(read):
     assert whole.startswith("<|start_header_id|>user") and whole.endswith(f"hi{eot}")
     assert len(read(rows[3], threshold=0.1)[0]) == 2  # all answers with that score
     assert all(not document.learned[0] for e in examples for document in e.documents)
+
+
+def test_a_rollout_is_learned_as_it_went_and_open_turns_are_none(read):
+    asked = [USER, {"role": "assistant", "content": "<PLACEHOLDER>"}, {"role": "user", "content": "and?"}]
+    drawn = [USER, ANSWER, asked[2], {"role": "assistant", "content": "no"}]
+    best, broken_off = ({"text": "no", "score": 1, "messages": drawn, "finish_reason": f} for f in ("stop", "length"))
+    rows = [{"messages": asked, "answers": [best]}, {"messages": asked, "answers": [broken_off]}]
+    rows += [
+        {"messages": "hi", "answers": [{"text": "yes", "score": 1}]}
+    ]  # as `sample` takes it
+    examples, skipped, tokenizer = read(*rows, {"messages": [*asked, ANSWER]}, {"text": "yes", "finish_reason": "stop"})
+    texts = [learned(e, tokenizer) for e in examples]
+    assert texts == ["yes<|eot_id|>no<|eot_id|>", "yes<|eot_id|>no", "yes<|eot_id|>"]
+    assert "PLACEHOLDER" not in tokenizer.decode(examples[0].documents[0].ids)
+    assert skipped[0] == "1 rows have open turns: expected what was answered in their places (the first is line 4)"
+    assert skipped[1].startswith("1 rows are broken (the first is line 5: found 'text', 'finish_reason': expected")
+
+
+TEMPLATE = """{% for m in messages %}{{ '<|start_header_id|>' + m.role + ':' + m.content + '<|eot_id|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant:' }}{% endif %}"""
+
+
+def test_dialogs_are_learned_in_the_format_of_the_checkpoints_own_template(write_checkpoint):
+    tokenizer = Tokenizer(write_checkpoint() / "tokenizer.model")
+    tokenizer.chat_template = ChatTemplate(TEMPLATE, Path("tokenizer_config.json"), {})
+    reader = Reader(tokenizer, 100)
+    document = reader.dialog([USER, ANSWER, USER, ANSWER])
+    prompt = reader.formatter.encode_dialog_prompt([USER, ANSWER, USER])
+    assert document.ids[: len(prompt)] == prompt and not any(document.learned[len(prompt) - 1 : len(prompt)])
+    assert learned(Example((document,)), tokenizer) == "yes<|eot_id|>\n" * 2
+    (sampled,) = reader.read(map(row_of, [1], [{"messages": [USER], "answers": [{"text": "yes", "score": 1}]}]))
+    assert sampled.documents[0] == reader.dialog([USER, ANSWER])
+    (pair,) = Reader(tokenizer, 100, pairs=True).read(
+        map(row_of, [1], [{"messages": [USER], "chosen": "yes", "rejected": "no"}])
+    )
+    assert pair.documents[0].ids == sampled.documents[0].ids
+    # A template that opens an answer with what it does not write in a whole dialog: nothing learned would be drawn.
+    tokenizer.chat_template = ChatTemplate(TEMPLATE.replace("assistant:", "assistant:<think>"), Path("x"), {})
+    reader = Reader(tokenizer, 100)
+    assert not reader.read(map(row_of, [1], [{"messages": [USER, ANSWER]}]))
+    assert reader.skipped.lines()[0].startswith("1 rows have an answer that the chat template writes otherwise")
 
 
 def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted(read):
