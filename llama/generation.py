@@ -70,7 +70,7 @@ class Llama:
             quantize: "int8" or "int4" rounds the matrices while they are loaded; in bfloat16, unless `dtype` is given.
             draft: a smaller model's directory, or "ngram", which proposes tokens: the same answers, sooner.
             adapter: a LoRA's directory, as `llama finetune` and PEFT write it; folded in, or beside quantised weights.
-            train: whether all weights are parameters that learn, and are never packed.
+            train: whether all weights are parameters that learn, never packed; in float32, unless `dtype` is given.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or broken, or a number is out of range.
@@ -79,6 +79,7 @@ class Llama:
         started = time.perf_counter()
         check_flags(compile=compile, train=train)
         DecodingOptions(seed=seed)  # raises if it is none
+        dtype = "float32" if train and dtype is None else dtype  # small steps of learning are lost in bfloat16
         device = parallel.pick_device(device)
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()

@@ -32,6 +32,10 @@ TARGETS = tuple(name.rpartition(".")[2] for name in MATRICES)
 UNUSED = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False}
 UNUSED |= {"modules_to_save": None, "layer_replication": None, "trainable_token_indices": None}
 UNUSED |= {"target_parameters": None, "alora_invocation_tokens": None, "use_bdlora": None}
+UNUSED |= {"arrow_config": None, "kasa_config": None, "monteclora_config": None}
+# Ways to begin that leave the base as it is. With others (PiSSA, OLoRA, CorDA, LoftQ) PEFT takes something out of its
+# weights whenever it loads the adapter.
+PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass
@@ -149,6 +153,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, unused in UNUSED.items():
         if config.get(key) not in (unused, None, [], {}):
             raise ValueError(f"{path}: {key} is {config[key]!r}: only {unused!r} is supported")
+    if (beginning := config.get("init_lora_weights")) not in PLAIN_BEGINNINGS:
+        raise ValueError(
+            f"{path}: init_lora_weights is {beginning!r}, which changes the base's own weights: expected an adapter "
+            "that PEFT has converted to a plain one (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     patterns = config.get("alpha_pattern") or {}
     alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
     if not all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas):

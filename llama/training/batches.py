@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama.layers.attention import Mask
 from llama.training.examples import Document, Example
 
 IGNORED = -100  # a target that is not in the loss, as `cross_entropy` has it
@@ -38,10 +39,10 @@ class Batch:
         return Batch(*(None if value is None else value.to(device) for value in vars(self).values()))
 
     @property
-    def mask(self) -> torch.Tensor | None:
-        """True where a query sees a key: its own document's, up to itself. [B, 1, T, T]."""
+    def mask(self) -> Mask:
+        """True where a query sees a key: its own document's, up to itself. [B, 1, T, T], or "causal"."""
         if self.documents is None:
-            return None
+            return "causal"
         same = self.documents[:, :, None] == self.documents[:, None, :]
         return same.tril()[:, None]
 

@@ -86,7 +86,7 @@ class PreferenceLoss(nn.Module):
 
 def hidden_states(model: Transformer, batch: Batch, recompute: bool = False) -> torch.Tensor:
     """What the output matrix reads, [B, T, dim]: no document sees another, and none sees the cache."""
-    rotary, mask = model.rotary[batch.positions], "causal" if batch.mask is None else batch.mask
+    rotary, mask = model.rotary[batch.positions], batch.mask
     x = model.tok_embeddings(batch.tokens)
     for block in model.layers:
         if recompute and torch.is_grad_enabled():

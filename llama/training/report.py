@@ -65,6 +65,10 @@ class Report:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
+    def plot(self) -> None:
+        if self.is_mine:
+            plot_curves(self.folder)
+
     def close(self) -> None:
         self.bar.close()
 

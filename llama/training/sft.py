@@ -29,7 +29,7 @@ from llama.training.examples import Example, Reader
 from llama.training.lora import add_lora, gather_adapter, write_adapter
 from llama.training.loss import LanguageLoss, PreferenceLoss
 from llama.training.options import Options
-from llama.training.report import Report, measured_peak, plot_curves
+from llama.training.report import Report, measured_peak
 from llama.training.trainer import Diverged, Trainer, adamw, cosine, shard_over_replicas
 
 # What config.json of a reward model says beside what a language model's does.
@@ -75,8 +75,11 @@ def finetune(
     device = parallel.pick_device(device)
     parallel.initialize(model_parallel_size, device)
     with parallel.fail_together():
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise FileExistsError(f"{out} exists and is not an empty directory: name another, or remove it first")
+        is_there = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+        n_saved = saves.newest(folder) if folder.is_dir() else None
+        taken = f"{out} exists and is not an empty directory: name another, or remove it first"
+        if is_there and n_saved is None:
+            raise FileExistsError(taken)
         if not out.parent.is_dir():
             raise FileNotFoundError(f"{out.parent}, where {out.name} is to be made, is not a directory")
         rows = Rows(data, COLUMNS_AS_JSON)
@@ -86,19 +89,16 @@ def finetune(
         if not steps:
             found = f"epochs = {options.epochs} of {len(training)} examples"
             raise ValueError(f"{found} is not one example: expected more of them")
+        if is_there and (force or n_saved != len(steps)):
+            raise FileExistsError(taken)
         started_as = describe(options, base, [*training, *held_out])
     with saves.run_folder(folder, started_as, force), parallel.fail_at_once():
-        model = load_model(base, options, device)
-        module = prepare_module(model, options)
-        shard_over_replicas(module, model)
-        peak_rate = options.lr or (1e-5 if options.lora_rank is None else 2e-4)
-        rate = cosine(peak_rate, len(steps), math.ceil(options.warmup * len(steps)))
-        trainer = Trainer(module, [adamw(module, options.weight_decay)], rate, options.clip or None, base.dtype)
-        report = open_report(trainer, base, options, folder, len(steps), progress)
-        run_steps(trainer, steps, training, held_out, options, folder, report)
-        write_result(base, options, out, module)
+        if not is_there:  # else it was killed between writing the result and removing the saves
+            trainer = prepare_trainer(base, options, len(steps), device)
+            report = open_report(trainer, base, options, folder, len(steps), progress)
+            run_steps(trainer, steps, training, held_out, options, folder, report)
+            write_result(base, options, out, trainer.module)
         if dist.get_rank() == 0:
-            plot_curves(folder)
             saves.remove_all(folder)
 
 
@@ -140,6 +140,16 @@ def describe(options: Options, base: Base, examples: list[Example]) -> dict[str,
     known = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
     asked = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
     return json.loads(json.dumps(known | asked | layout))
+
+
+def prepare_trainer(base: Base, options: Options, n_steps: int, device: torch.device) -> Trainer:
+    """The model with its first weights, shared out over the replicas, and AdamW for what is to learn of it."""
+    model = load_model(base, options, device)
+    module = prepare_module(model, options)
+    shard_over_replicas(module, model)
+    peak_rate = options.lr or (1e-5 if options.lora_rank is None else 2e-4)
+    rate = cosine(peak_rate, n_steps, math.ceil(options.warmup * n_steps))
+    return Trainer(module, [adamw(module, options.weight_decay)], rate, options.clip or None, base.dtype)
 
 
 def prepare_module(model: Transformer, options: Options) -> LanguageLoss | PreferenceLoss:
@@ -199,12 +209,14 @@ def run_steps(
         report.note(n_done, sum(example.n_tokens for example in examples), learned=step.weight, **values)
         if n_done % options.save_every == 0 or n_done == len(steps):
             saves.save(folder, n_done, state)
+            report.plot()
     report.close()
 
 
 def _stop(trainer: Trainer, report: Report, folder: Path, done: int, state: dict[str, Any], error: Diverged) -> None:
     """Keeps what was good before the loss became none."""
     report.close()
+    report.plot()
     report.warn(f"{error}: the run stops")
     if done and trainer.weights_are_finite():
         saves.save(folder, done, state)

@@ -3,7 +3,9 @@
 import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,7 @@ def test_other_data_or_parameters_do_not_go_on_with_a_run(write_checkpoint, tmp_
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("llama.training.sft.write_result", stopped)
         run(data, tmp_path / "out", ckpt, steps=2)
+    assert saves.newest(tmp_path / "out.training") == 2
     for changed, message in [
         ((data, ckpt, {"lr": 2e-3}), r"started otherwise: lr was 0.001 and is 0.002. Start it so, or pass --force"),
         ((other_data, ckpt, {}), "data was '119 examples, "),
@@ -121,8 +124,14 @@ def test_other_data_or_parameters_do_not_go_on_with_a_run(write_checkpoint, tmp_
         rows, base, options = changed
         with pytest.raises(ValueError, match=message):
             run(rows, tmp_path / "out", base, **{"steps": 2} | options)
-    run(data, tmp_path / "out", ckpt, steps=2)  # the same goes on
-    assert (tmp_path / "out" / "consolidated.00.pth").is_file()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("llama.training.saves.remove_all", stopped)
+        run(data, tmp_path / "out", ckpt, steps=2)  # the same goes on, and is killed when its result is there
+    before = files_of(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
+        run(data, tmp_path / "out", ckpt, steps=3)
+    run(data, tmp_path / "out", ckpt, steps=2)
+    assert files_of(tmp_path / "out") == before and not list(tmp_path.glob("*.training/step-*"))
     with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
         run(data, tmp_path / "out", ckpt, steps=2)
 
@@ -155,6 +164,46 @@ def test_a_full_disk_leaves_the_last_save_whole_and_nothing_else(tmp_path, small
     assert saves.newest(tmp_path) == 3 and [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
     saves.load(tmp_path, 3, state)
     assert torch.equal(module.weight, expected)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_run_on_a_disk_that_becomes_full_goes_on_from_its_last_save(
+    write_checkpoint, tmp_path, small_disk, monkeypatch
+):
+    ckpt, data = write_checkpoint(n_layers=1), write_rows(tmp_path / "rows.jsonl", n=40)
+    options = {"steps": 6, "save_every": 2, "lora_rank": 16}
+    run(data, tmp_path / "whole", ckpt, **options)
+    others, plain = small_disk / "others", saves.dcp.save
+
+    def room_for_all_but_the_last_bytes(state, **more) -> None:
+        if saves.newest(small_disk / "out.training") == 2 and not others.exists():
+            n_bytes = sum(tensor.nbytes for tensor in state.values())
+            others.write_bytes(bytes((shutil.disk_usage(small_disk).free - n_bytes) // 4096 * 4096))
+        plain(state, **more)
+
+    monkeypatch.setattr(saves.dcp, "save", room_for_all_but_the_last_bytes)
+    with pytest.raises(OSError, match=r"step-00000004 could not be written; the save before it is whole: .*"):
+        run(data, small_disk / "out", ckpt, **options)
+    left = {path.name for path in (small_disk / "out.training").iterdir()}
+    assert left == {"run.json", "log.jsonl", "step-00000002"} and not (small_disk / "out").exists()
+    with pytest.raises(OSError, match=r"step-00000004 needs [\d,]+ bytes, and [\d,]+ are free"):  # known beforehand
+        others.write_bytes(bytes(others.stat().st_size + 8192))
+        run(data, small_disk / "out", ckpt, **options)
+    others.unlink()
+    others.mkdir()
+    run(data, small_disk / "out", ckpt, **options)
+    assert files_of(small_disk / "out") == files_of(tmp_path / "whole")
 
 
 def test_a_full_disk_leaves_nothing_of_a_checkpoint(write_checkpoint, tmp_path, small_files):

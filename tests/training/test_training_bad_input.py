@@ -65,9 +65,7 @@ def test_a_rollout_is_learned_as_it_went_and_open_turns_are_none(read):
     drawn = [USER, ANSWER, asked[2], {"role": "assistant", "content": "no"}]
     best, broken_off = ({"text": "no", "score": 1, "messages": drawn, "finish_reason": f} for f in ("stop", "length"))
     rows = [{"messages": asked, "answers": [best]}, {"messages": asked, "answers": [broken_off]}]
-    rows += [
-        {"messages": "hi", "answers": [{"text": "yes", "score": 1}]}
-    ]  # as `sample` takes it
+    rows += [{"messages": "hi", "answers": [{"text": "yes", "score": 1}]}]  # as `sample` takes it
     examples, skipped, tokenizer = read(*rows, {"messages": [*asked, ANSWER]}, {"text": "yes", "finish_reason": "stop"})
     texts = [learned(e, tokenizer) for e in examples]
     assert texts == ["yes<|eot_id|>no<|eot_id|>", "yes<|eot_id|>no", "yes<|eot_id|>"]
@@ -173,9 +171,15 @@ def test_an_adapter_for_another_base_is_refused(write_checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"14 tensors that are not, such as base_model.*in the 1 layers of the base"):
         Llama.build(write_checkpoint("shallow", n_layers=1), max_seq_len=64, adapter=tmp_path / "out")
     config = tmp_path / "out" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
-    with pytest.raises(ValueError, match="use_dora is True: only False is supported"):
-        Llama.build(ckpt, max_seq_len=64, adapter=tmp_path / "out")
+    for key, value, message in [
+        ("use_dora", True, "use_dora is True: only False is supported"),
+        ("init_lora_weights", "pissa", "init_lora_weights is 'pissa', which changes the base's own weights"),
+    ]:
+        written = config.read_text()
+        config.write_text(json.dumps(json.loads(written) | {key: value}))
+        with pytest.raises(ValueError, match=message):
+            Llama.build(ckpt, max_seq_len=64, adapter=tmp_path / "out")
+        config.write_text(written)
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):
         Llama.build(ckpt, max_seq_len=64, adapter=ckpt)
 
