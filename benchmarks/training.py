@@ -6,13 +6,15 @@
 
 Both take turns, step by step, so that what else the machine does is shared out. The batches hold texts of unequal
 lengths, all of whose tokens are learned: for Transformers padded as its collator does, here padded too ("padded") and
-packed. Tokens are those of the texts, without padding.
+packed. Tokens are those of the texts, without padding. Memory is what the weights that learn, their gradients, the
+optimizer's state and a step's activations take of it at most; the other model waits beside, and does not count.
 """
 
+import ctypes
 import gc
 import json
 import random
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -65,8 +67,8 @@ def ours(args: ModelArgs, device: torch.device, dtype: torch.dtype, lora_rank: i
 
 def theirs(
     args: ModelArgs, device: torch.device, dtype: torch.dtype, lora_rank: int | None
-) -> Callable[[Batch], float]:
-    """One step of a plain loop: forward with SDPA, its own loss, clipping, fused AdamW."""
+) -> tuple[Callable[[Batch], float], torch.nn.Module, torch.optim.Optimizer]:
+    """A plain loop: its step (forward with SDPA, its own loss, clipping, fused AdamW), its model and optimizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{k: v for k, v in config_json(args, 1, 2, "float32").items() if k != "architectures"})
@@ -91,13 +93,39 @@ def theirs(
         optimizer.zero_grad()
         return loss.item()
 
-    return step
+    return step, model, optimizer
 
 
-def memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB at most"
-    return f"{int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize() / 1e9:.2f} GB resident"
+def n_bytes_kept(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """What lies in memory from one step to the next."""
+    kept = {*model.parameters(), *model.buffers()}
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    return sum(tensor.nbytes for tensor in [*kept, *state] if isinstance(tensor, torch.Tensor))
+
+
+class Growth:
+    """By how many bytes this process grew at most inside a `with`; on CUDA, what PyTorch allocated there."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.n_bytes = device, 0
+
+    def __enter__(self) -> "Growth":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:  # gives back what was freed, and lets the kernel forget the highest mark: proc_pid_clear_refs(5)
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = self._highest()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.n_bytes = max(self.n_bytes, self._highest() - self._before)
+
+    def _highest(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def main(
@@ -128,33 +156,41 @@ def main(
         examples = [documents(batch_tokens, longest, args.vocab_size, seed) for seed in range(steps + 1)]
         trainer = ours(args, where, dtype, lora_rank)
         n_weights = sum(p.numel() for p in trainer.model.parameters())
-        reference = theirs(args, where, dtype, lora_rank)
+        reference, *kept_by_theirs = theirs(args, where, dtype, lora_rank)
         runs: dict[str, Callable[[int], object]] = {
             "transformers, padded": lambda i, e=examples, step=reference: step(collate(e[i], longest, pack=False)),
             "llama, padded": lambda i, e=examples, t=trainer: t.step(i, [collate(e[i], longest, pack=False)]),
             "llama, packed": lambda i, e=examples, t=trainer: t.step(i, [collate(e[i], longest)]),
         }
         seconds: dict[str, list[float]] = {run: [] for run in runs}
+        growth = {run: Growth(where) for run in runs}
         for i in range(steps + 1):
             for run, step in runs.items():
-                started = time.perf_counter()
-                step(i)
-                if where.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[run].append(time.perf_counter() - started)
+                with growth[run]:
+                    started = time.perf_counter()
+                    step(i)
+                    if where.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds[run].append(time.perf_counter() - started)
+                if i == 0:  # the optimizer's state was made in it, which is kept
+                    growth[run].n_bytes = 0
+        kept = {run: (trainer.model, trainer.optimizers[0]) if "llama" in run else kept_by_theirs for run in runs}
+        gigabytes = {run: (n_bytes_kept(*kept[run]) + growth[run].n_bytes) / 1e9 for run in runs}
         rates = {run: batch_tokens / statistics.median(times[1:]) for run, times in seconds.items()}
         share = (6 if lora_rank is None else 4) * n_weights / measured_peak(where, dtype)
         what = "all weights" if lora_rank is None else f"LoRA of rank {lora_rank}"
         print(f"{shape} ({n_weights / 1e6:.0f} million), {name}, {what}, {batch_tokens} tokens a step on {where}")
         for run, rate in rates.items():
             ratio = rate / rates["transformers, padded"]
-            print(f"  {run:22} {rate:8.0f} tokens/s  {ratio:5.2f} x transformers  {rate * share:4.0%} of the peak")
+            speed = f"{rate:8.0f} tokens/s  {ratio:5.2f} x transformers  {rate * share:4.0%} of the peak"
+            print(f"  {run:22} {speed}  {gigabytes[run]:5.2f} GB")
         filled = [collate(e, longest, pack=False) for e in examples]
         share_of_padding = 1 - sum(sum(x.n_tokens for x in e) for e in examples) / sum(b.tokens.numel() for b in filled)
-        print(f"  padding takes {share_of_padding:.0%} of a padded batch; both models: {memory(where)}")
-        result = {"shape": shape, "dtype": name, "lora_rank": lora_rank, "tokens_per_s": rates}
+        gain = rates["llama, packed"] / rates["llama, padded"]
+        print(f"  padding takes {share_of_padding:.0%} of a padded batch; packed is {gain:.2f} x padded")
+        result = {"shape": shape, "dtype": name, "lora_rank": lora_rank, "tokens_per_s": rates, "gigabytes": gigabytes}
         print(json.dumps(result), flush=True)
-        del trainer, reference, runs
+        del trainer, reference, runs, kept, kept_by_theirs
         gc.collect()
 
 
