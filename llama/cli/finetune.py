@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from llama import adapters, training
+from llama import adapters, parallel, training
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def finetune(
     except KeyboardInterrupt:
         print(f"stopped: the same command goes on from the last save in {out}.training", file=sys.stderr)
         raise
+    parallel.silence_other_ranks()
+    print(f"wrote {out}; {out}.training has the log and the curves")
 
 
 def merge(

@@ -38,7 +38,7 @@ def open_base(path: Path, tokenizer_path: str | None, options: Options) -> Base:
 
     Raises:
         FileNotFoundError, ValueError: as `open_checkpoint`; the checkpoint is quantised, and all of it is to learn or
-            is to be split over ranks; its vocabulary cannot be split evenly.
+            is to be split over ranks; its vocabulary cannot be split evenly; an adapter would be larger than it.
     """
     tokenizer, checkpoint = open_checkpoint(path, tokenizer_path, options.max_seq_len)
     n_ranks = dist.get_world_size() // parallel.n_replicas()
@@ -54,6 +54,8 @@ def open_base(path: Path, tokenizer_path: str | None, options: Options) -> Base:
                 f"{found}, and quantised matrices carry no gradients between processes: expected "
                 "--model_parallel_size 1, with which the processes are replicas"
             )
+    if options.lora_rank is not None and options.lora_rank > checkpoint.args.dim:
+        raise ValueError(f"lora_rank = {options.lora_rank}: expected at most {checkpoint.args.dim}, the model's dim")
     if checkpoint.args.vocab_size % n_ranks:
         raise ValueError(
             f"a vocabulary of {checkpoint.args.vocab_size:,} over {n_ranks} processes: expected a "

@@ -44,7 +44,7 @@ class Options:
     dtype: Dtype | None = None
     recompute: bool = False  # computes activations twice, to save memory
     seed: int = 1  # of the order of the data and the first weights of an adapter or a head
-    to: Format = "meta"  # the format of the weights written; reward models are always "hf"
+    to: Format | None = None  # the format of the weights written; the base's when left out, "hf" of a reward model
 
     def __post_init__(self):
         """Raises ValueError, which names the first option that is out of range."""
@@ -74,7 +74,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-OPTIONAL = ("threshold", "head", "lora_rank", "lora_alpha", "pass_tokens", "steps", "lr", "dtype")
+OPTIONAL = ("threshold", "head", "lora_rank", "lora_alpha", "pass_tokens", "steps", "lr", "dtype", "to")
 COUNTS = "max_seq_len batch_tokens eval_every save_every lora_rank pass_tokens steps"
 RULES = (
     (COUNTS, "an integer of at least 1", lambda value: type(value) is int and value >= 1),

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from llama import parallel
 from llama.checkpoint.config import REWARD_MODEL
+from llama.checkpoint.meta import MetaCheckpoint
 from llama.checkpoint.save import save_checkpoint
 from llama.datasets.rows import Rows
 from llama.model import Transformer
@@ -139,6 +140,7 @@ def describe(options: Options, base: Base, examples: list[Example]) -> dict[str,
     model = {name: value for name, value in vars(base.checkpoint.args).items() if name != "max_batch_size"}
     known = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
     asked = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
+    del asked["to"]  # how the result is written may be decided later
     return json.loads(json.dumps(known | asked | layout))
 
 
@@ -232,7 +234,8 @@ def write_result(base: Base, options: Options, out: Path, module: LanguageLoss |
             if dist.get_rank() == 0:
                 write_adapter(out, adapter, options.alpha, head_dim, str(base.path))
         return
-    tensors, to, config = weights(model), options.to, None
+    is_meta = isinstance(base.checkpoint, MetaCheckpoint)
+    tensors, to, config = weights(model), options.to or ("meta" if is_meta else "hf"), None
     if options.head is not None:
         tensors["score.weight"] = module.score.weight
         pad_id = max(base.tokenizer.pad_id, 0)  # Llama 2 has no token for padding: its unknown one, 0, ends no text
