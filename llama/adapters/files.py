@@ -135,7 +135,7 @@ def read_adapter(path: str | os.PathLike, checkpoint: Checkpoint) -> Adapter:
             b = rows_in_pairs(b, checkpoint.args.head_dim)
         pairs[name], scales[name] = (a, b), _scale(config, module, len(a))
     if tensors or not pairs:
-        found = f"{len(tensors)} tensors that are not, such as {min(tensors)[:100]}" if tensors else "no tensors"
+        found = f"{len(tensors)} tensors of no matrix here, as {min(tensors)[:100]}" if tensors else "no tensors"
         raise ValueError(
             f"{path / WEIGHTS} has {found}: expected lora_A and lora_B of some of {', '.join(TARGETS)} in the "
             f"{checkpoint.args.n_layers} layers of the base"

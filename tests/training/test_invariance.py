@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
-from conftest import torchrun
+from conftest import run_python
 from safetensors.torch import load_file
-from training_helpers import relative_difference, run, write_pairs, write_rows
+from training_helpers import FORKS, relative_difference, run, write_pairs, write_rows
 
 from llama import Llama
 from llama.checkpoint.convert import quantize
@@ -18,17 +17,21 @@ from llama.training.examples import Document, Example
 from llama.training.loss import LanguageLoss
 from llama.training.report import read_log
 
-# Fine-tunes, each [split over, options, data, checkpoint, result], then answers with [checkpoint, adapter].
+# On each number of processes: fine-tunes, each [split over, options, data, checkpoint, result], then answers with each
+# [checkpoint, adapter].
 SCRIPT = """
-import json, sys
-sys.modules["matplotlib.figure"] = None  # curves take longer than the training
-from llama import Llama
-from llama.training import Options, finetune
-for size, options, data, ckpt, out in json.loads(sys.argv[1]):
-    finetune(data, out, ckpt, Options(**options), model_parallel_size=size, device="cpu", progress=False)
-for ckpt, adapter in json.loads(sys.argv[2]):
-    llama = Llama.build(ckpt, max_seq_len=64, dtype="float32", device="cpu", adapter=adapter)
-    print(json.dumps(llama.generate([[1, 2, 3], [4, 5]], 10, 0)[0]))
+def all_of(runs, adapted):
+    for size, options, data, ckpt, out in runs:
+        finetune(data, out, ckpt, Options(**options), model_parallel_size=size, device="cpu", progress=False)
+    for ckpt, adapter in adapted:
+        llama = Llama.build(ckpt, max_seq_len=64, dtype="float32", device="cpu", adapter=adapter)
+        answers = llama.generate([[1, 2, 3], [4, 5]], 10, 0)[0]
+        with open(f"{sys.argv[2]}/answers.jsonl", "a") as file:
+            if os.environ["RANK"] == "0":
+                file.write(json.dumps([ckpt, answers]) + "\\n")
+
+for n_processes, runs, adapted in json.loads(sys.argv[1]):
+    assert not any(ended(start(n_processes, lambda: all_of(runs, adapted))))
 """
 
 
@@ -95,30 +98,32 @@ CASES = {  # what is learned by how many processes, over how many of which the m
 }
 
 
-@pytest.mark.parametrize("n_processes", CASES)
-def test_any_number_of_processes_has_the_losses_and_weights_of_one(write_checkpoint, tmp_path, n_processes):
+def test_any_number_of_processes_has_the_losses_and_weights_of_one(write_checkpoint, tmp_path):
     rows, pairs = write_rows(tmp_path / "rows.jsonl"), write_pairs(tmp_path / "pairs.jsonl")
     ckpt = write_checkpoint(n_kv_heads=2, dim=128)  # fewer heads than four processes
-    runs = []
-    for kind, size in CASES[n_processes]:
-        data = pairs if "head" in kind else rows
-        runs.append((size, KINDS[kind], str(data), str(ckpt), str(tmp_path / f"{kind} over {size}")))
-        if not (tmp_path / kind).exists():
-            run(data, tmp_path / kind, ckpt, **KINDS[kind])
-    adapter = tmp_path / "lora"
+    data = {kind: pairs if "head" in kind else rows for kind in KINDS}
+    for kind, options in KINDS.items():
+        run(data[kind], tmp_path / kind, ckpt, **options)
     quantize(ckpt, tmp_path / "int8", "int8")
-    adapted = [(str(folder), str(adapter)) for folder in (ckpt, tmp_path / "int8")]  # folded in, and beside
-    (tmp_path / "script.py").write_text(SCRIPT)
-    result = torchrun(n_processes, tmp_path / "script.py", json.dumps(runs), json.dumps(adapted), timeout=580)
+    adapted = [(str(folder), str(tmp_path / "lora")) for folder in (ckpt, tmp_path / "int8")]  # folded in, and beside
+    groups = []
+    for n, cases in CASES.items():
+        outs = {case: tmp_path / f"{case[0]} over {case[1]} of {n}" for case in cases}
+        runs = [(size, KINDS[kind], str(data[kind]), str(ckpt), str(out)) for (kind, size), out in outs.items()]
+        groups.append((n, runs, adapted))
+    result = run_python(FORKS + SCRIPT, json.dumps(groups), tmp_path, timeout=580, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
-    for (folder, _), line in zip(adapted, result.stdout.splitlines()[-3::2]):
-        llama = Llama.build(folder, max_seq_len=64, dtype="float32", adapter=adapter)
-        assert llama.generate([[1, 2, 3], [4, 5]], 10, 0)[0] == json.loads(line)
-    for kind, size in CASES[n_processes]:
-        one, many = (read_log(tmp_path / f"{name}.training") for name in (kind, f"{kind} over {size}"))
-        assert largest_difference(losses(one), losses(many)) < 1e-5, (kind, size)
-        ours, theirs = (written(tmp_path / name) for name in (f"{kind} over {size}", kind))
-        assert relative_difference(ours, theirs) < 1e-4, (kind, size)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [folder for folder, _ in answers] == [folder for folder, _ in adapted] * len(CASES)
+    for folder, answer in answers:
+        llama = Llama.build(folder, max_seq_len=64, dtype="float32", adapter=tmp_path / "lora")
+        assert llama.generate([[1, 2, 3], [4, 5]], 10, 0)[0] == answer
+    for n, cases in CASES.items():
+        for kind, size in cases:
+            many_of = f"{kind} over {size} of {n}"
+            one, many = (read_log(tmp_path / f"{name}.training") for name in (kind, many_of))
+            assert largest_difference(losses(one), losses(many)) < 1e-5, many_of
+            assert relative_difference(written(tmp_path / many_of), written(tmp_path / kind)) < 1e-4, many_of
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_python
-from training_helpers import run, write_rows
+from training_helpers import FORKS, run, write_rows
 
 from llama import Llama
 from llama.checkpoint.meta import open_shard
@@ -20,46 +20,25 @@ from llama.training.report import read_log
 
 OPTIONS = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 12, "lr": 1e-3, "save_every": 2}
 OPTIONS |= {"eval_share": 0.1, "eval_every": 5}
-# Each run is forked from a process that has imported everything; its ranks are killed where its log has some lines.
+# Runs each case, and runs it again, killed three times where its log has some lines.
 SCRIPT = """
-import json, os, random, signal, socket, sys, time
-import torch
-import torch._dynamo  # as optimizers do
-torch.set_num_threads(1)
-sys.modules["matplotlib.figure"] = None  # curves take longer than the training
-from llama.training import Options, finetune
-from llama.training.trainer import Trainer
 data, ckpt, folder, cases = sys.argv[1:4] + [json.loads(sys.argv[4])]
 plain = Trainer.step
 
-def start(out, n_processes, size, options, pause):
+def start_run(out, n_processes, size, options, pause):
     def slower(self, number, passes):  # so that a kill falls between steps, into one, and into saves
         time.sleep(pause)
         return plain(self, number, passes)
     Trainer.step = slower
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(n_processes):
-        if pid := os.fork():
-            ranks.append(pid)
-            continue
-        if n_processes > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_processes))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        finetune(data, out, ckpt, Options(**options), model_parallel_size=size, device="cpu", progress=False)
-        sys.exit()
-    return ranks
-
-def ended(ranks):
-    return [os.waitpid(pid, 0)[1] for pid in ranks]
+    where = {"model_parallel_size": size, "device": "cpu", "progress": False}
+    return start(n_processes, lambda: finetune(data, out, ckpt, Options(**options), **where))
 
 rng = random.Random(7)
 for name, n_processes, size, options in cases:
-    assert not any(ended(start(f"{folder}/{name}", n_processes, size, options, 0)))
+    assert not any(ended(start_run(f"{folder}/{name}", n_processes, size, options, 0)))
     log, n_lines, killed = f"{folder}/{name}-killed.training/log.jsonl", 0, []
     for _ in range(3):
-        ranks = start(f"{folder}/{name}-killed", n_processes, size, options, 0.05)
+        ranks = start_run(f"{folder}/{name}-killed", n_processes, size, options, 0.05)
         until = n_lines + rng.randint(2, 3)
         while n_lines < until and os.waitpid(ranks[0], os.WNOHANG) == (0, 0):
             time.sleep(0.01)
@@ -71,7 +50,7 @@ for name, n_processes, size, options in cases:
         saves = [d for d in os.listdir(f"{folder}/{name}-killed.training") if d.startswith("step-")]
         n_lines = max([int(d[5:]) for d in saves], default=0)
     assert killed == [signal.SIGKILL] * len(killed) and not os.path.exists(f"{folder}/{name}-killed"), killed
-    assert not any(ended(start(f"{folder}/{name}-killed", n_processes, size, options, 0)))
+    assert not any(ended(start_run(f"{folder}/{name}-killed", n_processes, size, options, 0)))
 """
 
 
@@ -94,7 +73,7 @@ CASES = {  # processes, over how many of them the model is split, options
 def test_a_run_killed_at_three_random_moments_ends_with_the_same_weights_to_the_bit(write_checkpoint, tmp_path):
     ckpt, data = write_checkpoint(n_layers=1), write_rows(tmp_path / "rows.jsonl")
     cases = [(name, n, size, OPTIONS | options) for name, (n, size, options) in CASES.items()]
-    result = run_python(SCRIPT, data, ckpt, tmp_path, json.dumps(cases), timeout=580, OMP_NUM_THREADS="1")
+    result = run_python(FORKS + SCRIPT, data, ckpt, tmp_path, json.dumps(cases), timeout=580, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
     for name in CASES:
         killed, whole = tmp_path / f"{name}-killed", tmp_path / name

@@ -16,6 +16,45 @@ from llama.training.examples import Example, Reader
 from llama.training.report import read_log
 from llama.training.trainer import cosine
 
+# The beginning of a script whose runs are forked from a process that has imported everything: an import takes longer
+# than a run. `start` forks the ranks of one, which call a function each, and `ended` waits for them.
+FORKS = """
+import json, os, random, signal, socket, sys, time, traceback
+import torch
+import torch._dynamo  # as optimizers do
+torch.set_num_threads(1)
+sys.modules["matplotlib.figure"] = None  # curves take longer than the training
+import llama.training.sft
+from llama import Llama
+from llama.training import Options, finetune
+from llama.training.trainer import Trainer
+llama.training.sft.measured_peak = lambda device, dtype: 1e9  # so does this
+
+def start(n_processes, function):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(n_processes):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        if n_processes > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_processes))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        status = 1
+        try:
+            function()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    return ranks
+
+def ended(ranks):
+    return [os.waitpid(pid, 0)[1] for pid in ranks]
+"""
+
 
 def write_rows(path: Path, n: int = 120, seed: int = 0) -> Path:
     """Dialogs of one to three turns and unequal lengths, in letters."""
