@@ -15,7 +15,7 @@ from training_helpers import FORKS, run, write_rows
 
 from llama import Llama
 from llama.checkpoint.meta import open_shard
-from llama.training import Diverged, Options, finetune, saves
+from llama.training import Diverged, saves
 from llama.training.report import read_log
 
 OPTIONS = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 12, "lr": 1e-3, "save_every": 2}
@@ -226,7 +226,7 @@ def test_a_save_runs_no_code_and_a_damaged_one_is_refused(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(write_checkpoint, tmp_path, capsys):
     ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
-    options = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "clip": 0.0, "save_every": 100}
+    options = {"clip": 0.0, "save_every": 100, "steps": 8}
     import llama.training.trainer as trainer
 
     plain = trainer.LanguageLoss.forward
@@ -239,14 +239,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(wr
     trainer.LanguageLoss.forward = broken
     try:
         with pytest.raises(Diverged, match="step 6: the loss is nan"):
-            finetune(data, tmp_path / "out", ckpt, Options(**options, steps=8), progress=False)
+            run(data, tmp_path / "out", ckpt, **options)
     finally:
         trainer.LanguageLoss.forward = plain
     warned = capsys.readouterr().err
     assert "warning: step 6: the loss is nan" in warned and "has the state after step 5" in warned
     assert saves.newest(tmp_path / "out.training") == 5 and not (tmp_path / "out").exists()
-    finetune(data, tmp_path / "out", ckpt, Options(**options, steps=8), progress=False)  # it goes on from there
+    run(data, tmp_path / "out", ckpt, **options)  # it goes on from there
     assert [line["step"] for line in read_log(tmp_path / "out.training")] == list(range(1, 9))
-    finetune(data, tmp_path / "whole", ckpt, Options(**options, steps=8), progress=False)
+    run(data, tmp_path / "whole", ckpt, **options)
     a, b = (open_shard(tmp_path / name / "consolidated.00.pth") for name in ("out", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in b)

@@ -161,6 +161,12 @@ def test_an_option_out_of_range_is_named(options, message):
         Options(**options)
 
 
+def test_an_adapter_larger_than_the_model_is_refused(write_checkpoint, tmp_path):
+    ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl", n=4)
+    with pytest.raises(ValueError, match="lora_rank = 65: expected at most 64, the model's dim"):
+        run(data, tmp_path / "out", ckpt, lora_rank=65)
+
+
 def test_an_adapter_for_another_base_is_refused(write_checkpoint, tmp_path):
     ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
     run(data, tmp_path / "out", ckpt, lora_rank=2, steps=2)
@@ -184,33 +190,36 @@ def test_an_adapter_for_another_base_is_refused(write_checkpoint, tmp_path):
         Llama.build(ckpt, max_seq_len=64, adapter=ckpt)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_checkpoint, tmp_path, kind):
+def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_checkpoint, tmp_path):
     ckpt, data = write_checkpoint(dim=128), write_rows(tmp_path / "rows.jsonl")
-    quantize(ckpt, tmp_path / kind, kind)
-    with pytest.raises(ValueError, match=rf"is quantised to {kind}, and rounded matrices cannot learn"):
-        run(data, tmp_path / "out", tmp_path / kind)
-    with pytest.raises(ValueError, match="rounded matrices cannot learn"):
-        Llama.build(tmp_path / kind, max_seq_len=64, train=True)
-    log = run(data, tmp_path / "out", tmp_path / kind, lora_rank=4, lr=1e-2, steps=30, dtype="float32")
-    assert log[-1]["loss"] < log[0]["loss"] - 0.5
-    # The same adapter learns nearly the same on the plain weights: the gradients through the codes are right.
-    plain = run(data, tmp_path / "plain", ckpt, lora_rank=4, lr=1e-2, steps=30)
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(log, plain)) < (0.05 if kind == "int8" else 0.3)
+    options = {"lora_rank": 4, "lr": 1e-2, "steps": 30, "dtype": "float32"}
+    plain = run(data, tmp_path / "plain", ckpt, **options)
+    assert plain[-1]["loss"] < plain[0]["loss"] - 0.5
+    for kind, tolerance in (("int8", 0.05), ("int4", 0.3)):
+        rounded, adapter = tmp_path / kind, tmp_path / f"{kind}-adapter"
+        quantize(ckpt, rounded, kind)
+        with pytest.raises(ValueError, match=rf"is quantised to {kind}, and rounded matrices cannot learn"):
+            run(data, adapter, rounded)
+        with pytest.raises(ValueError, match="rounded matrices cannot learn"):
+            Llama.build(rounded, max_seq_len=64, train=True)
+        # The adapter learns nearly the same as on the plain weights: the gradients through the codes are right.
+        log = run(data, adapter, rounded, **options)
+        assert max(abs(a["loss"] - b["loss"]) for a, b in zip(log, plain)) < tolerance
+        check_an_adapter_beside_codes(rounded, kind, adapter)
+
+
+def check_an_adapter_beside_codes(rounded: Path, kind: str, adapter: Path) -> None:
     ids = torch.randint(512, (1, 20), generator=torch.Generator().manual_seed(0))
-    beside, without = (
-        Llama.build(tmp_path / kind, max_seq_len=64, dtype="float32", adapter=adapter)
-        for adapter in (tmp_path / "out", None)
-    )
+    beside, without = (Llama.build(rounded, max_seq_len=64, dtype="float32", adapter=path) for path in (adapter, None))
     with torch.inference_mode():
         assert (beside.model(ids) - without.model(ids)).abs().max() > 0.1
     copied = copy.deepcopy(beside.model)
     assert torch.equal(copied(ids), beside.model(ids))  # nothing in it wants gradients
     with pytest.raises(ValueError, match="compile = True with an adapter beside quantised weights"):
-        Llama.build(tmp_path / kind, max_seq_len=64, adapter=tmp_path / "out", compile=True)
+        Llama.build(rounded, max_seq_len=64, adapter=adapter, compile=True)
     assert fingerprint(beside) != fingerprint(without)  # no file of answers goes on with the other
     with pytest.raises(ValueError, match=f"the weights are in {kind}: expected a model that was built without"):
-        without.save(tmp_path / "saved")
+        without.save(rounded.with_name("saved"))
 
 
 def test_a_forward_pass_that_would_need_gradients_of_codes_is_an_error(write_checkpoint):

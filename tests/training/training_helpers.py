@@ -86,7 +86,10 @@ def write_pairs(path: Path, n: int = 60, seed: int = 0) -> Path:
 def run(data: Path, out: Path, ckpt: Path, **options) -> list[dict]:
     """Runs a fine-tuning; returns the lines of its log."""
     settings = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 50, "lr": 1e-3}
-    with mock.patch("llama.training.report.plot_curves"):  # which takes longer than the training
+    # Both take longer than the training.
+    curves, peak = mock.patch("llama.training.report.plot_curves"), mock.patch("llama.training.sft.measured_peak")
+    with curves, peak as measured:
+        measured.return_value = 1e9
         finetune(data, out, ckpt, Options(**settings | options), progress=False)
     return read_log(out.parent / f"{out.name}.training")
 
