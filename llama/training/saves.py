@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.optim import Optimizer
 
 from llama import parallel
+from llama.checkpoint.config import read_json
 
 RUN = "run.json"  # what the run was started as
 STEP = re.compile(r"step-(\d{8})")
@@ -62,7 +63,7 @@ def run_folder(folder: Path, started_as: dict[str, Any], force: bool) -> Iterato
 
 def _take_up(folder: Path, started_as: dict[str, Any], force: bool) -> None:
     path = folder / RUN
-    before = json.loads(path.read_text()) if path.is_file() and not force else None
+    before = read_json(path, "what a run was started as; --force starts over") if path.is_file() and not force else None
     if before is None:
         remove_all(folder)
         (folder / f"{RUN}.new").write_text(json.dumps(started_as, indent=1) + "\n")
