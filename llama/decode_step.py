@@ -5,13 +5,18 @@ saved is the time between the kernels: a graph launches them all at once, and a 
 nothing of sequences or sampling.
 """
 
+import contextlib
+import importlib
 import os
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from getpass import getuser
 
 import torch
+import torch.distributed as dist
 
 from llama.layers.cuda_graph import CUDAGraphs
 from llama.layers.hooks import Logits, watched
@@ -24,7 +29,8 @@ class DecodeStep:
 
     Args:
         model: with a cache.
-        compile: whether to compile the step with `torch.compile`, which takes a minute the first time on a machine.
+        compile: whether to compile the step with `torch.compile`, at the first call with one row and at the first with
+            several: a minute each the first time on a machine, and some seconds in later processes.
     """
 
     def __init__(self, model: Transformer, compile: bool = False):
@@ -39,8 +45,11 @@ class DecodeStep:
             options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else {}
             # The model stays as it is: no look at each of its modules before each step.
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+            # While the weights are loaded: importing the compiler takes two seconds.
+            threading.Thread(target=importlib.import_module, args=["torch._inductor.compile_fx"], daemon=True).start()
             # In a region of its own: PyTorch counts the programs of all models together otherwise, and stops at eight.
             self._step = torch.compile(model.step, fullgraph=True, isolate_recompiles=True, options=options)
+        self._awaited = {"one sequence", "several sequences"} if compile else set()  # for which nothing is compiled yet
         self._graphs: CUDAGraphs | None = None
         if self.device.type == "cuda" and self._step is not None:
             self._graphs = CUDAGraphs(self._step, model.args.max_batch_size, self.key_positions)
@@ -67,9 +76,10 @@ class DecodeStep:
             return self.model.run(rows, positions)[:, -1]
         if self._signature is None:
             self._signature = signature(self.model)
-        if self._graphs is not None:
-            return self._graphs(tokens, positions, spare)
-        return self._step(*self._inputs(tokens, positions), exact=len(tokens) == 1 and positions[0] > 0)
+        with self._noting_compilation("one sequence" if len(tokens) == 1 else "several sequences"):
+            if self._graphs is not None:
+                return self._graphs(tokens, positions, spare)
+            return self._step(*self._inputs(tokens, positions), exact=len(tokens) == 1 and positions[0] > 0)
 
     def of_the_model_as_it_is(self) -> "DecodeStep | None":
         """Of a model that somebody may have changed: this step, or a new one; None where each module must be called."""
@@ -78,15 +88,20 @@ class DecodeStep:
         is_stale = self._signature not in (None, signature(self.model))
         return DecodeStep(self.model, self.compiled) if is_stale else self
 
-    def warm_up(self) -> str:
-        """Compiles for one row and for several, which are two programs; says how long it took."""
-        started = time.perf_counter()
-        with torch.inference_mode():
-            for n_rows in {1, min(2, self.model.args.max_batch_size)}:
-                self([0] * n_rows, [1] * n_rows, lambda row: 1)
+    @contextlib.contextmanager
+    def _noting_compilation(self, rows: str) -> Iterator[None]:
+        """Says on stderr why a first step takes long."""
+        if rows not in self._awaited:
+            yield
+            return
         own = os.path.join(tempfile.gettempdir(), f"torchinductor_{getuser()}")
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", own)
-        return f"Compiled in {time.perf_counter() - started:.1f} seconds (kept in {folder}, TORCHINDUCTOR_CACHE_DIR)"
+        started = time.perf_counter()
+        yield
+        self._awaited.remove(rows)
+        took = f"{time.perf_counter() - started:.1f} seconds (kept in {folder}, TORCHINDUCTOR_CACHE_DIR)"
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"Compiled the step of {rows} in {took}", file=sys.stderr)
 
     def _inputs(self, tokens: list[int], positions: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = torch.tensor(tokens)[:, None]

@@ -52,12 +52,10 @@ class Engine:
         self.packed = False
         self._ended: list[Sequence] = []  # since the last step returned
 
-    def compile(self) -> str:
-        """Compiles the decoding step, with the matrices as they will be then; returns how long it took."""
+    def compile(self) -> None:
+        """Has the decoding step compiled when it first runs. Raises ValueError for a model with hooks."""
         check_hooks(self.opened)
-        self.model_is_held |= not self._pack()
         self.decode_step = DecodeStep(self.model, compile=True)
-        return self.decode_step.warm_up()
 
     def check(self, model: nn.Module) -> "Transformer | ForwardOnly":
         """How a model would be run. Raises ValueError or TypeError if it cannot be, or not in a compiled step."""

@@ -66,7 +66,7 @@ class Llama:
             seed: what the random numbers of calls without a seed of their own come from.
             device: "cuda", "mps", "cpu"; the first of these that is there when None.
             dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
-            compile: whether to compile the decoding step with `torch.compile`: a minute the first time on a machine.
+            compile: whether `torch.compile` compiles the decoding step when it first runs: a minute, later seconds.
             quantize: "int8" or "int4" rounds the matrices while they are loaded; in bfloat16, unless `dtype` is given.
             draft: a smaller model's directory, or "ngram", which proposes tokens: the same answers, sooner.
             adapter: a LoRA's directory, as `llama finetune` and PEFT write it; folded in, or beside quantised weights.
@@ -111,7 +111,7 @@ class Llama:
         self._engine.model_is_held = True
         if compile:
             with parallel.fail_at_once():
-                print(self._engine.compile())
+                self._engine.compile()
         self.answerer = Answerer(self._engine, tokenizer, seed)
 
     tokenizer = shared_attribute("answerer", "tokenizer")

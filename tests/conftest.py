@@ -39,6 +39,12 @@ def shared(*parts: str) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compile", action="store_true", help="decode with the compiled step everywhere (slow to start)")
+    choices = ["pretended", "cuda"]
+    parser.addoption("--device", choices=choices, default="pretended", help="where tests/test_cuda.py runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real_card: needs a compiler for CUDA, which a pretended card has not")
 
 
 @pytest.fixture(scope="session", autouse=True)

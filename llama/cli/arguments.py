@@ -95,7 +95,7 @@ class Loading:
     device: str | None = None  # "cuda", "mps" or "cpu"; the first of these that is there when left out
     dtype: str | None = None  # of weights and computation, such as "bfloat16"; the checkpoint's when left out
     model_parallel_size: int | None = None  # over how many processes the model is split; all when left out
-    compile: bool = False  # compiles the decoding step: a minute the first time, a little faster then
+    compile: bool = False  # compiles the decoding step when it first runs: a minute, later some seconds
     quantize: str | None = None  # "int8" or "int4" rounds the matrices while they are loaded
     adapter: str | None = None  # a LoRA's directory, as `llama finetune` and PEFT write it
     draft: str | None = None  # a smaller model's directory, or "ngram", proposes tokens: the same answers, sooner
