@@ -21,11 +21,11 @@ import torch
 from llama.checkpoint.config import config_json, params_json, read_json
 from llama.checkpoint.huggingface import INDEX_NAME, HuggingFaceCheckpoint, file_name, has_rotary_rows, rows_in_halves
 from llama.checkpoint.loading import pieces
-from llama.checkpoint.meta import COLUMNS, ROWS, MetaCheckpoint, Part, part_of_rank, shape_of_part
+from llama.checkpoint.meta import COLUMNS, ROWS, MetaCheckpoint, Part, full_shapes, part_of_rank, shape_of_part
 from llama.checkpoint.open import Checkpoint, open_checkpoint
-from llama.checkpoint.quantized import Stored, is_matrix, packed, scales_of, stored, zeros_of
+from llama.checkpoint.quantized import FORMAT, Stored, is_matrix, stored
 from llama.checkpoint.writer import PthFile, appear_whole, progress, safetensors_header, write_checklist
-from llama.layers import layouts
+from llama.layers.kernels import in_blocks
 from llama.layers.packing import drop_pages
 from llama.layers.quantization import KINDS
 from llama.parallel import dtype_by_name, partition
@@ -120,9 +120,8 @@ def write_checkpoint(
     if source.quantization is not None:
         found = f"{source.paths[0].parent} is quantised to {source.quantization}"
         raise ValueError(f"{found}: expected the checkpoint that it was made of")
-    tensors: dict[str, Stored] = {}
-    for name, shape in source.shapes.items():
-        tensors |= stored(name, shape, kind, dtype) if kind else {name: (shape, dtype)}
+    shapes = full_shapes(source.args) if kind else source.shapes  # a tied output matrix is rounded on its own
+    tensors = {name: stored(name, shape, kind, dtype) if kind else (shape, dtype) for name, shape in shapes.items()}
     n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     with appear_whole(dst, n_bytes) as folder:
         with progress(n_bytes, f"{dst.name} ({kind or to})") as advance:
@@ -132,7 +131,10 @@ def write_checkpoint(
             else:
                 _write_meta_tokenizer(folder, tokenizer)
             if kind:
-                _write_json(folder / "params.json", params_json(source.args) | {"quantization": {"kind": kind}})
+                changes = {"quantization": {"kind": kind, "format": FORMAT}}
+                if source.args.tied_embeddings:  # which the tensors in the file no longer tell
+                    changes["tied_embeddings"] = True
+                _write_json(folder / "params.json", params_json(source.args) | changes)
                 _write_quantised_file(folder, source, kind, tensors, advance)
             elif to == "meta":
                 if isinstance(source, MetaCheckpoint):
@@ -236,27 +238,22 @@ def _write_quantised_file(
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
     with PthFile(folder / "consolidated.00.pth", shapes, dtypes) as file:
-        for name in source.shapes:
-            if not is_matrix(name):
-                file.write(name, _bytes(source.read(name), advance))
-                continue
-            rest: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-            file.write(name, _codes(source, name, kind, rest, advance))
-            for other, parts in zip((scales_of(name), zeros_of(name)), zip(*rest)):
-                if other in tensors:
-                    file.write(other, _bytes(torch.cat(parts).bfloat16(), advance))
+        for name in tensors:
+            is_rounded = is_matrix(name)
+            file.write(name, _blocks(source, name, kind, advance) if is_rounded else _bytes(source.read(name), advance))
 
 
-def _codes(source: Checkpoint, name: str, kind: str, rest: list[tuple], advance: Advance) -> Iterator[memoryview]:
-    """The bytes of a matrix's codes, rounded some rows at a time; their scales and zeros go to `rest`."""
+def _blocks(source: Checkpoint, name: str, kind: str, advance: Advance) -> Iterator[memoryview]:
+    """The bytes of a matrix in blocks, rounded some rows at a time."""
+    if name not in source.shapes:  # a tied output matrix
+        name = "tok_embeddings.weight"
     for *_, rows in pieces(source, name, ROWS, 0, source.shapes[name][0]):
         try:
-            matrix = layouts.quantize(rows, kind)
+            data = in_blocks(rows, kind).data
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         drop_pages(rows)
-        rest.append((matrix.scales, matrix.zeros))
-        yield from _bytes(packed(matrix), advance)
+        yield from _bytes(data, advance)
 
 
 def _write_meta_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint.loading import CHUNK_BYTES, pieces
-from llama.checkpoint.meta import MetaCheckpoint, open_shard, require_directory
+from llama.checkpoint.meta import MetaCheckpoint, full_shapes, open_shard, require_directory
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.quantized import stored
 from llama.checkpoint.writer import CHECKLIST, md5_of
@@ -103,7 +103,7 @@ def info(
         if bits:
             parts["weights"] = sum(tensor.nbytes for tensor in checkpoint.shards[0].values()) // n_ranks
         elif quantize:
-            parts["weights"] = _rounded_bytes(checkpoint.shapes, args, quantize, checkpoint.dtype) // n_ranks
+            parts["weights"] = _rounded_bytes(args, quantize, checkpoint.dtype) // n_ranks
         text = _size(sum(parts.values())) + " each" * (n_ranks > 1)
         if n_ranks == 1:
             text += f" = {' + '.join(f'{part} {_size(size)}' for part, size in parts.items())}"
@@ -128,11 +128,10 @@ def _dialogs(tokenizer: Tokenizer) -> str:
     return f"the directory's own template, {name}" if own else f"{built_in}, and {name} renders the same"
 
 
-def _rounded_bytes(shapes: dict[str, tuple[int, ...]], args: ModelArgs, kind: str, dtype: torch.dtype) -> int:
+def _rounded_bytes(args: ModelArgs, kind: str, dtype: torch.dtype) -> int:
     """Of all weights, the matrices rounded; a tied output matrix is a rounded copy of the embedding."""
-    tied = {"output.weight": (args.vocab_size, args.dim)} if args.tied_embeddings else {}
-    parts = [part for name, shape in (shapes | tied).items() for part in stored(name, shape, kind, dtype).values()]
-    return sum(math.prod(shape) * (part_dtype or dtype).itemsize for shape, part_dtype in parts)
+    parts = [stored(name, shape, kind, dtype) for name, shape in full_shapes(args).items()]
+    return sum(math.prod(shape) * part_dtype.itemsize for shape, part_dtype in parts)
 
 
 def parse_size(text: str) -> int:
@@ -218,7 +217,10 @@ def _open_all(
     for path, shard in shards.items():
         for name, tensor in shard.items():
             rows = max(1, CHUNK_BYTES // max(1, tensor[:1].nbytes)) if tensor.dim() else 1
-            yield f"{path.name}: {name}", tensor.split(rows) if tensor.dim() else [tensor]
+            parts = list(tensor.split(rows)) if tensor.dim() else [tensor]
+            if tensor.dtype == torch.uint8 and not problems:
+                parts += [part for part in checkpoint.blocks(name).scales_and_zeros() if part is not None]
+            yield f"{path.name}: {name}", parts
 
 
 def _verify_checklist(folder: Path, found: Verification, advance: Callable[[int], object]) -> None:

@@ -16,9 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 from llama.checkpoint.meta import MetaCheckpoint, Part, part_of_rank, shape_of_part
+from llama.layers.layouts import Layout
 from llama.layers.linear import Linear
 from llama.layers.packing import drop_pages, is_mapped, lay_out_together
-from llama.layers.quantization import Quantized
+from llama.layers.quantization import BLOCK_ROWS, Blocks, Quantized
 from llama.model import Transformer
 from llama.parallel import raise_if_a_rank_failed
 
@@ -32,6 +33,11 @@ class Loaded:
 
     n_bytes: int = 0  # of this rank's weights
     n_mapped: int = 0  # how many of them are still the mapped file
+
+    def note(self, layout: Layout) -> None:
+        """Counts a layout that was made of matrices."""
+        self.n_bytes += layout.n_bytes
+        self.n_mapped += sum(part.data.nbytes for part in getattr(layout, "parts", ()) if is_mapped(part.data))
 
     def describe(self, device: torch.device, seconds: float, n_ranks: int) -> str:
         """One line for the user: how long, how much, where, how fast."""
@@ -65,7 +71,7 @@ def load_weights(
     n_bytes = {name: math.prod(full) * dtype.itemsize // n_ranks for name, full in checkpoint.shapes.items()}
     quantize = checkpoint.quantization or quantize
     copier = StagedCopy(device) if device.type == "cuda" else None
-    parts: dict[Linear, torch.Tensor | Quantized] = {}  # that wait for others of their layout
+    parts: dict[Linear, torch.Tensor | Quantized | Blocks] = {}  # that wait for others of their layout
     loaded = Loaded()
     together = {linear: (linear,) if alone else group for group in model.matrices() for linear in group}
     is_silent = None if dist.get_rank() == 0 else True  # None: where stderr is no terminal
@@ -92,13 +98,17 @@ def load_weights(
                 if copier is not None:
                     copier.wait()
                 group = {linear: parts.pop(linear) for linear in together[module]}
-                loaded.n_bytes += lay_out_together(group, quantize, dtype)
+                loaded.note(lay_out_together(group, quantize, dtype))
         if copier is not None:
             copier.finish()
     if model.args.tied_embeddings:
-        model.output.weight = model.tok_embeddings.weight
+        part = model.output.weight = model.tok_embeddings.weight
+        if checkpoint.quantization:  # in the file it is in blocks
+            shape = checkpoint.shapes["tok_embeddings.weight"]
+            part = checkpoint.read("output.weight", *part_of_rank("output.weight", shape, model.args, rank, n_ranks))
+            part = part.to(device)
         if quantize:
-            loaded.n_bytes += lay_out_together({model.output: model.output.weight}, quantize, dtype)
+            loaded.note(lay_out_together({model.output: part}, quantize, dtype))
     model.to(device)  # the rotary table; the parameters are there
     return loaded
 
@@ -122,8 +132,8 @@ def pieces(
     full = checkpoint.shapes[name]
     if stop - start == full[dim]:
         dim, start, stop = 0, 0, full[0]
-    # Whole heads at a time: a Hugging Face file has the rows of a head in another order.
-    unit = checkpoint.args.head_dim
+    # Whole heads, whose rows a Hugging Face file has in another order, and whole blocks of a matrix to be rounded.
+    unit = math.lcm(checkpoint.args.head_dim, BLOCK_ROWS)
     unit_bytes = math.prod(full) // full[dim] * unit * checkpoint.dtype.itemsize
     step = max(1, CHUNK_BYTES // unit_bytes) * unit
     for first in range(start, stop, step):

@@ -1,9 +1,8 @@
 """Directories that `llama quantize` has written: matrices in 8 or 4 bits; the embedding and the norms as they were.
 
-Meta's layout with one consolidated.00.pth. A matrix NAME.weight is its codes, beside NAME.scales and, in 4 bits,
-NAME.zeros (`layers.quantization.Quantized`). Two codes of 4 bits share a byte, the even column's in the lower half.
-params.json names the kind under "quantization"; matrices of short rows have 8 bits in both kinds (`kind_of_rows`). A
-tied output matrix is not in the file: it is rounded while it is loaded.
+Meta's layout with one consolidated.00.pth. A matrix is in blocks there (`layers.quantization.Blocks`), as the kernels
+read it: the mapped file is what they multiply with. params.json names the kind under "quantization", and the format of
+the blocks; matrices of short rows have 8 bits in both kinds (`kind_of_rows`). A tied output matrix is there in blocks.
 """
 
 import reprlib
@@ -13,9 +12,11 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.meta import COLUMNS, ROWS, MetaCheckpoint, Stored, partition_dim
-from llama.layers.quantization import KINDS, Quantized, group_size, kind_of_rows
+from llama.checkpoint.meta import ROWS, MetaCheckpoint, Stored, full_shapes, partition_dim
+from llama.layers.quantization import BLOCK_ROWS, KINDS, Blocks, Quantized, block_bytes, kind_of_rows
 from llama.model import ModelArgs
+
+FORMAT = "blocks of 16 rows"
 
 
 class QuantizedCheckpoint(MetaCheckpoint):
@@ -26,17 +27,20 @@ class QuantizedCheckpoint(MetaCheckpoint):
 
     def __init__(self, ckpt_dir: Path, args: ModelArgs, params: dict[str, Any], check: bool = True):
         found = params["quantization"]
-        self.quantization = found.get("kind") if isinstance(found, dict) else found
+        found = found if isinstance(found, dict) else {"kind": found}
+        self.quantization = found.get("kind")
         if self.quantization not in KINDS:
             path = ckpt_dir / "params.json"
             raise ValueError(f"{path} says quantization {reprlib.repr(found)}: expected a kind of {KINDS}")
+        if found.get("format") != FORMAT:
+            raise ValueError(
+                f"{ckpt_dir} is quantised in another format, {reprlib.repr(found.get('format'))}: expected {FORMAT!r}; "
+                f"`llama quantize SRC DST --to {self.quantization}` makes it anew of the checkpoint that it was made of"
+            )
         super().__init__(ckpt_dir, args, check)
 
     def tensors_of_files(self) -> dict[str, Stored]:
-        tensors: dict[str, Stored] = {}
-        for name, shape in self.shapes.items():
-            tensors |= stored(name, shape, self.quantization, None)
-        return tensors
+        return {name: stored(name, shape, self.quantization, None) for name, shape in full_shapes(self.args).items()}
 
     def problems(self) -> Iterator[str]:
         if len(self.paths) > 1:
@@ -44,31 +48,34 @@ class QuantizedCheckpoint(MetaCheckpoint):
             return
         yield from super().problems()
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor | Quantized:
-        """As `MetaCheckpoint.read`; a matrix comes as `Quantized`.
+    def read(
+        self, name: str, dim: int | None = None, start: int = 0, stop: int = 0
+    ) -> torch.Tensor | Quantized | Blocks:
+        """As `MetaCheckpoint.read`; a matrix comes in `Blocks`, or as `Quantized` where blocks are cut.
 
         Columns that cut a group of 4-bit codes in two come as the float32 values they stand for, to be rounded again in
         groups of their own.
         """
         if not is_matrix(name):
             return super().read(name, dim, start, stop)
-        shard, in_features = self.shards[0], self.shapes[name][1]
-        rows = slice(start, stop) if dim == ROWS else slice(None)
-        codes, scales = shard[name][rows], shard[scales_of(name)][rows].float()
-        if kind_of_rows(self.quantization, in_features) == "int8":
-            if dim == COLUMNS:
-                codes = codes[:, start:stop]
-            return Quantized("int8", codes.shape[1], codes, scales)
-        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(torch.int8) - 8
-        matrix = Quantized("int4", in_features, codes, scales, shard[zeros_of(name)][rows].float())
-        if dim != COLUMNS:
-            return matrix
-        group = codes.shape[1] // scales.shape[1]
-        if start % group or (stop % group and stop != in_features):
+        blocks = self.blocks(name)
+        if dim is None or stop - start == full_shapes(self.args)[name][dim]:
+            return blocks
+        if dim == ROWS:
+            return blocks.rows(start, stop)
+        matrix = blocks.quantized()
+        if matrix.kind == "int8":
+            return Quantized("int8", stop - start, matrix.codes[:, start:stop], matrix.scales)
+        group = matrix.codes.shape[1] // matrix.scales.shape[1]
+        if start % group or (stop % group and stop != matrix.in_features):
             return matrix.to_dense()[:, start:stop]
         groups = slice(start // group, -(-stop // group))
-        codes = codes[:, groups.start * group : groups.stop * group]
-        return Quantized("int4", stop - start, codes, scales[:, groups], matrix.zeros[:, groups])
+        codes = matrix.codes[:, groups.start * group : groups.stop * group]
+        return Quantized("int4", stop - start, codes, matrix.scales[:, groups], matrix.zeros[:, groups])
+
+    def blocks(self, name: str) -> Blocks:
+        out_features, in_features = full_shapes(self.args)[name]
+        return Blocks(kind_of_rows(self.quantization, in_features), out_features, in_features, self.shards[0][name])
 
 
 def is_matrix(name: str) -> bool:
@@ -76,30 +83,9 @@ def is_matrix(name: str) -> bool:
     return name != "tok_embeddings.weight" and partition_dim(name) is not None
 
 
-def scales_of(name: str) -> str:
-    return name.removesuffix("weight") + "scales"
-
-
-def zeros_of(name: str) -> str:
-    return name.removesuffix("weight") + "zeros"
-
-
-def stored(name: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype | None) -> dict[str, Stored]:
-    """The tensors that a file holds of a parameter: name, shape and dtype. What is not quantised keeps its `dtype`."""
+def stored(name: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype | None) -> Stored:
+    """The tensor that a file holds of a parameter: shape and dtype. What is not quantised keeps its `dtype`."""
     if not is_matrix(name):
-        return {name: (shape, dtype)}
+        return shape, dtype
     out_features, in_features = shape
-    if kind_of_rows(kind, in_features) == "int8":
-        return {name: (shape, torch.int8), scales_of(name): ((out_features, 1), torch.bfloat16)}
-    group = group_size(in_features)
-    n_groups = -(-in_features // group)
-    tensors: dict[str, Stored] = {name: ((out_features, n_groups * group // 2), torch.uint8)}
-    return tensors | dict.fromkeys((scales_of(name), zeros_of(name)), ((out_features, n_groups), torch.bfloat16))
-
-
-def packed(matrix: Quantized) -> torch.Tensor:
-    """The codes as a file holds them."""
-    if matrix.kind == "int8":
-        return matrix.codes
-    even, odd = (matrix.codes + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
-    return even | odd << 4
+    return (-(-out_features // BLOCK_ROWS), block_bytes(kind_of_rows(kind, in_features), in_features)), torch.uint8

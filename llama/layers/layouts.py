@@ -1,8 +1,8 @@
 """Matrices laid out for fast multiplication: side by side, packed by oneDNN, in 8 bits, in 4 bits.
 
 Decoding reads each matrix once for each token, so its size in bytes and the speed of reading them decide. A layout is
-called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's; this file chooses among
-them and prepares what they need. Knows nothing of models, processes or files.
+called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's, and our own for few bits on
+a CPU (`kernels`). This file chooses among them and prepares what they need. Knows nothing of models or files.
 """
 
 import functools
@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from llama.layers.quantization import ROWS_AT_A_TIME, Quantized, quantize, stacked
+from llama.layers import kernels
+from llama.layers.quantization import ROWS_AT_A_TIME, Blocks, Quantized, quantize, stacked
 
 # For this many rows and more, turning weights back into bfloat16 and a plain product beat the kernels for few rows.
 MANY_ROWS = 192
@@ -64,7 +65,9 @@ class Packed(Layout):
         self.out_features, self.in_features = weight.shape
         # The number of rows of x is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 64)
-        self.number = _numbered(self, number)
+        # Compiled programs know a matrix by its number: a new one, or that of the layout before it.
+        self.number = next(_numbers) if number is None else number
+        _packed[self.number] = self
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():  # the compiler knows no opaque tensors, but numbers
@@ -96,18 +99,10 @@ def _linear() -> Callable[..., torch.Tensor]:  # asked for when it is used: not 
 
 
 # The packed matrices by their numbers, in the order they were made, which is the same in each run of a program.
-_packed: "weakref.WeakValueDictionary[int, Packed | PackedInt8]" = weakref.WeakValueDictionary()
+_packed: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 _library = torch.library.Library("llama", "FRAGMENT")
 _library.define("packed_product(Tensor x, int number, int out_features) -> Tensor")
-_library.define("packed_int8_product(Tensor x, int number, int out_features) -> Tensor")
-
-
-def _numbered(layout: "Packed | PackedInt8", number: int | None = None) -> int:
-    """Files a layout under a new number, or under that of one before it: compiled programs know it by its number."""
-    number = next(_numbers) if number is None else number
-    _packed[number] = layout
-    return number
 
 
 @torch.library.impl(_library, "packed_product", "CPU")
@@ -120,18 +115,8 @@ def _packed_product_shape(x: torch.Tensor, number: int, out_features: int) -> to
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.impl(_library, "packed_int8_product", "CPU")
-def _packed_int8_product(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    return _integer_product(x, _packed[number].weight)
-
-
-@torch.library.register_fake("llama::packed_int8_product", lib=_library)
-def _packed_int8_product_shape(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], out_features, dtype=torch.float32)
-
-
 def lay_out(
-    parts: "list[torch.Tensor | Quantized]", kind: str | None, dtype: torch.dtype, number: int | None = None
+    parts: "list[torch.Tensor | Quantized | Blocks]", kind: str | None, dtype: torch.dtype, number: int | None = None
 ) -> Layout | None:
     """The fastest layout of matrices put below one another; None where they had better stay as they are.
 
@@ -142,12 +127,11 @@ def lay_out(
         number: of the packed layout that this one replaces.
     """
     if kind is not None:
-        quantized = [part if isinstance(part, Quantized) else quantize(part, kind) for part in parts]
-        matrix = stacked(quantized)
-        if matrix.kind == "int4":
-            return Int4(matrix, dtype)
-        on_cpu = matrix.codes.device.type == "cpu"
-        return PackedInt8(matrix, dtype) if on_cpu and PackedInt8.serves() else Int8(matrix, dtype)
+        if parts[0].device.type == "cpu" and kernels.missing() is None:
+            return Rounded([kernels.in_blocks(part, kind) for part in parts], dtype)
+        parts = [part.quantized() if isinstance(part, Blocks) else part for part in parts]
+        matrix = stacked([part if isinstance(part, Quantized) else quantize(part, kind) for part in parts])
+        return (Int4 if matrix.kind == "int4" else Int8)(matrix, dtype)
     if any(part.requires_grad for part in parts):
         return None
     if Packed.serves(parts[0]):
@@ -155,69 +139,25 @@ def lay_out(
     return Dense(torch.cat(parts)) if parts[0].device.type == "cuda" and len(parts) > 1 else None
 
 
-class PackedInt8(Layout):
-    """Eight bits a weight, in blocks by oneDNN, whose products of integers are as fast as the memory.
+class Rounded(Layout):
+    """Eight or four bits a weight on a CPU, in blocks: the products are our own, as fast as the memory."""
 
-    Only weights are in eight bits. A row of x becomes integers of 16 bits (of float32, 24) with a scale; their upper
-    and lower bytes are two rows of one product, which reads the weights once, and the sums are exact.
-    """
-
-    ROWS_AT_A_TIME = 128  # of x: the float32 sums of more no longer stay in the cache
-
-    def __init__(self, matrix: Quantized, dtype: torch.dtype):
-        self.out_features, self.in_features = matrix.codes.shape
-        self.weight = torch.ops.onednn.qlinear_prepack(matrix.codes.contiguous(), [1, self.in_features])
-        self.scales = matrix.scales[:, 0].contiguous()
-        ones = torch.ones(1, self.in_features, dtype=torch.uint8)
-        self.sums = _integer_product(ones, self.weight)[0]  # of each row's codes
-        self.shifts = (16, 8, 0) if dtype == torch.float32 else (8, 0)
-        self.number = _numbered(self)
+    def __init__(self, parts: list[Blocks], dtype: torch.dtype):
+        self.parts, self.dtype, self.product = parts, dtype, kernels.Product(parts)
+        self.out_features, self.in_features = self.product.out_features, self.product.in_features
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if torch.compiler.is_compiling() or len(rows) <= self.ROWS_AT_A_TIME:
-            y = self._product(rows)
-        else:
-            y = torch.cat([self._product(some) for some in rows.split(self.ROWS_AT_A_TIME)])
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.product(x)
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        half = 128 << self.shifts[0]  # added to make bytes without a sign, and taken off again
-        values = rows.float()
-        scales = (values.abs().amax(dim=1, keepdim=True) / (half - 256)).clamp(min=1e-30)
-        integers = (values / scales).round().int() + half
-        parts = torch.stack([integers >> shift & 255 for shift in self.shifts], dim=1).to(torch.uint8)
-        products = torch.ops.llama.packed_int8_product(parts, self.number, self.out_features).unbind(1)
-        y = sum(part * (1 << shift) for part, shift in zip(products, self.shifts)) - half * self.sums
-        return (y * scales * self.scales).to(rows.dtype)
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.data.nbytes for part in self.parts)
 
     def to_dense(self) -> torch.Tensor:
-        return self.weight.to_dense().T.float() * self.scales[:, None]
+        return torch.cat([part.to_dense() for part in self.parts]).to(self.dtype)
 
-    @staticmethod
-    @functools.cache
-    def serves() -> bool:
-        """Whether the processor's products of integers are exact: without VNNI, or oneDNN, they may not be."""
-        try:
-            weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), [1, 64])
-            y = _integer_product(torch.full((2, 64), 255, dtype=torch.uint8), weight)
-        except (AttributeError, RuntimeError):
-            return False
-        return bool((y == 64 * 255 * 127).all())
-
-
-def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Bytes [..., in_features] times a packed matrix of eight bits -> float32 [..., out_features], exact up to 2^24."""
-    # With its own scales and zeros of rows and columns the kernel is slower than without.
-    return _qlinear()(x, 1.0, 0, weight, _ONE, _ZERO, None, 1.0, 0, torch.float32, "none", (), "")
-
-
-@functools.cache
-def _qlinear() -> Callable[..., torch.Tensor]:  # as `_linear`
-    return torch.ops.onednn.qlinear_pointwise.default
-
-
-_ONE, _ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    def columns(self, indices: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.to_dense(indices) for part in self.parts]).to(self.dtype)
 
 
 class Int8(Layout):

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from llama.layers.hooks import is_plain
-from llama.layers.layouts import lay_out
+from llama.layers.layouts import Layout, lay_out
 from llama.layers.linear import COLUMN_FORWARD, Linear
 from llama.layers.packable import LOCK, Pack, Packable
-from llama.layers.quantization import Quantized
+from llama.layers.quantization import Blocks, Quantized
 
 # Packing takes about as long as four steps, and saves about half of each step after it. Decoding steps:
 FIRST_WAIT = 4  # from the first touch to packing again,
@@ -88,18 +88,20 @@ def signature(model: nn.Module) -> tuple:
     return tuple(found)
 
 
-def lay_out_together(parts: "dict[Linear, torch.Tensor | Quantized]", quantize: str, dtype: torch.dtype) -> int:
-    """Quantises matrices with the same input and lays them out together, for good; returns the layout's bytes."""
+def lay_out_together(
+    parts: "dict[Linear, torch.Tensor | Quantized | Blocks]", quantize: str, dtype: torch.dtype
+) -> Layout:
+    """Quantises matrices with the same input and lays them out together, for good."""
     layout = lay_out(list(parts.values()), quantize, dtype)
-    sizes = [len(part.codes if isinstance(part, Quantized) else part) for part in parts.values()]
-    device = next(part.codes.device if isinstance(part, Quantized) else part.device for part in parts.values())
+    sizes = [len(part) if isinstance(part, torch.Tensor) else part.out_features for part in parts.values()]
+    device = next(iter(parts.values())).device
     for linear in parts:
         linear.weight = None
     _join(list(parts), Pack(layout, dtype, device, quantize, _rows(sizes)))
     for part in parts.values():
         if isinstance(part, torch.Tensor):
             drop_pages(part)
-    return layout.n_bytes
+    return layout
 
 
 class PackingState:

@@ -1,4 +1,16 @@
-"""Matrices rounded to 8 or 4 bits: the codes and what they stand for. Knows nothing of kernels, models or files."""
+"""Matrices rounded to 8 or 4 bits: the codes, what they stand for, and the blocks they lie in. Here is the obvious way
+to make and read them; `kernels` does the same faster. Knows nothing of kernels, models or files.
+
+A block is 16 rows, so that a row is a 32-bit lane of a vector of 64 bytes. For each group of columns it holds a line of
+64 bytes with the rows' scales and zeros, and then the codes, as bytes without a sign:
+
+    8 bits: one group; the line is 16 float32 scales. Then lines of four columns, four codes of each row.
+    4 bits: in the line each row has its zero and its scale, two bfloat16. Then lines of eight columns, four bytes of
+            each row: column i below, column i + 4 in the upper half of byte i; a code + 8.
+
+Rows that are missing in the last block are zero bytes. Columns that are missing are codes of 0: for 8 bits up to a
+multiple of 64, for 4 bits up to a whole group.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 KINDS = ("int8", "int4")
+BLOCK_ROWS, LINE = 16, 64  # of a block: rows, and bytes of a vector
 ROWS_AT_A_TIME = 1024  # of a matrix rounded, or turned back: pieces that stay in the cache
 
 # An int4 scale holds for so many neighbours in a row, as in GPTQ (arXiv 2210.17323); the kernels know 128, 64 and 32.
@@ -28,6 +41,14 @@ class Quantized:
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        return len(self.codes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
     def to(self, device: torch.device) -> "Quantized":
         moved = (None if t is None else t.to(device) for t in (self.codes, self.scales, self.zeros))
@@ -95,3 +116,95 @@ def stacked(parts: list[Quantized]) -> Quantized:
     zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts])
     codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
     return Quantized(parts[0].kind, parts[0].in_features, codes, scales, zeros)
+
+
+@dataclass
+class Blocks:
+    """A matrix in few bits, as the kernels read it and as files hold it.
+
+    Attributes:
+        kind: "int8" or "int4".
+        out_features, in_features: of the matrix.
+        data: uint8 [n_blocks, bytes of a block].
+    """
+
+    kind: str
+    out_features: int
+    in_features: int
+    data: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @staticmethod
+    def of(matrix: Quantized) -> "Blocks":
+        is_int8, width = matrix.kind == "int8", matrix.codes.shape[1]
+        missing = -len(matrix.codes) % BLOCK_ROWS
+        codes = F.pad(matrix.codes, (0, -width % 64)).int() if is_int8 else matrix.codes.int() + 8
+        codes = F.pad(codes, (0, 0, 0, missing)).unflatten(0, (-1, BLOCK_ROWS))  # [n_blocks, 16, columns]
+        scales = F.pad(matrix.scales, (0, 0, 0, missing)).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2).contiguous()
+        if is_int8:
+            lines = codes.unflatten(2, (1, -1, 4))
+            heads = scales.view(torch.int32)
+        else:
+            low, high = codes.unflatten(2, (scales.shape[1], -1, 2, 4)).unbind(4)
+            lines = low | high << 4
+            zeros = F.pad(matrix.zeros, (0, 0, 0, missing)).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2).contiguous()
+            heads = scales.view(torch.int32) | zeros.view(torch.int32) >> 16 & 0xFFFF
+        lines = lines.permute(0, 2, 3, 1, 4).flatten(2).to(torch.uint8)  # [n_blocks, groups, bytes]
+        data = torch.cat([heads.view(torch.uint8), lines], dim=2).flatten(1)
+        return Blocks(matrix.kind, len(matrix.codes), matrix.in_features, data)
+
+    def to(self, device: torch.device) -> "Blocks":
+        return Blocks(self.kind, self.out_features, self.in_features, self.data.to(device))
+
+    def rows(self, start: int, stop: int) -> "Blocks | Quantized":
+        """Some of the rows: a view where whole blocks are asked for."""
+        if start % BLOCK_ROWS or (stop % BLOCK_ROWS and stop != self.out_features):
+            whole = self.quantized()
+            zeros = None if whole.zeros is None else whole.zeros[start:stop]
+            return Quantized(self.kind, self.in_features, whole.codes[start:stop], whole.scales[start:stop], zeros)
+        data = self.data[start // BLOCK_ROWS : -(-stop // BLOCK_ROWS)]
+        return Blocks(self.kind, stop - start, self.in_features, data)
+
+    def scales_and_zeros(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in `Quantized`."""
+        n_groups = 1 if self.kind == "int8" else -(-self.in_features // group_size(self.in_features))
+        heads = self.data.unflatten(1, (n_groups, -1))[:, :, :LINE].contiguous().view(torch.int32)
+        heads = heads.transpose(1, 2).flatten(0, 1)[: self.out_features].contiguous()  # [out_features, groups]
+        if self.kind == "int8":
+            return heads.view(torch.float32), None
+        return (heads & -65536).view(torch.float32), (heads << 16).view(torch.float32)
+
+    def to_dense(self, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """The float32 values it stands for, [out_features, in_features], or some columns of them."""
+        return self.quantized(columns).to_dense()
+
+    def quantized(self, columns: torch.Tensor | None = None) -> Quantized:
+        """The codes of all columns; or those of some, with a scale and a zero for each of them."""
+        scales, zeros = self.scales_and_zeros()
+        group = self.in_features if zeros is None else group_size(self.in_features)
+        n_columns = self.in_features if zeros is None else scales.shape[1] * group
+        chosen = torch.arange(n_columns, device=self.data.device) if columns is None else columns
+        lane = torch.arange(BLOCK_ROWS, device=self.data.device)[:, None]
+        if zeros is None:
+            at = LINE + chosen // 4 * LINE + lane * 4 + chosen % 4
+        else:
+            at = chosen // group * (LINE + group * 8) + LINE + chosen % group // 8 * LINE + lane * 4 + chosen % 4
+        parts = [part[:, at].flatten(0, 1) for part in self.data.split(ROWS_AT_A_TIME // BLOCK_ROWS)]
+        codes = torch.cat(parts)[: self.out_features]  # [out_features, columns], without a sign
+        if zeros is None:
+            return Quantized(self.kind, len(chosen), codes.view(torch.int8), scales)
+        codes = (codes >> chosen % 8 // 4 * 4 & 15).to(torch.int8) - 8
+        if columns is not None:
+            scales, zeros = scales[:, columns // group], zeros[:, columns // group]
+        return Quantized(self.kind, self.in_features if columns is None else len(columns), codes, scales, zeros)
+
+
+def block_bytes(kind: str, in_features: int) -> int:
+    """Of a block of a matrix that is stored in a kind; short rows must have been given theirs (`kind_of_rows`)."""
+    if kind == "int8":
+        return LINE + -(-in_features // 64) * 64 * BLOCK_ROWS
+    group = group_size(in_features)
+    return -(-in_features // group) * (LINE + group * BLOCK_ROWS // 2)

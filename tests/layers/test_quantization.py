@@ -138,17 +138,19 @@ def test_info_and_verify_know_quantised_directories(write_checkpoint, tmp_path):
     assert not verify(tmp_path / "saved").problems
     path = tmp_path / "saved" / "consolidated.00.pth"
     tensors = torch.load(path, weights_only=True)
-    tensors["layers.0.attention.wq.scales"][0] = float("nan")
+    tensors["layers.0.attention.wq.weight"][0, 3] = 0x7F  # the upper byte of the first scale
+    tensors["layers.0.attention.wq.weight"][0, 2] = 0xC0
     torch.save(tensors, path)
-    assert any("wq.scales: 1 numbers are not finite" in problem for problem in verify(tmp_path / "saved").problems)
+    assert any("wq.weight: 1 numbers are not finite" in problem for problem in verify(tmp_path / "saved").problems)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop("layers.0.feed_forward.w2.scales"), "lacks layers.0.feed_forward.w2.scales"),
+        (lambda t: t.pop("layers.0.feed_forward.w2.weight"), "lacks layers.0.feed_forward.w2.weight"),
         (lambda t: t.update({"other": torch.zeros(1)}), "has unexpected other"),
-        (lambda t: t.update({"layers.0.attention.wq.weight": torch.zeros(3, 3).char()}), r"expected .*\[64, 64\]"),
+        (lambda t: t.update({"layers.0.attention.wq.weight": torch.zeros(3, 3).byte()}), r"expected .*\[4, 1088\]"),
+        (lambda t: t.update({"layers.0.attention.wq.weight": torch.zeros(4, 1088)}), "expected torch.uint8"),
         (lambda t: t["norm.weight"].fill_(float("inf")), "norm.weight has numbers that are not finite"),
     ],
 )

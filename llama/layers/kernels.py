@@ -1,0 +1,144 @@
+"""`integer_products.cpp`, compiled once for this processor, and its functions for tensors.
+
+The file is compiled when it is first needed, and kept in the user's cache folder. Where it cannot be compiled, or the
+processor has no AVX-512 VNNI, `missing` says why, and `layouts` takes PyTorch's kernels. Knows nothing of layouts,
+models or checkpoints.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from llama.layers.quantization import BLOCK_ROWS, Blocks, Quantized, block_bytes, group_size, kind_of_rows, quantize
+
+SOURCE = Path(__file__).with_name("integer_products.cpp")
+# No product and sum is made one instruction of: rounding gives the bits that PyTorch's operations give.
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_PARTS = "Tensor x, Tensor[] blocks, int[] sizes, int bits"
+_library = torch.library.Library("llama", "FRAGMENT")
+_library.define(f"product_of_integers({_PARTS}) -> Tensor")
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there are no compiled kernels on this machine; None if there are. Said once, on stderr."""
+    try:
+        _functions()
+    except (OSError, RuntimeError) as error:
+        print(f"Matrices of 8 and 4 bits take PyTorch's kernels, which are slower: {error}", file=sys.stderr)
+        return str(error)
+    return None
+
+
+@functools.cache
+def _functions() -> ctypes.CDLL:
+    """The compiled file. Raises OSError or RuntimeError where there is none."""
+    if sys.platform != "linux" or not torch.cpu._is_vnni_supported():
+        raise RuntimeError("ours are for processors with AVX-512 VNNI, under Linux")
+    cpu = next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")
+    compiler = os.environ.get("CXX", "g++")
+    made_of = [SOURCE.read_text(), *FLAGS, compiler, cpu, *platform.libc_ver()]
+    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-textbook"
+    path = folder / f"{SOURCE.stem}-{key[:16]}.so"
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, path)
+        except OSError:  # of the folder: a compiled file of this process's own
+            with tempfile.TemporaryDirectory() as own:
+                _compile(compiler, Path(own) / path.name)
+                return _declared(ctypes.CDLL(str(Path(own) / path.name)))
+    return _declared(ctypes.CDLL(str(path)))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    if shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"no C++ compiler {compiler} was found (on Debian, `sudo apt install g++`; CXX names another)"
+        )
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several processes may do this at once
+        made = os.path.join(folder, path.name)
+        result = subprocess.run([compiler, *FLAGS, "-o", made, str(SOURCE)], capture_output=True, text=True)
+        if result.returncode != 0:
+            first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
+            raise RuntimeError(f"{compiler} does not compile {SOURCE}: {first}")
+        os.replace(made, path)
+
+
+def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    functions.product.argtypes = [pointer, number, number, flag, flag, number, number, *[pointer] * 3, flag, flag]
+    functions.product.restype = None
+    functions.round_matrix.argtypes = [pointer, number, number, flag, flag, number, pointer, flag]
+    return functions
+
+
+def in_blocks(matrix: "torch.Tensor | Quantized | Blocks", kind: str) -> Blocks:
+    """A matrix rounded as `quantize` rounds it, on all cores. Raises ValueError as `quantize`."""
+    if isinstance(matrix, Blocks):
+        return matrix
+    if isinstance(matrix, Quantized) or matrix.dtype not in TYPES or missing() is not None:
+        return Blocks.of(quantize(matrix, kind) if isinstance(matrix, torch.Tensor) else matrix)
+    matrix, (n_rows, n_columns) = matrix.detach().contiguous(), matrix.shape
+    kind = kind_of_rows(kind, n_columns)
+    data = torch.empty(-(-n_rows // BLOCK_ROWS), block_bytes(kind, n_columns), dtype=torch.uint8)
+    shape = n_rows, n_columns, TYPES[matrix.dtype], int(kind.removeprefix("int")), group_size(n_columns)
+    if not _functions().round_matrix(matrix.data_ptr(), *shape, data.data_ptr(), torch.get_num_threads()):
+        raise ValueError("a matrix has NaN or infinite values: look for damaged weights with `llama verify`")
+    return Blocks(kind, n_rows, n_columns, data)
+
+
+class Product:
+    """Products with matrices below one another, all of one kind and as many columns; `product(x)`, [..., rows]."""
+
+    def __init__(self, parts: list[Blocks]):
+        self.kind, self.in_features = parts[0].kind, parts[0].in_features
+        self.blocks, self.sizes = [part.data for part in parts], [part.out_features for part in parts]
+        expected = block_bytes(self.kind, self.in_features)
+        if any(not data.is_contiguous() or data.shape[1] != expected for data in self.blocks):
+            raise ValueError(f"blocks {[tuple(data.shape) for data in self.blocks]}: expected {expected} bytes in each")
+        self.out_features, self.bits = sum(self.sizes), int(self.kind.removeprefix("int"))
+        self.arguments = _arguments(self.in_features, self.blocks, self.sizes, self.bits)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
+        if torch.compiler.is_compiling():
+            return torch.ops.llama.product_of_integers(x, self.blocks, self.sizes, self.bits)
+        return _run(x, self.out_features, self.bits, *self.arguments)
+
+
+def _arguments(in_features: int, blocks: list[torch.Tensor], sizes: list[int], bits: int) -> tuple:
+    addresses = (ctypes.c_void_p * len(blocks))(*[data.data_ptr() for data in blocks])
+    return group_size(in_features), len(blocks), addresses, (ctypes.c_int64 * len(sizes))(*sizes)
+
+
+def _run(x: torch.Tensor, out_features: int, bits: int, group: int, n_parts: int, blocks: object, sizes: object):
+    if x.dtype not in TYPES:
+        return _run(x.float(), out_features, bits, group, n_parts, blocks, sizes).to(x.dtype)
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    n_columns, n_threads = x.shape[-1], torch.get_num_threads()
+    shape = x.numel() // n_columns, n_columns, TYPES[x.dtype], bits, group, n_parts
+    _functions().product(x.data_ptr(), *shape, blocks, sizes, y.data_ptr(), n_threads, True)
+    return y
+
+
+@torch.library.impl(_library, "product_of_integers", "CPU")
+def _product(x: torch.Tensor, blocks: list[torch.Tensor], sizes: list[int], bits: int) -> torch.Tensor:
+    return _run(x, sum(sizes), bits, *_arguments(x.shape[-1], blocks, sizes, bits))
+
+
+@torch.library.register_fake("llama::product_of_integers", lib=_library)
+def _shape_of_product(x: torch.Tensor, blocks: list[torch.Tensor], sizes: list[int], bits: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], sum(sizes)))
