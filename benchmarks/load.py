@@ -1,8 +1,9 @@
 """How long loading takes and what memory it needs: `python -m benchmarks.load --shape llama-3.2-1b`.
 
 In fresh processes, on a checkpoint of random numbers (written once, in --folder): seconds from the end of the imports
-to the first token of an answer, with the files in the page cache; and each process's peak of private memory (RssAnon of
-/proc/self/status: what no file backs), alone and on 4 processes. Linux, CPU.
+to the first token of an answer, with the files in the page cache; what 16 tokens right after it cost, and later; and
+each process's peak of private memory (RssAnon of /proc/self/status: what no file backs), alone and on 4 processes. The
+same for directories that `llama quantize` makes of it, and for rounding while loading. Linux, CPU.
 """
 
 import json
@@ -18,6 +19,8 @@ import fire
 import torch
 
 from benchmarks.shapes import PARAMS, default_folder, write_random_checkpoint
+from llama.checkpoint.convert import quantize
+from llama.layers.quantization import KINDS
 
 
 def main(shape: str = "llama-3.2-1b", folder: str | None = None, repeats: int = 3, n_ranks: int = 4) -> None:
@@ -33,19 +36,16 @@ def main(shape: str = "llama-3.2-1b", folder: str | None = None, repeats: int = 
         raise ValueError(f"shape = {shape!r}: expected one of {', '.join(PARAMS)}")
     path = default_folder(shape) if folder is None else Path(folder)
     n_bytes = write_random_checkpoint(path, shape)
-    for file in sorted(path.iterdir()):  # into the page cache
-        with file.open("rb") as content:
-            while content.read(1 << 24):
-                pass
     print(f"{shape}: {n_bytes / 1e9:.2f} GB of bfloat16 weights in {path}")
-    runs = [_measure(path, 1)[0] for _ in range(repeats)]
-    seconds = sorted(run["seconds"] for run in runs)
-    print(f"first token after {seconds[0]:.2f} s beyond the imports (of {', '.join(f'{s:.2f}' for s in seconds)} s)")
-    peak, imports = max(run["peak"] for run in runs), max(run["imports"] for run in runs)
-    print(
-        "private memory:",
-        f"peak {peak / 1e6:.0f} MB = {peak / n_bytes:.1%} of the weights ({imports / 1e6:.0f} MB: imports)",
-    )
+    _report("as it is", path, "", repeats)
+    for kind in KINDS:
+        rounded = path.with_name(f"{path.name}-{kind}")
+        if not rounded.is_dir():
+            started = time.perf_counter()
+            quantize(path, rounded, kind)
+            print(f"`llama quantize --to {kind}`, with its checklist: {time.perf_counter() - started:.1f} s")
+        _report(f"{kind} directory", rounded, "", repeats)
+        _report(f"rounded to {kind} while loading", path, kind, 1)
     if n_ranks:
         peaks = [run["peak"] for run in _measure(path, n_ranks)]
         shares = ", ".join(f"{peak / 1e6:.0f}" for peak in peaks)
@@ -53,7 +53,23 @@ def main(shape: str = "llama-3.2-1b", folder: str | None = None, repeats: int = 
         print(f"on {n_ranks} processes: peaks {shares} MB, at most {worst:.1%} of a {n_ranks}th of the weights")
 
 
-def _measure(path: Path, n_ranks: int) -> list[dict]:
+def _report(what: str, path: Path, kind: str, repeats: int) -> None:
+    for file in sorted(path.iterdir()):  # into the page cache
+        with file.open("rb") as content:
+            while content.read(1 << 24):
+                pass
+    runs = [_measure(path, 1, kind)[0] for _ in range(repeats)]
+    best = min(runs, key=lambda run: run["seconds"])
+    peak, imports = max(run["peak"] for run in runs), max(run["imports"] for run in runs)
+    print(
+        f"{what}: first token after {best['seconds']:.2f} s after the imports (of",
+        f"{', '.join(format(run['seconds'], '.2f') for run in runs)}), the next 16 in {best['next']:.2f} s, later in",
+        f"{best['later']:.2f} s; peak {peak / 1e6:.0f} MB of private memory, {imports / 1e6:.0f} MB of it imports",
+        flush=True,
+    )
+
+
+def _measure(path: Path, n_ranks: int, kind: str = "") -> list[dict]:
     """What each process of a fresh run finds, by rank."""
     with tempfile.TemporaryDirectory() as results:
         launcher = []
@@ -61,11 +77,11 @@ def _measure(path: Path, n_ranks: int) -> list[dict]:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
         command = [sys.executable, *launcher, __file__]
-        subprocess.run([*command, "--measure", str(path), results], env=environment, check=True, stdout=2)
+        subprocess.run([*command, "--measure", str(path), results, kind], env=environment, check=True, stdout=2)
         return [json.loads((Path(results) / str(rank)).read_text()) for rank in range(n_ranks)]
 
 
-def measure(path: str, results: str) -> None:
+def measure(path: str, results: str, kind: str) -> None:
     """Loads and answers with one token, in this process; writes what that took to a file named after the rank."""
     from llama import Llama
 
@@ -80,15 +96,20 @@ def measure(path: str, results: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    llm = Llama.build(path, device="cpu")
+    llm = Llama.build(path, device="cpu", quantize=kind or None)
     built = time.perf_counter()
+    llm.tokenizer.stop_tokens = set()
     llm.generate([[llm.tokenizer.bos_id, 1000, 2000, 3000]], max_gen_len=1, temperature=0)
-    seconds = time.perf_counter() - started
+    seconds, times = time.perf_counter() - started, []
+    for _ in range(3):
+        before = time.perf_counter()
+        llm.generate([[llm.tokenizer.bos_id, 1000, 2000, 3000]], max_gen_len=16, temperature=0)
+        times.append(time.perf_counter() - before)
     done.set()
     watcher.join()
     peak = max(peak, _private_bytes())
     print(f"built in {built - started:.2f} s, {torch.get_num_threads()} threads", file=sys.stderr)
-    found = {"seconds": seconds, "peak": peak, "imports": imports}
+    found = {"seconds": seconds, "next": times[0], "later": times[-1], "peak": peak, "imports": imports}
     (Path(results) / os.environ.get("RANK", "0")).write_text(json.dumps(found))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llama.checkpoint.meta import MetaCheckpoint, Part, part_of_rank, shape_of_part
-from llama.layers.layouts import Layout
+from llama.layers.layouts import Layout, Rounded
 from llama.layers.linear import Linear
 from llama.layers.packing import drop_pages, is_mapped, lay_out_together
 from llama.layers.quantization import BLOCK_ROWS, Blocks, Quantized
@@ -33,10 +33,12 @@ class Loaded:
 
     n_bytes: int = 0  # of this rank's weights
     n_mapped: int = 0  # how many of them are still the mapped file
+    is_repacked: bool = False  # a quantised file's blocks are not what this machine multiplies with
 
-    def note(self, layout: Layout) -> None:
-        """Counts a layout that was made of matrices."""
+    def note(self, layout: Layout, is_quantized: bool) -> None:
+        """Counts a layout that was made of matrices; `is_quantized`: of such as a quantised file holds."""
         self.n_bytes += layout.n_bytes
+        self.is_repacked |= is_quantized and not isinstance(layout, Rounded)
         self.n_mapped += sum(part.data.nbytes for part in getattr(layout, "parts", ()) if is_mapped(part.data))
 
     def describe(self, device: torch.device, seconds: float, n_ranks: int) -> str:
@@ -47,6 +49,8 @@ class Loaded:
             text += f", on each of {n_ranks} processes"
         if self.n_mapped:
             text += f" ({self.n_mapped / 1e9:.2f} GB mapped: read from the file when first used)"
+        if self.is_repacked:
+            text += " (repacked: this machine's kernels do not read the file's blocks)"
         return text
 
 
@@ -69,7 +73,7 @@ def load_weights(
     """
     rank, n_ranks = model.tok_embeddings.rank, model.tok_embeddings.world_size
     n_bytes = {name: math.prod(full) * dtype.itemsize // n_ranks for name, full in checkpoint.shapes.items()}
-    quantize = checkpoint.quantization or quantize
+    is_quantized, quantize = checkpoint.quantization is not None, checkpoint.quantization or quantize
     copier = StagedCopy(device) if device.type == "cuda" else None
     parts: dict[Linear, torch.Tensor | Quantized | Blocks] = {}  # that wait for others of their layout
     loaded = Loaded()
@@ -81,7 +85,7 @@ def load_weights(
             raise_if_a_rank_failed()
             module = model.get_submodule(name.removesuffix(".weight"))
             piece = part_of_rank(name, checkpoint.shapes[name], model.args, rank, n_ranks)
-            if checkpoint.quantization and module in together:
+            if is_quantized and module in together:
                 part = checkpoint.read(name, *piece).to(device)
             elif device.type == "cpu" and checkpoint.dtype == dtype:
                 part = checkpoint.read(name, *piece).contiguous()
@@ -98,17 +102,17 @@ def load_weights(
                 if copier is not None:
                     copier.wait()
                 group = {linear: parts.pop(linear) for linear in together[module]}
-                loaded.note(lay_out_together(group, quantize, dtype))
+                loaded.note(lay_out_together(group, quantize, dtype), is_quantized)
         if copier is not None:
             copier.finish()
     if model.args.tied_embeddings:
         part = model.output.weight = model.tok_embeddings.weight
-        if checkpoint.quantization:  # in the file it is in blocks
+        if is_quantized:  # it is in the file, in blocks
             shape = checkpoint.shapes["tok_embeddings.weight"]
             part = checkpoint.read("output.weight", *part_of_rank("output.weight", shape, model.args, rank, n_ranks))
             part = part.to(device)
         if quantize:
-            loaded.note(lay_out_together({model.output: part}, quantize, dtype))
+            loaded.note(lay_out_together({model.output: part}, quantize, dtype), is_quantized)
     model.to(device)  # the rotary table; the parameters are there
     return loaded
 

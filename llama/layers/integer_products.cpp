@@ -30,6 +30,8 @@ constexpr int64_t kChunkColumns = 512;  // of which the codes do
 constexpr int64_t kAhead = 4096;       // bytes that are asked of the memory ahead
 constexpr int64_t kFewRows = 4;        // up to so many rows of x, vectors are as fast as the memory
 
+constexpr int kNotFinite = 0x99;       // of `fpclass`
+
 enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct Shape {  // of a matrix in blocks
@@ -103,9 +105,13 @@ void make_integers(const Rows& rows, int64_t row, const void* x, int64_t in_feat
   const float limit = n_planes == 2 ? 32512.f : 8323072.f;  // every digit from -128 to 127
   const int64_t from = row * in_features;
   __m512 largest = _mm512_setzero_ps();
-  for (int64_t k = 0; k < in_features; k += 16)
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(load(x, from + k, type, first(in_features - k))));
-  const float scale = std::max(_mm512_reduce_max_ps(largest) / limit, 1e-30f);
+  __mmask16 bad = 0;
+  for (int64_t k = 0; k < in_features; k += 16) {
+    const __m512 v = load(x, from + k, type, first(in_features - k));
+    bad |= _mm512_fpclass_ps_mask(v, kNotFinite);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
+  }
+  const float scale = bad ? NAN : std::max(_mm512_reduce_max_ps(largest) / limit, 1e-30f);  // NaN makes the row NaN
   rows.scales[row] = scale;
   for (int64_t g = 0; g < rows.n_groups; g++) {
     __m512i sums[3] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -551,7 +557,7 @@ bool round_row(const float* row, const Shape& s, int bits, uint8_t* block, int64
     __mmask16 bad = 0;
     for (int64_t k = 0; k < group; k += 16) {
       __m512 v = _mm512_loadu_ps(values + k);
-      bad |= _mm512_fpclass_ps_mask(v, 0x99);  // NaN, infinite
+      bad |= _mm512_fpclass_ps_mask(v, kNotFinite);
       low = _mm512_min_ps(low, v);
       high = _mm512_max_ps(high, v);
     }

@@ -23,6 +23,7 @@ from llama.layers.quantization import BLOCK_ROWS, Blocks, Quantized, block_bytes
 SOURCE = Path(__file__).with_name("integer_products.cpp")
 # No product and sum is made one instruction of: rounding gives the bits that PyTorch's operations give.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
+USE_TILES = True  # where the processor has them
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PARTS = "Tensor x, Tensor[] blocks, int[] sizes, int bits"
@@ -130,7 +131,7 @@ def _run(x: torch.Tensor, out_features: int, bits: int, group: int, n_parts: int
     y = x.new_empty((*x.shape[:-1], out_features))
     n_columns, n_threads = x.shape[-1], torch.get_num_threads()
     shape = x.numel() // n_columns, n_columns, TYPES[x.dtype], bits, group, n_parts
-    _functions().product(x.data_ptr(), *shape, blocks, sizes, y.data_ptr(), n_threads, True)
+    _functions().product(x.data_ptr(), *shape, blocks, sizes, y.data_ptr(), n_threads, USE_TILES)
     return y
 
 

@@ -18,7 +18,6 @@ from mutate import count_refused, damaged, damaged_json, memory_limit
 from llama.checkpoint import build_model, open_checkpoint
 from llama.checkpoint.convert import convert, quantize
 from llama.checkpoint.inspect import verify
-from llama.layers.quantization import Quantized
 
 
 def load_model(folder: Path, tokenizer_path, max_seq_len, max_batch_size, dtype, device, quantize=None) -> tuple:
@@ -49,7 +48,7 @@ def read_all(folder: Path) -> None:
     _, checkpoint = open_checkpoint(folder)
     for name in checkpoint.shapes:
         tensor = checkpoint.read(name)
-        (tensor.to_dense() if isinstance(tensor, Quantized) else tensor).float().sum().item()
+        (tensor if isinstance(tensor, torch.Tensor) else tensor.to_dense()).float().sum().item()
 
 
 def damaged_at_the_end(rng: random.Random, data: bytes) -> bytes:
