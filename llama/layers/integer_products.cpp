@@ -238,6 +238,9 @@ constexpr int64_t kArchReqXcompPerm = 0x1023, kXfeatureXtileData = 18;  // docs.
 
 bool may_use_tiles() { return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtileData) == 0; }
 
+// The intrinsics of tiles do not tell the compiler which memory they read and write.
+inline void touch(void* memory) { asm volatile("" ::"r"(memory) : "memory"); }
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
@@ -254,6 +257,7 @@ void configure_tiles(int64_t n_rows, int64_t step) {
     config.bytes[t] = integers ? step : kLine;
     config.rows[t] = codes ? step / 4 : n_rows;
   }
+  touch(&config);
   _tile_loadconfig(&config);
 }
 
@@ -292,11 +296,13 @@ inline void store_tiles(int32_t (*sums)[2][kTileRows][kRows]) {
     _tile_stored(4, sums[P - 1][0], kLine);
     _tile_stored(5, sums[P - 1][1], kLine);
   }
+  touch(sums);
 }
 
 // Adds the products of `size` columns of 16 rows of x with those of two blocks.
 template <int P>
 inline void add_products(const Rows& x, int64_t row, int64_t column, int64_t size, const uint8_t* const* codes) {
+  touch(const_cast<uint8_t*>(codes[0]));
   const int8_t* integers = x.at(row, 0, column);  // of the planes one after the other, step by step
   const int64_t plane = x.tile_rows * x.step;
   for (int64_t k = 0; k < size; k += x.step, integers += P * plane) {
