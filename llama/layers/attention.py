@@ -3,11 +3,19 @@
 Knows nothing of models, or where queries and keys come from.
 """
 
+import ctypes
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from llama.layers import kernels
+
+# From so many keys on, a decoding step on a CPU takes a kernel of our own.
+LONG = 256
 
 # Positions of the first column of a pass: of all rows, or of each row, [B]; None for 0.
 Starts = int | list[int] | torch.Tensor | None
@@ -99,8 +107,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     # of them: ten times faster on a CPU than `enable_gqa`, and with a mask the only fused way on CUDA.
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, n_kv_heads, group * T, head_dim]
     mask = None if isinstance(mask, str) else mask
-    if n_new == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
-        return _attend_to_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
+    if n_new == 1 and q.device.type == "cpu":
+        if torch.compiler.is_compiling():
+            return _attend_to_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
+        if k.shape[2] >= LONG and _serves(q, k, v, mask):
+            return _attend_to_long_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         mask = torch.cat([mask] * group, dim=-2)
@@ -119,3 +130,40 @@ def _attend_to_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tor
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).type_as(v) @ v
+
+
+def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether `attention.cpp` can be had, and has what is asked of it."""
+    has_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    is_plain = type(q) is type(k) is type(v) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+    fits = q.dtype in kernels.TYPES and q.shape[-1] % 16 == 0 and q.shape[-1] <= 256
+    whole = k.stride(-1) == v.stride(-1) == 1 and (mask is None or (mask.dtype == torch.bool and mask.stride(-1) == 1))
+    return not has_gradient and is_plain and fits and whole and _kernel() is not None
+
+
+@functools.cache
+def _kernel() -> Callable[..., int] | None:
+    try:
+        found = kernels.compiled("attention", "-ffp-contract=fast").attend_to_rows
+    except (OSError, RuntimeError):  # no compiler: PyTorch's way is right too
+        return None
+    found.argtypes = [*[ctypes.c_void_p] * 6, ctypes.c_float, ctypes.c_int, ctypes.c_int]
+    return found
+
+
+def _attend_to_long_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """As `_attend_to_rows`, by a kernel of our own: SDPA reads long contexts at half of the memory's speed and less.
+
+    Of a row whose mask ends before the longest row does, it reads no more than the mask lets it see.
+    """
+    (n_rows, n_heads, n_queries, head_dim), length = q.shape, k.shape[2]
+    q, y, where = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format), (0, 0)
+    if mask is not None:
+        mask = mask.expand(n_rows, 1, 1, length)
+        where = mask.stride(0), mask.stride(2)
+    sizes = (n_rows, n_heads, n_queries, 1, length, head_dim, *k.stride()[:3], *v.stride()[:3], *where)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in (q, k, v, y, mask)]
+    numbers, dtype = (ctypes.c_int64 * len(sizes))(*sizes), kernels.TYPES[q.dtype]
+    if not _kernel()(*addresses, numbers, head_dim**-0.5, dtype, torch.get_num_threads()):
+        raise RuntimeError(f"attention.cpp has no {q.dtype} of head_dim {head_dim}")
+    return y

@@ -1,7 +1,7 @@
-"""`integer_products.cpp`, compiled once for this processor, and its functions for tensors.
+"""C++ files of this folder, compiled once for this processor; the functions of `integer_products.cpp` for tensors.
 
-The file is compiled when it is first needed, and kept in the user's cache folder. Where it cannot be compiled, or the
-processor has no AVX-512 VNNI, `missing` says why, and `layouts` takes PyTorch's kernels. Knows nothing of layouts,
+A file is compiled when it is first needed, and kept in the user's cache folder. Where that one cannot be compiled, or
+the processor has no AVX-512 VNNI, `missing` says why, and `layouts` takes PyTorch's kernels. Knows nothing of layouts,
 models or checkpoints.
 """
 
@@ -20,9 +20,7 @@ import torch
 
 from llama.layers.quantization import BLOCK_ROWS, Blocks, Quantized, block_bytes, group_size, kind_of_rows, quantize
 
-SOURCE = Path(__file__).with_name("integer_products.cpp")
-# No product and sum is made one instruction of: rounding gives the bits that PyTorch's operations give.
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w"]
 USE_TILES = True  # where the processor has them
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -44,37 +42,46 @@ def missing() -> str | None:
 
 @functools.cache
 def _functions() -> ctypes.CDLL:
-    """The compiled file. Raises OSError or RuntimeError where there is none."""
+    """The compiled products. Raises OSError or RuntimeError where there are none."""
     if sys.platform != "linux" or not torch.cpu._is_vnni_supported():
         raise RuntimeError("ours are for processors with AVX-512 VNNI, under Linux")
-    cpu = next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")
+    # No product and sum is made one instruction of: rounding gives the bits that PyTorch's operations give.
+    return _declared(compiled("integer_products", "-ffp-contract=off"))
+
+
+def compiled(name: str, *flags: str) -> ctypes.CDLL:
+    """A C++ file of this folder, compiled for this processor. Raises OSError or RuntimeError where it cannot be."""
+    source = Path(__file__).with_name(f"{name}.cpp")
+    cpu = next((line for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features"))), "")
     compiler = os.environ.get("CXX", "g++")
-    made_of = [SOURCE.read_text(), *FLAGS, compiler, cpu, *platform.libc_ver()]
+    command = [compiler, *FLAGS, *flags, str(source)]
+    made_of = [source.read_text(), *command[:-1], cpu, *platform.libc_ver()]
     key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-textbook"
-    path = folder / f"{SOURCE.stem}-{key[:16]}.so"
+    path = folder / f"{name}-{key[:16]}.so"
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, path)
+            _compile(command, path)
         except OSError:  # of the folder: a compiled file of this process's own
             with tempfile.TemporaryDirectory() as own:
-                _compile(compiler, Path(own) / path.name)
-                return _declared(ctypes.CDLL(str(Path(own) / path.name)))
-    return _declared(ctypes.CDLL(str(path)))
+                _compile(command, Path(own) / path.name)
+                return ctypes.CDLL(str(Path(own) / path.name))
+    return ctypes.CDLL(str(path))
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(command: list[str], path: Path) -> None:
+    compiler, *_, source = command
     if shutil.which(compiler) is None:
         raise RuntimeError(
             f"no C++ compiler {compiler} was found (on Debian, `sudo apt install g++`; CXX names another)"
         )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several processes may do this at once
         made = os.path.join(folder, path.name)
-        result = subprocess.run([compiler, *FLAGS, "-o", made, str(SOURCE)], capture_output=True, text=True)
+        result = subprocess.run([*command, "-o", made], capture_output=True, text=True)
         if result.returncode != 0:
             first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
-            raise RuntimeError(f"{compiler} does not compile {SOURCE}: {first}")
+            raise RuntimeError(f"{compiler} does not compile {source}: {first}")
         os.replace(made, path)
 
 
