@@ -1,10 +1,11 @@
 """Decoding and prefill, ours beside Transformers and llama.cpp and what the machine can do: `make bench`.
 
-    python -m benchmarks.decode [--shape llama-3.2-1b] [--rounds 5] [--only "ours,Transformers"] [--out benchmarks]
+    python -m benchmarks.decode [--shape llama-3.2-1b] [--rounds 3] [--only "ours,Transformers"] [--out benchmarks]
 
 Writes a checkpoint of random bfloat16 numbers in the shape, starts a process for each contestant, and lets them take
-turns in each round; medians over the rounds are printed, and the ratios between them. Beside the table, in --out:
-decode.json, decode.png and RESULTS.md. llama.cpp takes part where llama-cpp-python and gguf are installed
+turns in each round; medians over the rounds are printed, and the ratios between them against their bars. Long contexts
+are measured first, with two processes of ours. Beside the table, in --out: decode.json, decode.png and RESULTS.md
+(`benchmarks.results` adds loading and drafts to it). llama.cpp takes part where llama-cpp-python and gguf are installed
 (pip install llama-cpp-python gguf), the plot needs matplotlib; on CUDA, llama.cpp is left out.
 """
 
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fire
@@ -27,13 +28,18 @@ from benchmarks.scaling import token
 from benchmarks.shapes import PARAMS, default_folder, write_random_checkpoint
 from llama.model import ModelArgs
 
+Speeds = dict[str, dict[str, list[float]]]  # tokens/s by contestant and by what it did, one figure a round
+
 # (what is compared, with what, where, at least): the bars, ratios of tokens/s within one run; on a CPU, and on a GPU.
 BARS = [
+    *(("ours int4", "llama.cpp Q4_0", f"decode {rows} @ 128", 1.1) for rows in (1, 8, 32)),
+    *(("ours int4", "llama.cpp Q4_0", f"prefill {n}", 1.0) for n in (512, 2048)),
+    ("ours int8", "llama.cpp Q8_0", "decode 1 @ 128", 1.1),
+    ("ours", "Transformers", "decode 1 @ 128", 2.2),
+    ("ours", "llama.cpp bf16", "decode 1 @ 128", 1.05),
+    ("ours", "llama.cpp bf16", "decode 32 @ 128", 1.5),
     ("ours compiled", "llama.cpp bf16", "decode 1 @ 128", 1.1),
     ("ours compiled", "Transformers", "decode 1 @ 128", 2.5),
-    ("ours", "Transformers", "decode 1 @ 128", 1.5),
-    ("ours int8 compiled", "llama.cpp Q8_0", "decode 1 @ 128", 1.1),
-    ("ours int4 compiled", "llama.cpp Q4_0", "decode 1 @ 128", 0.8),
     ("ours", "llama.cpp bf16", "prefill 512", 1.0),
     ("ours", "Transformers", "prefill 512", 1.0),
 ]
@@ -44,10 +50,13 @@ GPU_BARS = [
     ("ours int8", "ours", "decode 1 @ 128", 1.6),
     ("ours", "Transformers", "prefill 4096", 1.0),
 ]
+LONG_BAR = 0.95  # long contexts by default / compiled, at one row and eight
+LONGER_BARS = {"ours": 1.2, "ours compiled": 1.35}  # time of a token at 4,096 / at 128, at most
+PREFILL_GROWTH_BAR = 1.3  # time of the longest prompt / of 512, at most so many times the ratio of the operations
 # At least so many percent of the measured bandwidth, decoding one row.
 BANDWIDTH_BARS = {"cpu": {"ours compiled": 65}, "cuda": {"ours compiled": 85, "ours": 75}}
 # At least so many times one row's tokens/s.
-BATCH_BARS = {"cpu": {"decode 8 @ 128": 4}, "cuda": {"decode 64 @ 128": 30}}
+BATCH_BARS = {"cpu": {"decode 8 @ 128": 4}, "cuda": {"decode 64 @ 128": 20}}
 PREFILL_BAR = 60  # percent of the measured matmul rate, 4,096 tokens on a GPU
 
 
@@ -105,15 +114,16 @@ def _least_seconds(work, device: str, repeats: int = 8) -> float:
 
 def main(
     shape: str = "llama-3.2-1b",
-    rounds: int = 5,
+    rounds: int = 3,
     only: str | None = None,
     device: str | None = None,
     out: str = "benchmarks",
     folder: str | None = None,
     batches: str = "1,8,32",
-    contexts: str = "128,512,1024,2048,4096",
+    contexts: str = "4096,16384",
     prompts: str = "512,2048",
-    tokens: int = 12,
+    long_prompt: int = 8192,
+    tokens: int = 10,
 ) -> None:
     """Measures and prints.
 
@@ -125,8 +135,9 @@ def main(
         out: where the results are written.
         folder: where the checkpoint is or will be; /tmp/llama-benchmarks/SHAPE when None.
         batches: numbers of rows that decode together, after 128 tokens of context each.
-        contexts: tokens before those that are timed, at one row.
+        contexts: long ones, at one row and at eight, ours by default and compiled alone; "" leaves them out.
         prompts: lengths that are prefilled.
+        long_prompt: one more of them, beside 512, by default alone; 0 leaves it out.
         tokens: steps to a turn.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,168 +147,219 @@ def main(
     names = [name.strip() for name in only.split(",")] if only else list(CONTESTANTS)
     has_llama_cpp = device == "cpu" and all(map(importlib.util.find_spec, ("llama_cpp", "gguf")))
     names = [name for name in names if has_llama_cpp or not name.startswith("llama.cpp")]
-    room = {b: (max(*lengths, *prompt_lengths) if b == 1 else 128) + 4 * tokens for b in batch_sizes}
     for name in names:  # what they read is made before any of them is timed
         if name == "Transformers":
             hugging_face_copy(path)
         elif name.startswith("llama.cpp"):
             gguf_copy(path, name.split()[1])
-    processes = []
-    try:
-        for name in names:
-            print(f"starting {name}", file=sys.stderr)
-            processes.append(Process(name, path, device, room))
-        for results in _measure(processes, device, rounds, tokens, batch_sizes, lengths, prompt_lengths):
-            for process in processes:
-                results["started"][process.name] |= process.ask()
-            results |= {"shape": shape, "weights_bytes": n_bytes, "device": device}
-            results["machine"] = _machine(device)
-            results["command"] = f"python -m benchmarks.decode {shlex.join(sys.argv[1:])}"
-            _write(results, Path(out))  # after each round: a run that is ended early is not lost
-    finally:
-        for process in processes:
-            process.end()
+    results = {"shape": shape, "weights_bytes": n_bytes, "device": device, "machine": _machine(device)}
+    results |= {"rounds": rounds, "read_bytes_per_second": [], "matmul_per_second": [], "started": {}}
+    results["command"] = f"python -m benchmarks.decode {shlex.join(sys.argv[1:])}"
+
+    def finished(phase: str, speeds: Speeds) -> None:
+        """Writes after each round: a run that is ended early is not lost."""
+        results[phase] = speeds
+        (Path(out) / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    some = [name for name in names if name in ("ours", "ours compiled")]
+    if lengths and some:
+        places = [(rows, length) for rows in (1, 8) for length in (128, *lengths)]
+        _measure(path, some, places, [512, long_prompt] if long_prompt else [], tokens, results, "long", finished)
+    places = [(rows, 128) for rows in batch_sizes]
+    _measure(path, names, places, prompt_lengths, tokens, results, "tokens_per_second", finished)
+    note = f"    {results['command']}\n\n{results['machine']}; {rounds} rounds\n\n{report(results)}"
+    (Path(out) / "RESULTS.md").write_text(f"# The last run\n\n{note}\n\n![decode speed](decode.png)\n")
     print(report(results))
     if importlib.util.find_spec("matplotlib"):
         plot(results, Path(out) / "decode.png")
 
 
-def _write(results: dict, folder: Path) -> None:
-    (folder / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
-    machine = f"{results['machine']}; {results['rounds']} rounds"
-    note = f"    {results['command']}\n\n{machine}\n\n{report(results)}"
-    (folder / "RESULTS.md").write_text(f"# The last run\n\n{note}\n\n![decode speed](decode.png)\n")
-
-
 def _measure(
-    processes: list[Process],
-    device: str,
-    rounds: int,
+    path: Path,
+    names: list[str],
+    places: list[tuple[int, int]],
+    prompts: list[int],
     tokens: int,
-    batch_sizes: list[int],
-    lengths: list[int],
-    prompt_lengths: list[int],
-) -> Iterator[dict]:
-    """Tokens/s of each contestant, by what it did, one figure a round, and the machine's own rates."""
-    places = [(1, length) for length in lengths] + [(b, 128) for b in batch_sizes if b > 1]
-    speeds: dict[str, dict[str, list[float]]] = {p.name: {} for p in processes}
-    bandwidths, rates = [], []
-    for round_ in range(-1, rounds):  # the first is for warming up
-        # Place by place, so that those that are compared are timed within seconds of each other.
-        for batch, context in places:
-            bandwidths.append(read_bandwidth(device))
-            for process in processes:
-                # Peers at one length of context: they would compute it again in every turn.
-                if context == 128 or process.name in ("ours", "ours compiled"):
-                    seconds = process.ask(batch=batch, context=context, tokens=tokens)["seconds"]
-                    speed = batch / statistics.median(seconds)
-                    speeds[process.name].setdefault(f"decode {batch} @ {context}", []).append(speed)
-        for n in prompt_lengths:
-            rates.append(matmul_rate(device))
-            for process in processes:
-                speed = n / process.ask(prompt=n)["seconds"][0]
-                speeds[process.name].setdefault(f"prefill {n}", []).append(speed)
-        print(f"round {round_ + 1} of {rounds}", file=sys.stderr)
-        if round_ < 0:
-            for by_place in speeds.values():
-                by_place.clear()
-            continue
-        yield {
-            "tokens_per_second": speeds,
-            "read_bytes_per_second": bandwidths,
-            "matmul_per_second": rates,
-            "started": {p.name: dict(p.started) for p in processes},
-            "rounds": round_ + 1,
-        }
+    results: dict,
+    phase: str,
+    finished: Callable[[str, Speeds], None],
+) -> None:
+    """Lets contestants take turns at places (rows, tokens of context) and prompts; `results` gets what they did."""
+    device, speeds = results["device"], {name: {} for name in names}
+    room = {rows: 0 for rows, _ in places} | {1: max(prompts, default=0)}
+    for rows, length in places:
+        room[rows] = max(room[rows], length) + 4 * tokens
+    processes = []
+    try:
+        for name in names:
+            print(f"starting {name}", file=sys.stderr)
+            processes.append(Process(name, path, device, room))
+        for round_ in range(-1, results["rounds"]):  # the first is for warming up
+            # Place by place, so that those that are compared are timed within seconds of each other.
+            for rows, context in places:
+                results["read_bytes_per_second"].append(read_bandwidth(device))
+                for process in processes:
+                    seconds = process.ask(batch=rows, context=context, tokens=tokens)["seconds"]
+                    found = speeds[process.name].setdefault(f"decode {rows} @ {context}", [])
+                    found.append(rows / statistics.median(seconds))
+            for n in prompts:
+                results["matmul_per_second"].append(matmul_rate(device))
+                for process in processes:
+                    if not process.name.endswith("compiled"):  # whose prefill is that of the default
+                        seconds = process.ask(prompt=n)["seconds"]
+                        speeds[process.name].setdefault(f"prefill {n}", []).append(n / seconds[0])
+            print(f"round {round_ + 1} of {results['rounds']}", file=sys.stderr)
+            if round_ < 0:
+                for by_place in speeds.values():
+                    by_place.clear()
+                continue
+            results["started"] |= {p.name: {**p.started, **p.ask()} for p in processes}
+            finished(phase, speeds)
+    finally:
+        for process in processes:
+            process.end()
+
+
+def _table(speeds: Speeds, started: dict[str, dict] | None) -> list[str]:
+    """Medians; with what each took to start."""
+    places = list(dict.fromkeys(what for by_place in speeds.values() for what in by_place))
+    more = ["loaded, s", "first token, s", "peak, GB"] if started else []
+    lines = [f"| | {' | '.join(places + more)} |", "|---|" + "---|" * len(places + more)]
+    for name, by_place in speeds.items():
+        cells = [f"{statistics.median(by_place[place]):.1f}" if place in by_place else "" for place in places]
+        if started:
+            took = started[name]
+            cells += [f"{took['load']:.1f}", f"{took['first_token']:.1f}", f"{took['peak_bytes'] / 1e9:.1f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def report(results: dict) -> str:
     """The tables, as text that is Markdown too."""
-    speeds = {
-        name: {what: statistics.median(values) for what, values in by_place.items()}
-        for name, by_place in results["tokens_per_second"].items()
-    }
-    places = list(dict.fromkeys(what for by_place in speeds.values() for what in by_place))
+    args, device = ModelArgs(**PARAMS[results["shape"]]), results["device"]
     bandwidth = statistics.median(results["read_bytes_per_second"])
     rate = statistics.median(results["matmul_per_second"])
-    cost = token(ModelArgs(**PARAMS[results["shape"]]))
+    cost = token(args)
     read, operations = 2 * cost["weights"], 2 * cost["layers"]  # a token's, decoding and in a prompt
+    speeds, long = results["tokens_per_second"], results.get("long", {})
     lines = [
         f"{results['shape']}: {results['weights_bytes'] / 1e9:.2f} GB in bfloat16. The machine reads "
         f"{bandwidth / 1e9:.1f} GB/s ({bandwidth / read:.1f} times what a token reads) and multiplies at "
         f"{rate / 1e9:.0f} GFLOP/s ({rate / operations:.0f} tokens/s of prefill).",
         "",
         "Tokens/s in all, medians (decode ROWS @ CONTEXT; prefill TOKENS):",
-        "",
-        f"| | {' | '.join(places)} | loaded, s | first token, s | peak, GB |",
-        "|---|" + "---|" * (len(places) + 3),
+        *("", *_table(speeds, results["started"])),
     ]
-    for name, by_place in speeds.items():
-        started = results["started"][name]
-        cells = [f"{by_place[place]:.1f}" if place in by_place else "" for place in places]
-        cells += [f"{started['load']:.1f}", f"{started['first_token']:.1f}", f"{started['peak_bytes'] / 1e9:.1f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| ratio | measured | at least |", "|---|---|---|"]
-    device = results["device"]
+    if long:
+        lines += ["", "Long contexts, in a run of their own:", "", *_table(long, None)]
+    lines += ["", "| ratio | measured | bar |", "|---|---|---|"]
 
-    def ratio(name: str, place: str, other: str, other_place: str) -> float | None:
+    def ratio(of: Speeds, name: str, place: str, other: str, other_place: str) -> float | None:
         """Turn by turn, so that a slow spell of the machine falls on both; None if one of them was not measured."""
-        by_round = [results["tokens_per_second"].get(n, {}).get(p) for n, p in ((name, place), (other, other_place))]
+        by_round = [of.get(n, {}).get(p) for n, p in ((name, place), (other, other_place))]
         return statistics.median(a / b for a, b in zip(*by_round)) if all(by_round) else None
 
+    def add(what: str, found: float | None, bar: str) -> None:
+        if found is not None:
+            lines.append(f"| {what} | {found:.2f} | {bar} |")
+
     for ours, peer, place, bar in BARS if device == "cpu" else GPU_BARS:
-        if (found := ratio(ours, place, peer, place)) is not None:
-            lines.append(f"| {place}: {ours} / {peer} | {found:.2f} | {bar} |")
+        add(f"{place}: {ours} / {peer}", ratio(speeds, ours, place, peer, place), f"at least {bar}")
+    for place in long.get("ours", {}):
+        if place.startswith("decode") and not place.endswith(" 128"):
+            found = ratio(long, "ours", place, "ours compiled", place)
+            add(f"{place}: ours / ours compiled", found, f"at least {LONG_BAR}")
+    one = "decode 1 @ 128"
+    for name, bar in LONGER_BARS.items():
+        found = ratio(long, name, one, name, "decode 1 @ 4096")
+        add(f"{name}: time of a token at 4,096 / at 128", found, f"at most {bar}")
+    prompts = [int(place.split()[1]) for place in long.get("ours", {}) if place.startswith("prefill")]
+    if prompts:
+        n = max(prompts)
+        found = ratio(long, "ours", "prefill 512", "ours", f"prefill {n}")  # of tokens/s
+
+        def per_token(n: int) -> float:  # the keys before it, on average half of them, twice: for scores and for sums
+            return operations + 2 * args.n_layers * args.dim * n
+
+        growth = None if found is None else found * per_token(512) / per_token(n)
+        what = f"ours: time of a prompt of {n} / of 512, for each operation"
+        add(what, growth, f"at most {PREFILL_GROWTH_BAR}")
     for name in ("ours", "ours compiled"):
-        by_place, one = speeds.get(name, {}), "decode 1 @ 128"
-        if one not in by_place:
+        if (found := speeds.get(name, {}).get(one)) is None:
             continue
-        share, bar = 100 * by_place[one] * read / bandwidth, BANDWIDTH_BARS[device].get(name)
-        at_least = "" if bar is None else f"{bar} %"
+        share, bar = 100 * statistics.median(found) * read / bandwidth, BANDWIDTH_BARS[device].get(name)
+        at_least = "" if bar is None else f"at least {bar} %"
         lines.append(f"| {name}: of the measured bandwidth, {one} | {share:.0f} % | {at_least} |")
         for place, bar in BATCH_BARS[device].items():
-            if (found := ratio(name, place, name, one)) is not None:
-                lines.append(f"| {name}: {place} / {one} | {found:.2f} | {bar} |")
-        if (found := ratio(name, one, name, "decode 1 @ 4096")) is not None:
-            lines.append(f"| {name}: time of a token at 4,096 / at 128 | {found:.2f} | at most 1.35 |")
-        if device == "cuda" and "prefill 4096" in by_place:
-            share = 100 * by_place["prefill 4096"] * operations / rate
+            add(f"{name}: {place} / {one}", ratio(speeds, name, place, name, one), f"at least {bar}")
+        if device == "cuda" and (found := speeds[name].get("prefill 4096")) is not None:
+            share = 100 * statistics.median(found) * operations / rate
             lines.append(f"| {name}: of the measured matmul rate, prefill 4096 | {share:.0f} % | {PREFILL_BAR} % |")
     return "\n".join(lines)
 
 
+COLOURS = {"ours": "tab:blue", "Transformers": "tab:green", "llama.cpp": "tab:orange"}  # of a program
+KINDS = {  # a panel each: bytes of a weight, and who has it
+    "bfloat16": (2.0, ("ours", "Transformers", "llama.cpp bf16")),
+    "8 bits": (1.0, ("ours int8", "llama.cpp Q8_0")),
+    "4 bits": (0.5, ("ours int4", "llama.cpp Q4_0")),
+}
+
+
 def plot(results: dict, path: Path) -> None:
-    """Decode speed against context at one row, and against rows at 128 tokens of context."""
+    """Tokens/s against rows, a panel for each kind of weights, and against the context; grey: the memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (by_context, by_batch) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    for name, by_place in results["tokens_per_second"].items():
-        points = {tuple(map(int, w.split()[1::2])): statistics.median(v) for w, v in by_place.items() if "@" in w}
-        style = "-o" if name.startswith("ours") else "--s"
-        along = sorted((context, speed) for (batch, context), speed in points.items() if batch == 1)
-        across = sorted((batch, speed) for (batch, context), speed in points.items() if context == 128)
-        by_context.plot(*zip(*along), style, label=name, markersize=4)
-        by_batch.plot(*zip(*across), style, label=name, markersize=4)
-    for axes, label in ((by_context, "tokens of context, one row"), (by_batch, "rows, 128 tokens of context each")):
-        axes.set(xlabel=label, ylabel="tokens/s in all", xscale="log", ylim=(0, None))
-        ticks = sorted({x for line in axes.get_lines() for x in line.get_xdata()})
+    bandwidth, cost = statistics.median(results["read_bytes_per_second"]), token(ModelArgs(**PARAMS[results["shape"]]))
+    figure, panels = pyplot.subplots(1, 4, figsize=(16, 4.2))
+
+    def line(axes, speeds: Speeds, name: str, rows: int | None, width: float | None = None) -> None:
+        """Against rows, or at so many rows against the context; a compiled step has hollow marks."""
+        points = {tuple(map(int, w.split()[1::2])): statistics.median(v) for w, v in speeds.items() if "@" in w}
+        kept = {(context if rows else n): v for (n, context), v in points.items() if rows in (None, n)}
+        program = next(p for p in COLOURS if name.startswith(p))
+        style = {"color": COLOURS[program], "linestyle": "-" if program == "ours" else "--", "marker": "o"}
+        hollow = {"markerfacecolor": "white"} if "compiled" in name else {}
+        axes.plot(*zip(*sorted(kept.items())), **style, **hollow, label=name, linewidth=width)
+
+    for axes, (kind, (n_bytes, names)) in zip(panels, KINDS.items()):
+        every = results["tokens_per_second"]
+        for name in [n for m in names for n in (m, f"{m} compiled") if n in every]:
+            line(axes, every[name], name, None)
+        rows = sorted({x for drawn in axes.get_lines() for x in drawn.get_xdata()}) or [1]
+        limit = [n * bandwidth / (n_bytes * cost["weights"] + n * 128 * cost["kv_bytes"]) for n in rows]
+        axes.plot(rows, limit, color="grey", linewidth=1, label="the memory's limit")
+        axes.set(title=kind, xlabel="rows, 128 tokens of context each")
+    for name, speeds in results.get("long", {}).items():
+        for rows in (1, 8):
+            line(panels[3], speeds, name, rows)
+    lengths = sorted({x for drawn in panels[3].get_lines() for x in drawn.get_xdata()}) or [128]
+    for rows in (1, 8):
+        limit = [rows * bandwidth / (2 * cost["weights"] + rows * n * cost["kv_bytes"]) for n in lengths]
+        panels[3].plot(lengths, limit, color="grey", linewidth=1)
+    panels[3].set(title="bfloat16: eight rows above, one below", xlabel="tokens of context")
+    for axes in panels:
+        axes.set(xscale="log", yscale="log", ylabel="tokens/s in all")
+        ticks = sorted({x for drawn in axes.get_lines() for x in drawn.get_xdata()})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    by_batch.legend(fontsize=7)
+    for axes in panels[:3]:
+        axes.legend(fontsize=7)
     figure.suptitle(f"{results['shape']}, {results['machine']}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def _numbers(text: str | int | tuple) -> list[int]:
     """1,8,32 as a command line may give it."""
     if isinstance(text, (tuple, list)):
         return [int(n) for n in text]
-    return [int(n) for n in str(text).split(",")]
+    return [int(n) for n in str(text).split(",") if n]
 
 
 def _machine(device: str) -> str:
