@@ -16,6 +16,8 @@ from llama.layers import kernels
 
 # From so many keys on, a decoding step on a CPU takes a kernel of our own.
 LONG = 256
+# From so many queries on, those that share a key head are better off on a CPU one after the other.
+MANY = 64
 
 # Positions of the first column of a pass: of all rows, or of each row, [B]; None for 0.
 Starts = int | list[int] | torch.Tensor | None
@@ -103,17 +105,20 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     group, n_new = q.shape[1] // k.shape[1], q.shape[2]
     if isinstance(mask, str) and n_new > 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
-    # The queries that share a key head can as well be rows of one longer query, so that each key is read once for all
-    # of them: ten times faster on a CPU than `enable_gqa`, and with a mask the only fused way on CUDA.
-    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, n_kv_heads, group * T, head_dim]
     mask = None if isinstance(mask, str) else mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    if n_new >= MANY and q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
+    # The queries that share a key head can as well be rows of one longer query, so that each key is read once for all
+    # of them: faster for few queries on a CPU than `enable_gqa`, and with a mask the only fused way on CUDA.
+    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, n_kv_heads, group * T, head_dim]
     if n_new == 1 and q.device.type == "cpu":
         if torch.compiler.is_compiling():
             return _attend_to_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
         if k.shape[2] >= LONG and _serves(q, k, v, mask):
             return _attend_to_long_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
     if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         mask = torch.cat([mask] * group, dim=-2)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.unflatten(2, (group, n_new)).flatten(1, 2)

@@ -99,6 +99,18 @@ def test_the_tokens_are_those_of_pytorchs_attention_and_gradients_are_its_too(wr
     assert q.grad is not None and not calls
 
 
+@pytest.mark.parametrize("n_new", [2, attention.MANY])
+def test_several_positions_see_what_their_masks_say(n_new):
+    """Few queries are taken as rows of one; many are not. A mask may be of numbers too."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 8, n_new, 16, generator=generator)
+    k, v = torch.randn(2, 2, 2, 100, 16, generator=generator)
+    mask = attention.causal_mask(torch.tensor([3, 36])[:, None] + torch.arange(n_new), 100)[:, None]
+    expected = written_out(q, k, v, mask)
+    for given in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+        torch.testing.assert_close(attend(q, k, v, given).double(), expected, atol=5e-6, rtol=5e-6)
+
+
 def test_without_a_compiler_it_is_pytorchs(monkeypatch):
     q, k, v = inputs(SHAPES[0], torch.float32)
     expected = attend(q, k, v, None)
