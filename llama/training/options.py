@@ -17,9 +17,9 @@ Dtype = Literal["float32", "bfloat16"]  # float16 would need its losses scaled
 class Options:
     """What is learned, and how."""
 
-    max_seq_len: int = 2048  # the most tokens of a document, and of a packed row
+    max_seq_len: int = 2048  # the most tokens of a document
     learn: Learn = "answers"  # of a dialog: each of the assistant's turns, the last of them, or everything
-    threshold: float | None = None  # of a file of `llama sample`: all answers with this score; the best when left out
+    threshold: float | None = None  # of a file of `llama sample`: answers with at least this score; else the best
     # What logits are divided by in the loss: the temperature at which the answers were drawn makes them likely at it.
     temperature: float = 1.0
     long: Long = "skip"  # what becomes of documents longer than max_seq_len; both are counted

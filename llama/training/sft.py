@@ -35,6 +35,8 @@ from llama.training.trainer import Diverged, Trainer, adamw, cosine, shard_over_
 
 # What config.json of a reward model says beside what a language model's does.
 REWARD_CONFIG = {"architectures": [REWARD_MODEL], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
+# Tokens of a row that short documents share. Attention takes the square of a row, of which they need little.
+PACKED_WIDTH = 512
 COLUMNS_AS_JSON = ("messages", "answers", "tokens")  # of a CSV file; the others are text
 
 
@@ -172,7 +174,8 @@ def passes_of(examples: list[Example], options: Options) -> Iterator[Batch]:
     pass_tokens = options.pass_tokens or max(options.max_seq_len, min(options.batch_tokens, 8192))
     passes = cut_into_passes(examples, pass_tokens, parallel.n_replicas())
     for group in passes[parallel.replica() :: parallel.n_replicas()]:
-        yield collate(group, options.max_seq_len, options.pack)
+        longest = max((len(document.ids) for example in group for document in example.documents), default=0)
+        yield collate(group, max(longest, min(options.max_seq_len, PACKED_WIDTH)), options.pack)
 
 
 def open_report(trainer: Trainer, base: Base, options: Options, folder: Path, n_steps: int, progress: bool) -> Report:
