@@ -1,10 +1,12 @@
 """Tasks of one run for several replicas: rank 0 hands them out, each replica takes one whenever it has room.
 
 What waits for the others, and what they have answered, lies in queues of torch's own store, which torchrun has made; no
-other port is opened. Rank 0 takes its own tasks from the source, so it never waits for a task that only it could post.
-Knows nothing of what a task is, except that it and its result are JSON.
+other port is opened. Rank 0 takes its own tasks from the source, so it never waits for a task that only it could post;
+in the end it takes back what lies ready for replicas that are busy. Knows nothing of what a task is, except that it and
+its result are JSON.
 """
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -56,7 +58,7 @@ class TaskQueue:
         task = [None]
         if dist.get_rank() == 0:
             self._post()
-            task = [self._next()]
+            task = [self._take_back() if (own := self._next()) is None else own]
         elif self._is_first:
             task = [self._receive("tasks")]
             if task == [None]:
@@ -109,6 +111,15 @@ class TaskQueue:
             self._send("tasks", None)  # which each answers, once it has seen that there are no more
         return task
 
+    def _take_back(self) -> Any:
+        """On rank 0, a task that was posted and that nobody has taken, such as while the others are busy; or None."""
+        with contextlib.suppress(dist.QueueEmptyError):
+            if self._n_others:
+                if (task := self._pop("tasks")) is None:
+                    self._send("tasks", None)  # which is another replica's
+                return task
+        return None
+
     def _post(self) -> None:
         """On rank 0, keeps tasks ready in the store for the others."""
         while self._has_more and self._n_others and self._store.queue_len("tasks") < self._ahead:
@@ -129,11 +140,14 @@ class TaskQueue:
         """Waits for the next message of a queue."""
         while True:
             try:
-                message = json.loads(self._store.queue_pop(queue, False))
-                break
+                return self._pop(queue)
             except dist.QueueEmptyError:
                 parallel.raise_if_a_rank_failed()
                 time.sleep(POLL_SECONDS)
+
+    def _pop(self, queue: str) -> Any:
+        """The next message of a queue. Raises QueueEmptyError if there is none."""
+        message = json.loads(self._store.queue_pop(queue, False))
         if isinstance(message, dict) and message.keys() == {"parts"}:
             text = b"".join(map(self._store.get, message["parts"]))
             for part in message["parts"]:
