@@ -19,6 +19,7 @@ from llama.cli.serve import serve
 from llama.cli.texts import chat, complete, score
 from llama.keywords import ANSWERS, PORTED, PORTED_BUILD
 from llama.options import NAMES
+from llama.parallel import RankFailed
 
 COMMANDS = (chat, complete, score, batch, sample, rescore, finetune, merge, info, verify, convert, quantize, serve)
 
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails once more
         sys.exit(0)
+    except RankFailed as error:
+        error.tell()
+        sys.exit(2)
     except MISTAKES as error:
         print(f"llama: {_as_typed(str(error), argv)}", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from llama.parallel.lifeline import FAILED, LOST_PEER, Hub, Lifeline
+from llama.parallel.lifeline import FAILED, LOST_PEER, Hub, Lifeline, tell
 
 # The connection by which this process learns that another has failed; None in a run of one process.
 _lifeline: Lifeline | None = None
@@ -32,15 +32,17 @@ def fail_together() -> Iterator[None]:
     except Exception as raised:
         error = raised
     if dist.get_world_size() > 1:
-        message = None if error is None or isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
-        if message is not None and _lifeline is not None:
-            _lifeline.warn(_meeting, f"rank {dist.get_rank()} failed: {message}")
+        message = None
+        if error is not None and not isinstance(error, RankFailed):
+            message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
+            if _lifeline is not None:
+                _lifeline.warn(_meeting, message)
         messages: list[str | None] = [None] * dist.get_world_size()
         with fail_at_once():
             dist.all_gather_object(messages, message)
         for rank, message in enumerate(messages):
             if message is not None and (error is None or isinstance(error, RankFailed)):
-                raise RankFailed(f"rank {rank} failed: {message}")
+                raise RankFailed(rank, message)
     if error is not None:
         raise error
 
@@ -54,7 +56,7 @@ def fail_at_once() -> Iterator[None]:
     its collective prints the message and exits. If all ranks raise (they share a mistake), each raises its own.
     """
     if _lifeline is not None and _lifeline.lost is not None:
-        raise RankFailed(f"{_lifeline.lost}; start the run again")
+        raise RankFailed(_lifeline.lost["rank"], _lifeline.lost["message"] + "; start the run again")
     try:
         yield
     except Exception as error:
@@ -66,17 +68,25 @@ def fail_at_once() -> Iterator[None]:
         cause = _lifeline.report(f"{type(error).__name__}: {error}", LOST_PEER if lost_peer else FAILED)
         if cause is None:
             raise
-        raise RankFailed(cause) from error
+        raise RankFailed(**cause) from error
 
 
 class RankFailed(RuntimeError):
     """Another rank failed; the message is that rank's."""
 
+    def __init__(self, rank: int, message: str):
+        super().__init__(message)
+        self.rank = rank
+
+    def tell(self) -> None:
+        """Says so on stderr, once on each host, in one line: the traceback that tells something is the other rank's."""
+        tell(self.rank, str(self))
+
 
 def raise_if_a_rank_failed() -> None:
     """Raises RankFailed once another rank has raised in the `fail_together` that this one is in."""
-    if _lifeline is not None and (message := _lifeline.lost or _lifeline.warnings.get(_meeting)) is not None:
-        raise RankFailed(message)
+    if _lifeline is not None and (found := _lifeline.lost or _lifeline.warnings.get(_meeting)) is not None:
+        raise RankFailed(found["rank"], found["message"])
 
 
 def connect() -> None:
@@ -84,6 +94,10 @@ def connect() -> None:
     global _lifeline
     if _lifeline is not None:
         return
+    show = sys.excepthook
+    sys.excepthook = lambda kind, error, traceback: (
+        error.tell() if isinstance(error, RankFailed) else show(kind, error, traceback)
+    )
     rank = dist.get_rank()
     hub = Hub(dist.get_world_size()) if rank == 0 else None
     host = os.environ.get("MASTER_ADDR") or socket.gethostname()

@@ -1,9 +1,12 @@
 """How the ranks of one run learn that one of them has failed, whatever the others are doing at that moment.
 
-Process groups alone do not tell: a rank that waits in a collective for a rank that has raised waits for half an hour
-(NCCL: ten minutes), and one that waits for the keyboard does not notice at all. So each rank has one TCP connection to
-rank 0, open as long as it lives. A rank that raises sends its message through it; when a process is killed, the kernel
-closes it. Knows nothing of models or process groups.
+torchrun ends the ranks of its own host, and gloo notices a closed connection in a collective. Three holes are left, as
+`python -m benchmarks.failures --watch False` shows: ranks of another host that are in no collective (they load, or wait
+for a user) never notice; nobody notices that a link is cut, before a collective has waited for half an hour (NCCL: ten
+minutes); and a rank that has raised and lives on keeps the others waiting as long. So each rank has one TCP connection
+to rank 0, open as long as it lives. A rank that raises sends its message through it; when a process is killed, the
+kernel closes it; when the link is cut, the kernel's own probes are not answered. Knows nothing of models or process
+groups.
 """
 
 import atexit
@@ -25,6 +28,9 @@ FAILED, KILLED, LOST_PEER = range(3)
 GRACE = 1.0
 # After the verdict, a rank has this many seconds to raise by itself; one that is stuck in a collective then exits.
 PATIENCE = 2.0
+# A connection on which nothing arrives is probed after so many seconds, and given up after so many without an answer.
+# The kernel does it, so a process that is busy or stopped is no failure.
+PROBE_AFTER, GIVE_UP_AFTER = 10, 30
 
 
 class Lifeline:
@@ -35,57 +41,59 @@ class Lifeline:
 
     def __init__(self, rank: int, address: tuple[str, int, str], hub: "Hub | None" = None):
         self.rank, self._hub = rank, hub
-        self.lost: str | None = None  # why the run has failed
-        self.warnings: dict[int, str] = {}  # by meeting: what a rank has raised, which all will learn at that meeting
+        self.lost: dict | None = None  # why the run has failed: the `rank` that is the cause, and the `message`
+        self.warnings: dict[int, dict] = {}  # by meeting: what a rank has raised, which all will learn at that meeting
         self._verdict: dict | None = None
-        self._told, self._heard = threading.Event(), False
+        self._judged, self._heard = threading.Event(), False
         self._link = socket.create_connection(address[:2], timeout=30)
         self._link.settimeout(None)
+        _probe(self._link)
         _send(self._link, [rank, address[2]])
         threading.Thread(target=self._listen, name="lifeline", daemon=True).start()
         atexit.register(self._leave)
 
     def warn(self, meeting: int, message: str) -> None:
         """Tells the others of an exception early: they find it in `warnings`, and go on."""
-        _send(self._link, {"warning": message, "meeting": meeting})
+        _send(self._link, {"meeting": meeting, "rank": self.rank, "message": message})
 
-    def report(self, message: str, kind: int = FAILED) -> str | None:
-        """Reports that this rank has raised, and waits for the verdict: the message of the rank that is the cause.
+    def report(self, message: str, kind: int = FAILED) -> dict | None:
+        """Reports that this rank has raised, and waits for the verdict: the `rank` that is the cause, its `message`.
 
         None if that is this rank, or if all ranks raised together.
         """
-        self._told.clear()
+        self._judged.clear()
         self._verdict = None if self.lost is None else self._verdict
         _send(self._link, {"kind": kind, "message": message})
         if self.lost is None:
-            self._told.wait(GRACE + PATIENCE)
+            self._judged.wait(GRACE + PATIENCE)
         self._heard = True
         verdict = self._verdict or {"rank": self.rank}
-        return None if verdict["rank"] in (self.rank, None) else verdict["message"]
+        return None if verdict["rank"] in (self.rank, None) else verdict
 
     def _listen(self) -> None:
         """Waits for messages of the hub as long as this process lives."""
         for line in _lines(self._link):
             if line == "bye":  # rank 0 has finished
-                self._told.set()
+                self._judged.set()
                 return
-            if "warning" in line:
-                self.warnings[line["meeting"]] = line["warning"]
+            if "meeting" in line:
+                self.warnings[line["meeting"]] = line
             else:
                 self._end(line)
         self._end({"rank": 0, "message": "rank 0 failed: it was killed, or its connection was lost"})
 
     def _end(self, verdict: dict) -> None:
-        """Takes a verdict. If it ends the run, exits too, unless the main thread raises it."""
+        """Takes a verdict. If it ends the run, says so, and exits too, unless the main thread raises it."""
         self._verdict = verdict
         if verdict["rank"] is not None:
-            self.lost = verdict["message"]
-        self._told.set()
+            self.lost = verdict
+            if verdict["rank"] != self.rank:
+                tell(**verdict)  # at once: torchrun may end this process as soon as another has exited
+        self._judged.set()
         if self.lost is None:
             return
         time.sleep(PATIENCE)
         if not self._heard:
-            print(f"[rank {self.rank}] ended, because {self.lost}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread is inside a collective, where no exception reaches it
 
     def _leave(self) -> None:
@@ -99,6 +107,20 @@ class Lifeline:
             self.report(f"{type(raised).__name__}: {raised}")
 
 
+_told: set[str] = set()
+
+
+def tell(rank: int, message: str) -> None:
+    """Says on stderr, once on each host, that a rank has failed; on its own host, where its traceback is, in short."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" or message in _told:
+        return
+    _told.add(message)
+    me, n_here = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if rank // n_here == me // n_here:
+        message = ":".join(message.split(":")[:2])
+    print(f"[rank {me}] ended, because {message}", file=sys.stderr, flush=True)
+
+
 class Hub:
     """Rank 0's side: a connection from every rank. What one rank reports is sent to all."""
 
@@ -108,7 +130,8 @@ class Hub:
         self.port = self._listener.getsockname()[1]
         self.password = secrets.token_hex()  # the port is open to the network
         self._links: dict[int, socket.socket] = {}
-        self._reports: dict[int, tuple[int, int, str]] = {}
+        self._reports: dict[int, tuple[int, int, str]] = {}  # in the order in which they came
+        self._is_over = False
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, name="lifeline hub", daemon=True).start()
 
@@ -119,6 +142,7 @@ class Hub:
     def _accept(self) -> None:
         while True:
             link, _ = self._listener.accept()
+            _probe(link)
             threading.Thread(target=self._attend, args=(link,), name="lifeline hub", daemon=True).start()
 
     def _attend(self, link: socket.socket) -> None:
@@ -131,7 +155,7 @@ class Hub:
         for line in lines:
             if line == "bye":
                 return
-            if "warning" in line:
+            if "meeting" in line:
                 self.say(line)
             else:
                 self._note(rank, line["kind"], f"rank {rank} failed: {line['message']}")
@@ -151,11 +175,22 @@ class Hub:
     def _judge(self) -> None:
         with self._lock:
             reports, self._reports = self._reports, {}
-        if not reports:
+        if not reports or self._is_over:
             return
-        _, rank, message = min(reports.values())
+        _, rank, message = min(reports.values(), key=lambda report: report[0])  # of one kind, the first is the cause
         together = len(reports) == self.n_ranks and all(kind == FAILED for kind, _, _ in reports.values())
+        self._is_over = not together
         self.say({"rank": None if together else rank, "message": message})
+
+
+def _probe(link: socket.socket) -> None:
+    """Has the kernel notice when the other machine is gone, or the link to it; what a system does not know is left."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    names = {"TCP_KEEPIDLE": PROBE_AFTER, "TCP_KEEPALIVE": PROBE_AFTER, "TCP_KEEPINTVL": 5}
+    names |= {"TCP_KEEPCNT": max(1, (GIVE_UP_AFTER - PROBE_AFTER) // 5), "TCP_USER_TIMEOUT": GIVE_UP_AFTER * 1000}
+    for name, value in names.items():
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _send(link: socket.socket, message: object) -> None:
