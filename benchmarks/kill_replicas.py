@@ -3,11 +3,13 @@
     python -m benchmarks.kill_replicas [--n_lines 2000] [--seed 0]
 
 The lines are those of `benchmarks.kill_batch`, on random float32 weights. A cluster of two nodes on this machine, three
-replicas. While the driver writes, at random numbers of lines: six times a random replica's process is killed, once the
-raylet of the second node (a machine gone; another one joins), and once the driver, which is then started again. In the
-end each id must be there once, and the records must be those of the run left alone. Prints both times.
+replicas. While the driver writes, at random numbers of lines and in a random order: the process of each replica is
+killed twice, the raylet of the second node once (a machine gone; another one joins), and the driver once, which is then
+started again. In the end each id must be there once, and the records must be those of one process left alone. Prints
+the time of three replicas left alone, and of those that were killed.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -23,16 +25,40 @@ import fire
 from benchmarks.kill_batch import OPTIONS, ROOT, finish, n_written, write_checkpoint, write_lines
 
 
-def workers() -> list[int]:
-    """The processes of replicas, by the title that Ray gives them."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::_Rank"):
-                found.append(int(folder.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+class Workers:
+    """The processes of replicas, by the title that Ray gives them, and how often each has been killed.
+
+    A new process takes the place of one that is gone.
+    """
+
+    def __init__(self):
+        self.kills: dict[int, int] = {}  # by the process
+        self.free: list[int] = []  # of those that are gone, and have no successor yet
+
+    def find(self) -> dict[int, int]:
+        found = []
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::_Rank"):
+                    raylet = parent(int(folder.name))
+                    found += [int(folder.name)] if parent(raylet) == os.getpid() else []  # of no other cluster
+        self.free = sorted([*self.free, *(self.kills.pop(pid) for pid in set(self.kills) - set(found))])
+        for pid in found:
+            if pid not in self.kills:
+                self.kills[pid] = self.free.pop(0) if self.free else 0
+        return self.kills
+
+    def kill(self, chance: random.Random) -> None:
+        """Kills one of those that have been killed least."""
+        while not (kills := self.find()) or min(kills.values()) > min(self.free, default=9):
+            time.sleep(0.01)  # until one that is less often killed is there again
+        victim = chance.choice([pid for pid, n in kills.items() if n == min(kills.values())])
+        self.kills[victim] += 1
+        os.kill(victim, signal.SIGKILL)
 
 
 def start_driver(folder: Path, out: Path, address: str) -> subprocess.Popen:
@@ -66,7 +92,7 @@ def main(n_lines: int = 2000, seed: int = 0) -> dict:
         write_lines(folder / "in.jsonl", n_lines)
         finish(folder, folder / "alone.jsonl", 1)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        node, seconds = cluster.add_node(num_cpus=2), {}
+        node, seconds, workers = cluster.add_node(num_cpus=2), {}, Workers()
         try:
             for kind in ("left alone", "killed"):
                 out, started = folder / f"{kind}.jsonl", time.perf_counter()
@@ -76,9 +102,7 @@ def main(n_lines: int = 2000, seed: int = 0) -> dict:
                 for event, at in zip(events, moments):
                     wait_for(max(at, n_written(out)), driver, out, folder)
                     if event == "worker":
-                        while not (victims := workers()):
-                            time.sleep(0.01)
-                        os.kill(chance.choice(victims), signal.SIGKILL)
+                        workers.kill(chance)
                     elif event == "raylet":
                         cluster.remove_node(node, allow_graceful=False)
                         node = cluster.add_node(num_cpus=2)
@@ -95,6 +119,7 @@ def main(n_lines: int = 2000, seed: int = 0) -> dict:
     ids = {record["id"] or record["line"] for record in map(json.loads, lines)}
     found = {"lines": len(lines), "ids": len(ids), "equal": sorted(lines) == sorted(expected)}
     print(f"{n_lines} lines, three replicas; killed at: " + ", ".join(f"{at} {e}" for e, at in zip(events, moments)))
+    print(f"how often the processes of each replica were killed: {sorted([*workers.kills.values(), *workers.free])}")
     same = "equal" if found["equal"] else "NOT equal"
     print(f"in the end {found['lines']} lines with {found['ids']} ids, {same} to those of one process left alone")
     ratio = seconds["killed"] / seconds["left alone"]

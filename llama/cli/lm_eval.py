@@ -2,6 +2,7 @@
 
     python -m llama.evaluation --model llama --model_args ckpt_dir=DIR --tasks hellaswag --batch_size 16
     torchrun --nproc_per_node 8 -m llama.evaluation --model llama --model_args ckpt_dir=DIR --tasks gsm8k
+    python -m llama.evaluation --model llama --model_args ckpt_dir=DIR,replicas=8 --tasks gsm8k    # docs/machines.md
 
 `lm_eval` (0.4.13) has a fixed table of models and no option to add one; this is the same command with one more model.
 In Python, importing this file is enough: `lm_eval.simple_evaluate(model="llama", model_args=…)`.
@@ -10,11 +11,19 @@ Texts become ids as in the harness's `hf` model: a begin-of-text token comes fir
 that token. Needs the extra `eval`.
 """
 
+import itertools
 import math
+from collections import Counter
 from typing import Any
 
 from llama import GenerationError, Llama
+from llama.checkpoint.open import open_checkpoint
 from llama.cli.arguments import MISTAKES
+from llama.datasets.runs import RemoteModel, Result, Run, Task
+from llama.decoding.answering import Answer, Job, call_seed
+from llama.decoding.scoring import TokenScores
+from llama.options import per_prompt
+from llama.tokenizer import ChatFormat
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -46,6 +55,7 @@ class LlamaLM(TemplateLM):
         device: as in `Llama.build`, but "cuda:0", the command's default, is this process's card, or the CPU if there
             is none.
         dtype, seed, draft: as in `Llama.build`.
+        replicas, ray: on how many replicas of a Ray cluster, and at which address, as in `llama batch`.
         add_bos_token: whether texts get a begin-of-text token.
         max_gen_toks: the budget of an answer for which the task gives none.
     """
@@ -64,16 +74,21 @@ class LlamaLM(TemplateLM):
         draft: str | None = None,
         add_bos_token: bool = True,
         max_gen_toks: int = 256,
+        replicas: int | None = None,
+        ray: str | None = None,
     ):
         super().__init__()
         device = None if device == "cuda:0" else device
         rows = (max_batch_size or 8) if str(batch_size).startswith("auto") else int(batch_size)
         # One position more: the last token of a text is only predicted, and not read.
         size = {"max_seq_len": max_length + 1, "max_batch_size": rows, "model_parallel_size": model_parallel_size}
-        self.llama = Llama.build(ckpt_dir, tokenizer_path, **size, seed=seed, device=device, dtype=dtype, draft=draft)
+        size |= {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "device": device, "dtype": dtype}
+        arguments = size | {"seed": seed, "draft": draft}
+        is_remote = replicas is not None or ray is not None
+        self.llama = LlamaOnReplicas(arguments, replicas, ray) if is_remote else Llama.build(**arguments)
         self.ckpt_dir, self.max_length, self.max_gen_toks = str(ckpt_dir), max_length, max_gen_toks
         self.add_bos_token = add_bos_token
-        self._device = self.llama.answerer.shared.engine.model.rotary.device
+        self._device = "cpu" if is_remote else self.llama.answerer.shared.engine.model.rotary.device
 
     @property
     def eot_token_id(self) -> int:
@@ -174,6 +189,65 @@ class LlamaLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         return self.ckpt_dir.replace("/", "__")
+
+
+class LlamaOnReplicas:
+    """What the harness asks of a `Llama`, answered by replicas: the same answers. Here is only the tokenizer."""
+
+    def __init__(self, arguments: dict[str, Any], replicas: int | None, address: str | None):
+        names = ("ckpt_dir", "tokenizer_path", "max_seq_len", "max_batch_size")
+        self.tokenizer, _ = open_checkpoint(*(arguments[name] for name in names))
+        self.formatter = ChatFormat(self.tokenizer)
+        self.remote = RemoteModel(arguments, replicas, address=address)
+        self.n_calls = itertools.count(1)
+
+    def results(self, tasks: list[Task]) -> list[Result]:
+        """The results of tasks that have their place in the list as their `line`. Raises GenerationError."""
+        found = {r["line"]: r for r in self.remote.replicas.results(_Requests, iter(tasks), _cost)}
+        if errors := [found[line]["error"] for line in range(len(tasks)) if "error" in found[line]]:
+            raise GenerationError(errors[0], [])
+        return [found[line] for line in range(len(tasks))]
+
+    def score_tokens(self, texts: list[tuple[list[int], int]], shared: bool = True) -> list[TokenScores]:
+        """As `Llama.score_tokens`; texts that begin alike go to one replica."""
+        order = sorted(range(len(texts)), key=lambda index: texts[index][0])
+        n_each = 8 * self.remote.replicas.facts["max_batch_size"]
+        parts = [order[start : start + n_each] for start in range(0, len(order), n_each)]
+        tasks = [{"line": line, "texts": [texts[index] for index in part]} for line, part in enumerate(parts)]
+        scores = [score for result in self.results(tasks) for score in result["scores"]]
+        by_index = dict(zip(order, scores))
+        return [TokenScores(**by_index[index]) for index in range(len(texts))]
+
+    def answer(self, prompts: list[list[int]], *_: bool, **options: Any) -> list[list[Answer]]:
+        """As `Llama.answer`, with a seed for each call."""
+        seed, occurrences, tasks = call_seed(self.remote.seed, next(self.n_calls)), Counter(), []
+        for line, (prompt, option) in enumerate(zip(prompts, per_prompt(len(prompts), **options))):
+            before = occurrences[tuple(prompt)]
+            occurrences[tuple(prompt)] += 1
+            given = {name: getattr(option, name) for name in options} | {"seed": seed}
+            tasks.append({"line": line, "prompt": prompt, "options": given, "occurrence": before})
+        return [[Answer([], result["text"], "stop")] for result in self.results(tasks)]
+
+
+class _Requests(Run):
+    """Requests of the harness, on a replica: a prompt to answer, or texts to score."""
+
+    def begin(self, task: Task) -> list[Job] | Result:
+        if "texts" in task:
+            return {"line": task["line"], "scores": [vars(found) for found in self.llama.score_tokens(task["texts"])]}
+        return [Job(task["line"], task["prompt"], self.option_of(task["options"]), task["occurrence"])]
+
+    def go_on(self, job: Job, answers: list[Answer]) -> Result:
+        failed = {} if answers[0].error is None else {"error": answers[0].error}
+        return {"line": job.key, "text": answers[0].text, **failed}
+
+    def task_of(self, row: Any) -> Task:
+        raise NotImplementedError  # the driver makes its tasks of requests, and not of rows
+
+
+def _cost(task: Task) -> int:
+    """The tokens to read, and to answer at most."""
+    return len(task["prompt"]) + task["options"]["max_gen_len"] if "prompt" in task else len(task["texts"][0][0])
 
 
 def main() -> None:

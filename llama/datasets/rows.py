@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+from array import array
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,15 +164,20 @@ class Scan(NamedTuple):
 
 def scan(rows: Iterable[Row], n_first: int = -1) -> Scan:
     """Reads all rows. Raises ValueError if two have the same id."""
-    lines: dict[str, int] = {}
+    ids: dict[str, None] = {}  # in the order of the rows; with `numbers`, a third smaller than a dictionary of both
+    numbers = array("Q")
     digest, n_rows, last = hashlib.sha256(), 0, 0
     of_first = digest.hexdigest() if n_first == 0 else None
     for n_rows, row in enumerate(rows, 1):
-        if row.id is not None and (first := lines.setdefault(str(row.id), row.number)) != row.number:
-            raise ValueError(
-                f"line {row.number} has the id {row.id!r}, and so has line {first}: expected each id once "
-                "(the id of a line without one is its number)"
-            )
+        if row.id is not None:
+            if (name := str(row.id)) in ids:
+                first = numbers[list(ids).index(name)]
+                raise ValueError(
+                    f"line {row.number} has the id {row.id!r}, and so has line {first}: expected each id once "
+                    "(the id of a line without one is its number)"
+                )
+            ids[name] = None
+            numbers.append(row.number)
         last = row.number
         content = json.dumps([last, row.id, row.fields], sort_keys=True, default=str)
         digest.update(content.encode() + b"\n")

@@ -91,6 +91,12 @@ class GenerationError(RuntimeError):
         self.answers = answers
 
 
+def call_seed(seed: int, number: int) -> int:
+    """The seed of a call that has none of its own: of a model's seed, and which such call it is, from 1."""
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 class Answerer:
     """Answers prompts with a model that has a cache. Any number of threads may call it at once."""
 
@@ -268,8 +274,7 @@ class Answerer:
             self.shared.look_again()
         seed = options.get("seed")
         if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
-            digest = hashlib.blake2b(f"{self.seed} {next(self._calls)}".encode(), digest_size=8).digest()
-            own = int.from_bytes(digest, "little")
+            own = call_seed(self.seed, next(self._calls))
             options = options | {"seed": own if seed is None else [own if s is None else s for s in seed]}
         settings, checked = per_prompt(len(prompts), **options), None
         for index, option in enumerate(settings):

@@ -9,6 +9,7 @@ import heapq
 import os
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -19,6 +20,7 @@ MOST_DEATHS = 3  # of the workers of one task: then the task is the cause
 MOST_FAILED_STARTS = 3  # of one replica, one after the other
 AHEAD = 2  # tasks that a replica has beside those in its slots, so that a slot never waits for the driver
 POLL_SECONDS = 1.0  # how often the driver looks whether the cluster has grown
+PATIENCE = 30.0  # seconds without a replica, after which the driver says what it waits for
 HINT = "pip install '.[ray]'"
 
 Task = dict[str, Any]  # with its number as `line`
@@ -49,14 +51,16 @@ class Replicas:
         build: makes a rank's Worker, in its process.
         n: how many; as many as the cluster holds when None, and more when it grows. On CPUs that is one a machine.
         size: how many ranks a replica has, each an actor with a card of its own, or its share of a machine's cores.
-        address: of a cluster, such as "10.0.0.1:6379" or "auto"; RAY_ADDRESS, or this machine alone, when None.
+        address: of a cluster, such as "10.0.0.1:6379", or "auto" for the one that this machine is part of; when None,
+            RAY_ADDRESS, and without that this machine alone, where Ray is started.
         device: "cuda" or "cpu"; CUDA where the cluster has cards, when None.
         expected: facts that each replica must have.
 
     Raises:
         ImportError: Ray is missing, or too old.
         ValueError: there are not enough cards or cores; a replica lacks an expected fact, or differs from the first.
-        ConnectionError: there is no cluster at the address.
+        ConnectionError: there is no cluster at the address, or Ray does not start.
+        ReplicaFailed: the processes of all replicas die while they start.
         Exception: whatever `build` raised in the first replica.
     """
 
@@ -79,12 +83,18 @@ class Replicas:
         self._make: Callable | None = None
         self._replicas: list[_Replica] = []
         self._joined = _join(self._ray, address)
+        self._looked = started = time.monotonic()
         try:
             self._bundle = self._resources(device)
             for _ in range(self._n or self._n_that_fit()):
                 self._replicas.append(_Replica(self))
             while self.facts is None:
                 list(self._wait())
+                if started is not None and time.monotonic() - started > PATIENCE:
+                    has, free = self._ray.cluster_resources(), self._ray.available_resources()
+                    room = ", ".join(f"{free.get(name, 0):g} of {has.get(name, 0):g} {name}s" for name in self._bundle)
+                    print(f"no replica has started yet; the cluster has {room} to give", file=sys.stderr)
+                    started = None
         except BaseException:
             self.close()
             raise
@@ -178,18 +188,21 @@ class Replicas:
                 self._check_facts(replica)
                 replica.is_ready, replica.room = True, self.facts["room"] + AHEAD
                 replica.open()
-        if self._n is None:
-            for _ in range(self._n_that_fit(free=True)):
+        if self._n is None and time.monotonic() - self._looked > POLL_SECONDS:
+            self._looked = time.monotonic()
+            for _ in range(self._n_that_fit() - len(self._replicas)):
                 self._replicas.append(_Replica(self))
 
     def _bury(self, replica: "_Replica", error: Exception) -> list[Task]:
         """Ends what is left of a replica, starts it again, and returns the tasks it had."""
-        cause = error.cause if isinstance(error, self._ray.exceptions.RayTaskError) else error
-        is_mistake = self.facts is None or (replica.is_opening and cause is not error)
-        lost, replica.cause = list(replica.tasks.values()), f"{type(cause).__name__}: {cause}".splitlines()[0]
+        has_raised = isinstance(error, self._ray.exceptions.RayTaskError)
+        cause, where = (error.cause, f" (on {replica.where()})") if has_raised else (error, "")
+        lost, replica.cause = list(replica.tasks.values()), f"{type(cause).__name__}: {cause}".splitlines()[0] + where
         replica.n_failed_starts += replica.is_opening or not replica.is_ready
+        is_mistake = has_raised and (self.facts is None or replica.is_opening)
         replica.end()
         if is_mistake:  # of the caller's, as a rule: nothing has worked yet
+            print(f"a replica cannot start{where}", file=sys.stderr)
             raise cause
         if replica.n_failed_starts >= MOST_FAILED_STARTS:
             self._replicas.remove(replica)
@@ -212,33 +225,38 @@ class Replicas:
         names = [name for name in expected if facts.get(name) != expected[name]]
         if names:
             shown = "; ".join(f"{name} is {facts.get(name)!r}, and not {expected[name]!r}" for name in names)
-            where = self._ray.get(replica.actors[0].where.remote())
-            raise ValueError(f"the replica on {where} differs from the others: {shown}: expected the same everywhere")
+            raise ValueError(
+                f"the replica on {replica.where()} differs from the others: {shown}: expected the same everywhere"
+            )
         self.facts = self.facts or facts
 
+    def _machines(self) -> list[dict[str, float]]:
+        """What each machine of the cluster has."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
     def _resources(self, device: str | None) -> dict[str, float]:
-        """What each rank needs. Raises ValueError if the cluster does not have it."""
-        has = self._ray.cluster_resources()
-        n_cards, n_cores = int(has.get("GPU", 0)), int(has.get("CPU", 0))
-        n_machines = sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in self._ray.nodes())
+        """What each rank needs, of one machine. Raises ValueError if the cluster does not have it."""
+        machines = self._machines()
+        cards, cores = ([int(machine.get(name, 0)) for machine in machines] for name in ("GPU", "CPU"))
         n_ranks = (self._n or 1) * self._size
         asked = f"{self._n or 1} replica{'s' * ((self._n or 1) != 1)} of {self._size} rank{'s' * (self._size != 1)}"
-        if device == "cuda" or (device is None and n_cards):
-            if n_cards < n_ranks:
-                raise ValueError(f"the cluster has {n_cards} GPUs: {asked} need {n_ranks}, one for each rank")
-            return {"GPU": 1, "CPU": min(1, n_cores // n_ranks)}
-        if n_cores < n_ranks:
-            raise ValueError(f"the cluster has {n_cores} CPU cores: {asked} need {n_ranks}, one for each rank at least")
-        most = n_ranks if self._n else max(n_machines, 1) * self._size
-        return {"CPU": max(1, n_cores // most)}
+        if device == "cuda" or (device is None and any(cards)):
+            if sum(cards) < n_ranks:
+                raise ValueError(f"the cluster has {sum(cards)} GPUs: {asked} need {n_ranks}, one for each rank")
+            return {"GPU": 1, "CPU": int(all(n_cores >= n_cards for n_cores, n_cards in zip(cores, cards)))}
+        if sum(cores) < n_ranks:
+            raise ValueError(
+                f"the cluster has {sum(cores)} CPU cores: {asked} need {n_ranks}, one for each rank at least"
+            )
+        wanted = n_ranks if self._n else sum(n > 0 for n in cores) * self._size
+        shares = range(max(cores), 0, -1)  # the largest of which there are enough, each within a machine
+        return {"CPU": next((share for share in shares if sum(n // share for n in cores) >= wanted), 1)}
 
-    def _n_that_fit(self, free: bool = False) -> int:
-        """How many replicas the cluster holds; with `free`, how many more than there are."""
-        if free and not all(replica.is_ready for replica in self._replicas):
-            return 0
-        has = self._ray.available_resources() if free else self._ray.cluster_resources()
-        fits = min(int(has.get(name, 0) // (amount * self._size)) for name, amount in self._bundle.items() if amount)
-        return fits if free else max(1, fits)
+    def _n_that_fit(self) -> int:
+        """How many replicas the cluster holds."""
+        needs = [(name, amount) for name, amount in self._bundle.items() if amount]
+        n_ranks = sum(min(int(m.get(name, 0) // amount) for name, amount in needs) for m in self._machines())
+        return max(1, n_ranks // self._size)
 
 
 class _Replica:
@@ -259,7 +277,13 @@ class _Replica:
             place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self.group, rank)
             options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": place}
             self.actors.append(ray.remote(_Rank).options(**options).remote(rank, sys.path))
-        self._call("start", self.owner._build, size, self.actors[0].address.remote())
+        self._call("start", self.owner._build, size, self.actors[0].address.remote() if size > 1 else None)
+
+    def where(self) -> str:
+        """The address of its first rank's machine."""
+        with contextlib.suppress(self.owner._ray.exceptions.RayError):
+            return self.owner._ray.get(self.actors[0].where.remote(), timeout=10)
+        return "a machine that is gone"
 
     def end(self) -> None:
         """Ends its processes, those that are still asked for too."""
@@ -302,19 +326,21 @@ class _Rank:
         sys.path += [path for path in paths if path not in sys.path]  # the driver's modules, such as a scorer's
 
     def address(self) -> tuple[str, int]:
-        """Where its ranks meet: this machine's address, and a port that is free."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return self.where(), probe.getsockname()[1]
+        """Where its ranks meet: this machine's address, and the port of a store that lives here, as in torchrun."""
+        from torch.distributed import TCPStore
+
+        self.store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+        return self.where(), self.store.port
 
     def where(self) -> str:
         return import_ray().util.get_node_ip_address()
 
-    def start(self, build: Callable[[], Worker], size: int, address: tuple[str, int]) -> dict[str, Any]:
+    def start(self, build: Callable[[], Worker], size: int, address: tuple[str, int] | None) -> dict[str, Any]:
         """Makes the worker, in the environment that torchrun would make. Returns its facts."""
-        if size > 1:
+        if address is not None:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
             os.environ |= zip(names, map(str, (self.rank, size, 0, *address)))
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         self.worker = build()
         return self.worker.facts()
 
@@ -346,8 +372,12 @@ def _join(ray: ModuleType, address: str | None) -> bool:
     try:
         if host and port.isdigit() and "/" not in found:  # Ray itself takes minutes to say that nobody answers
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    except (ConnectionError, TimeoutError, socket.gaierror) as error:
-        hint = "expected HOST:PORT of a head that `ray start --head` has started"
-        raise ConnectionError(f"there is no Ray cluster at {found} ({error}): {hint}") from error
+        ray.init(found, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    except Exception as error:  # Ray has no type for what goes wrong, such as another version there
+        problem = "Ray does not start on this machine" if found == "local" else f"there is no Ray cluster at {found}"
+        hint = (
+            ": expected HOST:PORT of a head that `ray start --head` has started, and RAY_AUTH_MODE=token if it has one"
+        )
+        hint = "" if found == "local" else hint
+        raise ConnectionError(f"{problem} ({error}){hint}") from error
     return True

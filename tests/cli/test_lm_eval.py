@@ -138,11 +138,29 @@ def numbers(value) -> list:
     return [x for item in value for x in numbers(item)] if isinstance(value, (list, tuple)) else [value]
 
 
-def test_every_metric_and_every_answer_equals_the_hf_models(folder, theirs):
+@pytest.fixture(scope="module")
+def ours(folder) -> tuple[dict, dict]:
     import llama.evaluation
 
     assert llama.evaluation.LlamaLM
-    found, samples = evaluate(folder, "llama", ckpt_dir=str(DEMO), dtype="float32", max_length=128)
+    return evaluate(folder, "llama", ckpt_dir=str(DEMO), dtype="float32", max_length=128)
+
+
+def test_on_replicas_every_metric_and_every_answer_is_that_of_one_process(folder, ours):
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    try:
+        found, samples = evaluate(folder, "llama", ckpt_dir=str(DEMO), dtype="float32", max_length=128, replicas=2)
+    finally:
+        ray.shutdown()
+    assert found == pytest.approx(ours[0], rel=1e-5)
+    for task, answers in ours[1].items():
+        for a, b in zip(numbers(answers), numbers(samples[task]), strict=True):
+            assert b == (pytest.approx(a, abs=1e-4) if isinstance(a, float) else a), task
+
+
+def test_every_metric_and_every_answer_equals_the_hf_models(ours, theirs):
+    found, samples = ours
     expected, expected_samples = theirs
     assert len(expected) == 8
     for name, value in expected.items():

@@ -52,5 +52,9 @@ def cannot_start() -> None:
     raise FileNotFoundError("ckpt_dir /nowhere does not exist")
 
 
+def dies_while_starting() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def made() -> str:
     return "made"

@@ -9,17 +9,23 @@ import fake_workers
 import pytest
 
 from llama.parallel import actors
-from llama.parallel.actors import Replicas
+from llama.parallel.actors import ReplicaFailed, Replicas
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """One of this machine alone, for all tests of the file: two made-up cores."""
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-    yield
+    """One machine of two made-up cores, for all tests of the file; another one may join it."""
+    from ray.cluster_utils import Cluster
+
+    ray.cloudpickle.register_pickle_by_value(actors)  # so that no worker imports the package, and with it torch
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(found.address, log_to_driver=False, logging_level="ERROR")
+    yield found
+    ray.cloudpickle.unregister_pickle_by_value(actors)
     ray.shutdown()
+    found.shutdown()
 
 
 @pytest.fixture
@@ -72,9 +78,16 @@ def test_a_task_that_three_workers_died_of_gets_an_error_and_no_other_task_does(
     assert replicas.restarts == 3
 
 
-def test_what_the_first_replica_raises_is_raised(start):
+def test_what_the_first_replica_raises_is_raised(start, capsys):
     with pytest.raises(FileNotFoundError, match="ckpt_dir /nowhere does not exist"):
         start(fake_workers.cannot_start, 1)
+    assert "a replica cannot start (on " in capsys.readouterr().err
+
+
+def test_a_replica_whose_process_dies_while_it_starts_is_tried_three_times(start, capsys):
+    with pytest.raises(ReplicaFailed, match="no replica is left; the last one failed to start: ActorDiedError"):
+        start(fake_workers.dies_while_starting, 1)
+    assert capsys.readouterr().err.count("a replica died and is started again") == 2
 
 
 def test_a_run_that_cannot_begin_is_an_error(start):
@@ -104,6 +117,43 @@ def test_replicas_that_differ_are_refused(start):
 def test_what_the_cluster_does_not_have_is_said_before_anything_starts(asked, message):
     with pytest.raises(ValueError, match=message):
         Replicas(fake_workers.cannot_start, **asked)
+
+
+@pytest.mark.parametrize(
+    ("machines", "n", "size", "share"),
+    [
+        ([{"CPU": 16}] * 8, 4, 1, 16),  # and not 32, which no machine has
+        ([{"CPU": 16}] * 2, None, 1, 16),
+        ([{"CPU": 4}, {"CPU": 12}], None, 1, 6),
+        ([{"CPU": 4}, {"CPU": 12}], 3, 2, 2),
+        ([{"CPU": 2}, {"GPU": 8, "CPU": 32}], 4, 2, 1),
+        ([{"GPU": 8, "CPU": 4}], 4, 2, 0),
+    ],
+)
+def test_a_rank_gets_its_share_of_a_machine(machines, n, size, share, monkeypatch):
+    replicas = Replicas.__new__(Replicas)
+    replicas._n, replicas._size = n, size
+    monkeypatch.setattr(Replicas, "_machines", lambda self: machines)
+    replicas._bundle = replicas._resources(None)
+    assert replicas._bundle["CPU"] == share
+    assert replicas._n_that_fit() >= (n or 2)
+
+
+def test_a_machine_that_joins_is_used_and_when_it_is_gone_its_tasks_are_done_by_the_others(start, cluster):
+    replicas = start(fake_workers.Echo)  # as many as the cluster holds
+    assert replicas.n_alive == 1
+    found, pids, lost, is_over = [], set(), None, False
+    machine = cluster.add_node(num_cpus=2)
+    tasks = itertools.takewhile(lambda _: not is_over, ({"line": i} for i in itertools.count()))
+    for result in replicas.results(fake_workers.made, tasks):
+        found.append(result["line"])
+        pids.add(result["pid"])
+        if lost is None and len(pids) == 2:
+            lost = len(found)
+            cluster.remove_node(machine, allow_graceful=False)
+        is_over = replicas.restarts == 1
+    assert sorted(found) == list(range(len(found)))
+    assert replicas.n_alive == 1 and "1 restart" in str(replicas)
 
 
 def test_without_ray_the_command_that_installs_it_is_named(monkeypatch):
