@@ -37,6 +37,11 @@ class RandomStream:
         return int.from_bytes(digest, "little", signed=True)
 
 
+def call_seed(seed: int, number: int) -> int:
+    """The seed of a call that has none of its own: of a model's seed, and which such call it is, from 1."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "little")
+
+
 def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """A random number in (0, 1) for each seed and token: SplitMix64 (Steele et al. 2014, OOPSLA), by its index.
 

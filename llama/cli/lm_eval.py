@@ -20,9 +20,10 @@ from llama import GenerationError, Llama
 from llama.checkpoint.open import open_checkpoint
 from llama.cli.arguments import MISTAKES
 from llama.datasets.runs import RemoteModel, Result, Run, Task
-from llama.decoding.answering import Answer, Job, call_seed
+from llama.decoding.answering import Answer, Job
 from llama.decoding.scoring import TokenScores
 from llama.options import per_prompt
+from llama.sampling import call_seed
 from llama.tokenizer import ChatFormat
 
 try:

@@ -4,7 +4,6 @@ Where tokens become text, for the engine knows none: stop strings are looked for
 files, and checks nothing: what comes here has been checked.
 """
 
-import hashlib
 import itertools
 import time
 from collections import Counter, deque
@@ -24,7 +23,7 @@ from llama.decoding.shared_engine import Call, SharedEngine
 from llama.engine import Engine
 from llama.model import ModelArgs
 from llama.options import DecodingOptions, as_list, check_ids, per_prompt
-from llama.sampling import RandomStream
+from llama.sampling import RandomStream, call_seed
 from llama.sequence import Sequence, Speculation
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.answer_text import AnswerText
@@ -89,12 +88,6 @@ class GenerationError(RuntimeError):
     def __init__(self, message: str, answers: list[list[Answer]]):
         super().__init__(message)
         self.answers = answers
-
-
-def call_seed(seed: int, number: int) -> int:
-    """The seed of a call that has none of its own: of a model's seed, and which such call it is, from 1."""
-    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 class Answerer:
