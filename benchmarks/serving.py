@@ -100,7 +100,7 @@ async def load(
                         continue
                     (result.first if n == 0 else result.between).append(now - (begun if n == 0 else last))
                     last, n = now, n + 1
-        if n == 0:
+        if n == 0 and n_told is None:
             raise ValueError("no token")
         result.n_tokens += n if n_told is None else n_told
 
