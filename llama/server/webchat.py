@@ -114,6 +114,7 @@ class Chat:
         for name, value in defaults.items():
             self._state.setdefault(name, value)
         self._busy = self._stopped = False
+        self._n_chats = 0  # that have been begun on this page
         self._editing: int | None = None  # the message that what is typed will take the place of
         self._ticket: Any = None
         self._client = ui.context.client
@@ -199,6 +200,7 @@ class Chat:
     def new(self) -> None:
         """Forgets the conversation."""
         self.stop()
+        self._n_chats += 1
         self._state["messages"], self._editing = [], None
         self._redraw()
         self._input.run_method("focus")
@@ -247,7 +249,7 @@ class Chat:
         self._redraw()
         with self._list, ui.column().classes("turn assistant"):
             drawn = ui.markdown("…").classes("content streaming")
-        text, note = "", ""
+        text, note, chat = "", "", self._n_chats
         try:
             text, note = await self._ask(drawn)
         except ApiError as error:
@@ -255,7 +257,7 @@ class Chat:
                 ui.notify(error.message, type="negative", multi_line=True)
         finally:
             self._busy, self._ticket = False, None
-        if text or note:
+        if (text or note) and chat == self._n_chats:
             self._state["messages"] = [
                 *self._state["messages"],
                 {"role": "assistant", "content": text, "note": note},

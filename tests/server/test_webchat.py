@@ -116,7 +116,9 @@ def test_an_answer_streams_and_is_edited_asked_again_and_there_after_a_reload(pa
     assert any(text and ANSWER.startswith(text) and text != ANSWER for text in seen), seen  # it was seen to grow
     assert "tokens/s" in page.browser.find_element(By.CLASS_NAME, "note").text
     assert "tiny" in page.browser.find_element(By.CLASS_NAME, "model-name").text
-    save_screenshots(page)
+    for name, image in screenshots(page).items():
+        if folder := os.environ.get("LLAMA_SCREENSHOTS"):  # as docs/chat.png was made
+            (Path(folder) / f"chat-{name}.png").write_bytes(image)
     page.browser.refresh()
     page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER])
     page.button("Regenerate").click()
@@ -135,6 +137,12 @@ def test_an_answer_streams_and_is_edited_asked_again_and_there_after_a_reload(pa
     page.wait(lambda: page.button("New chat").is_enabled())
     page.button("New chat").click()
     page.wait(lambda: page.texts() == [])
+    is_dark = lambda: "body--dark" in page.browser.find_element(By.TAG_NAME, "body").get_attribute("class")  # noqa: E731
+    before = is_dark()
+    page.button("Dark or light").click()
+    page.wait(lambda: is_dark() != before)
+    page.browser.refresh()
+    page.wait(lambda: page.button("Send").is_displayed() and is_dark() != before)
     assert_no_other_host(page)
 
 
@@ -152,14 +160,23 @@ def test_a_long_answer_is_stopped_and_its_slot_is_free(page, server, demo):
     page.button("Stop").click()
     page.wait(lambda: "stopped" in page.browser.find_element(By.CLASS_NAME, "note").text)
     page.wait(lambda: "llama_running 0.0" in httpx.get(server.url + "/metrics").text)
+    page.button("Regenerate").click()
+    page.wait(lambda: page.button("Stop").is_displayed() and page.texts()[1] not in ("", "…"))
+    page.button("New chat").click()  # which the answer that was under way does not come into
+    page.wait(lambda: page.button("Send").is_displayed())
+    assert page.texts() == []
 
 
-def test_markdown_of_an_answer_cannot_run_scripts_or_load_from_elsewhere(page):
+def test_markdown_cannot_run_scripts_load_from_elsewhere_or_widen_the_page(page):
     found = httpx.get(page.url).headers["content-security-policy"]
     assert "default-src 'self'" in found and "http:" not in found and "*" not in found
+    wide = ("```", Keys.SHIFT + Keys.ENTER + Keys.NULL, "x " * 150, Keys.SHIFT + Keys.ENTER + Keys.NULL, "```")
+    page.button("Message").send_keys(*wide, Keys.SHIFT + Keys.ENTER + Keys.NULL)
     page.ask('<img src="http://192.0.2.1/x.png" onerror="document.title=1"> ![](http://192.0.2.1/y.png)')
     page.wait(lambda: len(page.texts()) == 2 and page.button("Send").is_displayed())
     assert page.browser.title == "tiny"
+    assert page.browser.find_elements(By.CSS_SELECTOR, ".turn.user pre")
+    screenshots(page)
     assert_no_other_host(page, blocked="192.0.2.1")
 
 
@@ -180,9 +197,9 @@ def assert_no_other_host(page: Page, blocked: str | None = None) -> None:
     assert blocked is None or not any(blocked in url for url in gone)
 
 
-def save_screenshots(page: Page) -> None:
-    """At desktop and phone width; kept where LLAMA_SCREENSHOTS says, as docs/chat.png was."""
-    folder = os.environ.get("LLAMA_SCREENSHOTS")
+def screenshots(page: Page) -> dict[str, bytes]:
+    """At desktop and phone width, which the page is not wider than."""
+    images = {}
     for name, width, height in (("desktop", 1280, 900), ("phone", 390, 844)):
         page.browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
@@ -190,8 +207,7 @@ def save_screenshots(page: Page) -> None:
         )
         wide = page.browser.execute_script("return document.documentElement.scrollWidth")
         assert wide <= width, f"the page is wider than a {name}"
-        image = page.browser.get_screenshot_as_png()
-        assert image.startswith(b"\x89PNG") and len(image) > 5000
-        if folder:
-            (Path(folder) / f"chat-{name}.png").write_bytes(image)
+        images[name] = page.browser.get_screenshot_as_png()
+        assert images[name].startswith(b"\x89PNG") and len(images[name]) > 5000
     page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    return images
