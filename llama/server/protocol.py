@@ -171,11 +171,23 @@ def _joined(content: Any) -> Any:
     return content
 
 
+# What the OpenAPI document says of `ChatMessage._has_content`.
+CONTENT_OR_CALL: dict[str, Any] = {
+    "anyOf": [
+        {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+        {"required": ["tool_calls"], "properties": {"role": {"const": "assistant"}, "tool_calls": {"minItems": 1}}},
+    ]
+}
+
+
 class ChatMessage(BaseModel):
     """A message. `developer` is OpenAI's newer name of `system`."""
 
+    model_config = ConfigDict(json_schema_extra=CONTENT_OR_CALL)
     role: Literal["system", "developer", "user", "assistant", "tool", "ipython"]
-    content: Annotated[Text | None, BeforeValidator(_joined)] = None
+    content: Annotated[Text | None, BeforeValidator(_joined, json_schema_input_type=Text | list[TextPart] | None)] = (
+        None
+    )
     tool_calls: Annotated[list[ToolCall], FIRST] | None = None
 
     @model_validator(mode="after")
