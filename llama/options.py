@@ -170,9 +170,7 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
         if _is_per_prompt(name, value):
             lists[name] = value
             if len(value) != n_prompts:
-                raise ValueError(
-                    f"{name} is a list of {len(value)}: expected one value for each of {n_prompts} prompts"
-                )
+                raise ValueError(f"{name} is a list of {len(value)}: expected as many values as prompts, {n_prompts}")
     if not lists:
         return [DecodingOptions(**options)] * n_prompts
     result = []

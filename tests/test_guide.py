@@ -30,7 +30,7 @@ def without_times(text: str) -> str:
     for line in text.split("\n"):
         is_rewritten, last = "\r" in line, line.rpartition("\r")[2].rstrip()
         if not (is_rewritten and not last) and not re.match(r"Loaded in |.*\d+%\|.*\|", last):
-            kept.append(re.sub(r"; [\d,]+ tokens in .* tokens/s$", "", last))
+            kept.append(re.sub(r"; [\d,]+ tokens? in .* tokens/s$", "", last))
     return "\n".join(kept).strip("\n")
 
 

@@ -294,7 +294,7 @@ class Summary:
         rate = self.n_tokens / max(self.seconds, 1e-9)
         return (
             f"{self.n_done:,} of {counted(self.n_lines, 'line')} done{before}, {self.n_failed:,} of them failed; "
-            f"{self.n_tokens:,} tokens in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
+            f"{counted(self.n_tokens, 'token')} in {self.seconds:.1f} s, {rate:,.0f} tokens/s"
         )
 
 

@@ -57,7 +57,13 @@ class Skipped:
         self.first.setdefault(reason, f"line {row.number}" + (f": {detail}" if detail else ""))
 
     def lines(self) -> list[str]:
-        return [f"{n} rows {reason} (the first is {self.first[reason]})" for reason, n in self.counts.items()]
+        one = {"are": "is", "have": "has"}
+        lines = []
+        for reason, n in self.counts.items():
+            verb, _, rest = reason.partition(" ")
+            rows = f"1 row {one.get(verb, verb)}" if n == 1 else f"{n} rows {verb}"
+            lines.append(f"{rows} {rest} (the first is {self.first[reason]})")
+        return lines
 
 
 class NothingToLearn(ValueError):

@@ -30,7 +30,7 @@ def test_finetune_writes_an_adapter_a_log_and_curves_and_merge_folds_it_in(tmp_p
     ]
     args += ["--batch_tokens", "512", "--eval_share", "0.1", "--device", "cpu"]
     main(["finetune", str(data), str(out), *args])
-    assert "1 rows have no turn of the assistant (the first is line 41)" in capsys.readouterr().err
+    assert "1 row has no turn of the assistant (the first is line 41)" in capsys.readouterr().err
     log = [json.loads(line) for line in (tmp_path / "out.training" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"] and "eval_loss" in log[-1]
     assert {"step", "loss", "lr", "gradient_norm", "tokens", "tokens_per_s", "share_of_peak"} <= log[0].keys()

@@ -104,18 +104,18 @@ def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted
     examples, skipped, _ = read({"text": "ok"}, none, long, none, {"what": 1}, {"messages": "hi"})
     assert len(examples) == 1 and skipped == [
         "2 rows have no turn of the assistant (the first is line 2)",
-        "1 rows are longer than max_seq_len = 60: skipped (the first is line 3)",
+        "1 row is longer than max_seq_len = 60: skipped (the first is line 3)",
         "2 rows are broken (the first is line 5: found 'what': expected `messages`, `prompt` and `completion`, `text`, "
         "`answers` as `llama sample` writes them)",
     ]
     examples, skipped, _ = read(long, {"prompt": "p" * 100, "completion": "x"}, cut=True)
     assert [len(e.documents[0].ids) for e in examples] == [60]
     assert [line.split(" (")[0] for line in skipped] == [
-        "1 rows are longer than max_seq_len = 60: cut",
-        "1 rows are longer than max_seq_len = 60, and nothing learned is in their beginning: skipped",
+        "1 row is longer than max_seq_len = 60: cut",
+        "1 row is longer than max_seq_len = 60, and nothing learned is in their beginning: skipped",
     ]
     _, skipped, _ = read({"messages": [USER], "answers": [{"text": "a", "score": 0.2}]}, threshold=0.5)
-    assert skipped[0].startswith("1 rows have no answer with a score of at least 0.5")
+    assert skipped[0].startswith("1 row has no answer with a score of at least 0.5")
 
 
 def test_a_number_in_a_csv_file_is_text(write_checkpoint, tmp_path):
