@@ -166,11 +166,7 @@ class _Batch(Run):
             if template is not None and dist.get_rank() == 0:
                 is_path = isinstance(template, (str, os.PathLike))
                 self.template = read_template(template) if is_path else Template(template)
-                for name, task in self.template.tasks.items():
-                    try:
-                        self.option_of(task.options)
-                    except ValueError as error:
-                        raise ValueError(f"task {name!r} of the template: {error}") from None
+                self.template.check_options(self.option_of)
 
     def task_of(self, row: Row) -> Task:
         if self.template is None:

@@ -114,6 +114,14 @@ class Template:
         if not self.tasks:
             raise ValueError("there is no task: expected one or more in 'tasks'")
 
+    def check_options(self, check: Callable[[dict[str, Any]], Any]) -> None:
+        """Calls `check` with the options of each task; raises its ValueError, which then names the task."""
+        for name, task in self.tasks.items():
+            try:
+                check(task.options)
+            except ValueError as error:
+                raise ValueError(f"task {name!r} of the template: {error}") from None
+
     def task_of(self, fields: dict[str, Any]) -> Task:
         """The task of a row. Raises ValueError if it names one that is not there, or none of several fits."""
         name = fields.get(self.column, next(iter(self.tasks)) if len(self.tasks) == 1 else None)

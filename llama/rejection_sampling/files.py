@@ -149,6 +149,7 @@ class _Sampling(Run):
         with parallel.fail_together():
             if template is not None and dist.get_rank() == 0:
                 self.template = read_template(template)
+                self.template.check_options(self._check_options)
 
     def task_of(self, row: Row) -> Task:
         if self.template is not None:
@@ -162,12 +163,16 @@ class _Sampling(Run):
         """What a template asks of a row, all of whose fields the scorer finds in its `metadata`."""
         taken = {*template.fields, template.gold, self.template.column}  # a right answer is no option
         given = {name: value for name, value in row.fields.items() if name in SAMPLED and name not in taken}
-        if wrong := sorted(template.options.keys() - set(SAMPLED)):
-            raise ValueError(f"task {template.name!r} sets {wrong[0]}, which has no part in rejection sampling")
         data = {name: value for name, value in row.fields.items() if name not in given}
         metadata = data.get("metadata", data)
         asked = template.render({"id": row.id, **row.fields}) | {"metadata": metadata, "task": template.name}
         return {"row": asked, "options": self.with_seed(template.options | given, row)}
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Checks the options of a template's task before anything runs."""
+        if wrong := sorted(options.keys() - set(SAMPLED)):
+            raise ValueError(f"{wrong[0]} has no part in rejection sampling: n says how many answers are drawn")
+        check_option(self.option_of(options), self.plan)
 
     def begin(self, task: Task) -> list[Job] | Result:
         option = self.option_of(task["options"])

@@ -126,6 +126,23 @@ def test_sample_takes_a_template_and_the_scorer_finds_the_fields(demo, tmp_path)
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "task 'story' of the template: num_beams has no part in rejection sampling"),
+        ({"temperature": 0}, "task 'story' of the template: temperature = 0 with n = 2: expected more than 0"),
+        ({"top_p": 2}, "task 'story' of the template: top_p = 2: expected a number of at most 1"),
+    ],
+)
+def test_options_of_a_task_that_nothing_can_be_drawn_with_are_refused_at_once(demo, tmp_path, options, message):
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": {"sum": SUM, "story": STORY | {"options": options}}}))
+    (tmp_path / "in.json").write_text('[{"text": "21 + 34", "right": 55}]')
+    files = tmp_path / "in.json", tmp_path / "out.json"
+    with pytest.raises(ValueError, match=message):
+        sample_files(demo, *files, "logprob", Plan(2), "logprob", template=tmp_path / "tasks.json")
+    assert not files[1].exists()
+
+
 def test_the_metric_of_several_answers_is_the_mean_of_theirs(demo):
     template = {"tasks": {"sum": SUM}}
     row = {"text": "21 + 34", "right": 55, "num_return_sequences": 4, "temperature": 1.8, "top_p": 1.0, "seed": 3}
