@@ -1,5 +1,6 @@
 """`llama sample` and `llama rescore`: real processes, real kills, and the same lines whatever happened on the way."""
 
+import io
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from conftest import DEMO, ROOT
 from test_reward_model import write_reward_model
 
 from llama import Llama
+from llama.cli import commands as cli
 from llama.datasets.batch import run_batch_files
 from llama.datasets.runs import line_seed
 from llama.rejection_sampling.draw import Plan, rejection_sample
@@ -45,9 +48,21 @@ def command(folder: Path, *args: str, n_processes: int = 0) -> subprocess.Popen:
 
 
 def run(folder: Path, *args: str, n_processes: int = 0) -> subprocess.CompletedProcess:
-    process = command(folder, *args, n_processes=n_processes)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(args, process.returncode, out, err)
+    """A command, to its end: here, or in processes of its own."""
+    if n_processes:
+        process = command(folder, *args, n_processes=n_processes)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        try:
+            cli.main([*args, "--device", "cpu"])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.modules.pop("scorers", None)  # the next one may be another
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def read(path: Path) -> dict:
@@ -175,11 +190,11 @@ def test_a_reward_model_and_a_judge_score_on_replicas_as_on_one_process(folder):
 def test_an_answer_that_the_scorer_raises_on_is_marked_counted_and_plotted_over(folder):
     pytest.importorskip("matplotlib", reason="pip install matplotlib to plot")
     args = [word.replace("scorers:total", "scorers:picky") for word in SAMPLE]
-    result = run(folder, *args, "--n", "4", "--plot", "out.png")
+    result = run(folder, *args, "--n", "4", "--plot", "plots/out.png")
     assert result.returncode == 0, result.stderr
     n = sum(s is None for r in read(folder / "out.jsonl").values() for s in r.get("scores", []))
     assert n > 0 and f"92 answers, {n} without a score (the first: KeyError: 'five')" in result.stdout
-    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "plots" / "out.png").read_bytes().startswith(b"\x89PNG")
 
     fixed = (folder / "scorers.py").read_text().replace('raise KeyError("five")', "pass")
     (folder / "scorers.py").write_text(fixed)
@@ -412,11 +427,11 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--scorer", "reward:nowhere"], "there is no directory nowhere: expected a model's"),
         (["--scorer", f"reward:{DEMO}"], "has Meta's checkpoint of a language model: expected a reward model's"),
         (["--scorer", "reward:rm"], "says vocab_size 512, but the tokenizer has 2304 tokens"),
-        (["--temperature", "0"], "temperature = 0 with n = 16"),
-        (["--threshold", "0.5"], "threshold = 0.5 without max_samples"),
-        (["--keep", "17"], "keep = 17: expected at most the 16 answers"),
+        (["--temperature", "0"], "--temperature = 0 with n = 16"),
+        (["--threshold", "0.5"], "--threshold = 0.5 without max_samples"),
+        (["--keep", "17"], "--keep = 17: expected at most the 16 answers"),
         (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file of what a"),
-        (["--plot", "nope/x.png"], "--plot nope/x.png: there is no directory nope: expected one that is there"),
+        (["--plot", "in.jsonl/x.png"], "in.jsonl is a file: expected a directory for the PNG"),
         (["--plot", "."], "--plot .: it is a directory: expected a PNG to write"),
         (["out.jsonl -> in.jsonl/out.jsonl"], "in.jsonl is a file: expected a directory for out.jsonl"),
         (["in.jsonl -> scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
