@@ -42,7 +42,7 @@ def fail_together() -> Iterator[None]:
             dist.all_gather_object(messages, message)
         for rank, message in enumerate(messages):
             if message is not None and (error is None or isinstance(error, RankFailed)):
-                raise RankFailed(rank, message)
+                raise RankFailed(message, rank)
     if error is not None:
         raise error
 
@@ -56,7 +56,7 @@ def fail_at_once() -> Iterator[None]:
     its collective prints the message and exits. If all ranks raise (they share a mistake), each raises its own.
     """
     if _lifeline is not None and _lifeline.lost is not None:
-        raise RankFailed(_lifeline.lost["rank"], _lifeline.lost["message"] + "; start the run again")
+        raise RankFailed(_lifeline.lost["message"] + "; start the run again", _lifeline.lost["rank"])
     try:
         yield
     except Exception as error:
@@ -74,7 +74,7 @@ def fail_at_once() -> Iterator[None]:
 class RankFailed(RuntimeError):
     """Another rank failed; the message is that rank's."""
 
-    def __init__(self, rank: int, message: str):
+    def __init__(self, message: str, rank: int = 0):
         super().__init__(message)
         self.rank = rank
 
@@ -86,7 +86,7 @@ class RankFailed(RuntimeError):
 def raise_if_a_rank_failed() -> None:
     """Raises RankFailed once another rank has raised in the `fail_together` that this one is in."""
     if _lifeline is not None and (found := _lifeline.lost or _lifeline.warnings.get(_meeting)) is not None:
-        raise RankFailed(found["rank"], found["message"])
+        raise RankFailed(found["message"], found["rank"])
 
 
 def connect() -> None:
