@@ -218,7 +218,7 @@ class Journal(contextlib.AbstractContextManager):
             for line in file:
                 try:
                     record = json.loads(line)
-                    if record["error"] and not record.get("text") and "answers" not in record:
+                    if record["error"] and not record.get("text") and not record.keys() & {"answers", "turns"}:
                         continue
                 except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
                     pass

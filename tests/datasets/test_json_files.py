@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llama.cli import commands as cli
-from llama.datasets import Rows, run_batch_files
+from llama.datasets import Journal, Row, Rows, run_batch_files
 
 ROWS = [{"id": "a", "prompt": "One day"}, {"id": "b", "prompt": "The fox", "metadata": {"n": [1, 2]}}]
 
@@ -107,6 +107,29 @@ def test_a_mended_input_needs_no_force_as_long_as_no_row_had_an_answer(demo, tmp
     source.write_text('{"prompt": "Another day"}\n')
     with pytest.raises(ValueError, match="the first line of the input has changed"):
         run_batch_files(demo, source, target, max_gen_len=3)
+
+
+@pytest.mark.parametrize(
+    ("record", "is_kept"),
+    [
+        ({"text": "", "error": "no prompt"}, False),
+        ({"text": "", "error": "the second turn failed", "turns": [{"text": "It is 55."}, {"text": ""}]}, True),
+        ({"text": "", "error": "one of two failed", "answers": [{"text": "It is 55."}, {"text": ""}]}, True),
+        ({"text": "It is"}, True),
+    ],
+)
+def test_an_output_with_a_part_of_an_answer_is_not_begun_anew(tmp_path, record, is_kept):
+    rows = [Row(1, 1, {"prompt": "a"})]
+    with Journal(tmp_path / "out.jsonl", rows, {"seed": 1}) as journal:
+        journal.append({"id": 1, "line": 1, **record})
+    before = (tmp_path / "out.jsonl").read_text()
+    if is_kept:
+        with pytest.raises(ValueError, match="seed was 1, and is 2"):
+            Journal(tmp_path / "out.jsonl", rows, {"seed": 2})
+        assert (tmp_path / "out.jsonl").read_text() == before
+    else:
+        with Journal(tmp_path / "out.jsonl", rows, {"seed": 2}) as journal:
+            assert not journal.done
 
 
 def test_a_batch_reads_and_writes_standard_streams(monkeypatch, capsys):
