@@ -15,6 +15,7 @@ not, its task is the first whose `match` fits it, or the only one. A TASK has
 Knows nothing of models.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -88,6 +89,9 @@ class Task:
             return {}
         if (gold := fields.get(self.gold)) is None:
             raise ValueError(f"the line has no field {self.gold!r}, the gold of task {self.name!r}")
+        if isinstance(gold, str) and gold.startswith(("[", "{")) and self.metric.startswith(("hit", "ndcg")):
+            with contextlib.suppress(ValueError, RecursionError):  # a cell of a CSV file is text
+                gold = json.loads(gold)
         if isinstance(gold, dict) and not all(type(gain) in (int, float) for gain in gold.values()):
             raise ValueError(f"{self.gold} = {gold!r}: expected a number for each item")
         found = read.get("parsed", answer)
