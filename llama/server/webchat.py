@@ -7,6 +7,7 @@ install. Knows nothing of how tokens are chosen.
 
 import secrets
 import time
+import warnings
 from typing import Any
 
 from fastapi import FastAPI
@@ -75,6 +76,8 @@ def add_web_chat(app: FastAPI, service: Service) -> None:
         await ui.context.client.connected()
         Chat(service).draw()
 
+    # When it starts it looks at all objects there are, and one of PyTorch's warns of itself.
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_op`", FutureWarning)
     ui.run_with(
         app,
         title=service.model,

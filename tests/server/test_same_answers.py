@@ -22,7 +22,7 @@ def requests() -> list[tuple[list[dict], dict]]:
     for i in range(N):
         asked = f"What is {10 + i} + {99 - i}?" if i % 3 else f"Tell me about the number {i}."
         how = {"temperature": 0} if i % 2 else {"temperature": 1.0, "seed": 1000 + i, "top_p": 0.95}
-        found.append(([{"role": "user", "content": asked}], {"max_tokens": 6 + i % 12, **how}))
+        found.append(([{"role": "user", "content": asked}], {"max_tokens": 4 + i % 9, **how}))
     return found
 
 
