@@ -4,7 +4,7 @@ Clients send one request after another, streamed, over real HTTP; each answer ha
 32 clients: tokens/s, and the median and 99th percentile of the time to the first token and of the time between tokens.
 Beside it the engine alone, before and after, in a process of its own with as many sequences always running; and,
 where they are installed, llama-cpp-python's server on the same weights (pip install 'llama-cpp-python[server]' gguf),
-which takes texts alone. `--minutes 2` keeps 32 clients at it and prints the memory at the start and the end.
+which takes texts alone. `--minutes 2` keeps 32 clients at it and prints the memory after each half minute.
 
     python -m benchmarks.serving --clients 8 --requests 3
     python -m benchmarks.serving --mask     # what the mask of a JSON schema costs of a step
@@ -234,9 +234,12 @@ def main(
             found = asyncio.run(load(server.url, "m", n, requests, tokens))
             print(f"{n} clients: server {found}", flush=True)
             if minutes and n == 32:
-                before = server.memory()
-                found = asyncio.run(load(server.url, "m", n, 0, tokens, 60 * minutes))
-                print(f"{minutes:g} minutes: {found}; memory {before:.0f} MB, then {server.memory():.0f} MB")
+                memory = [server.memory()]
+                for quarter in range(4):
+                    long = asyncio.run(load(server.url, "m", n, 0, tokens, 15 * minutes))
+                    memory.append(server.memory())
+                    print(f"quarter {quarter + 1} of {minutes:g} minutes: {long}")
+                print(f"memory at the start and after each quarter, MB: {', '.join(f'{m:.0f}' for m in memory)}")
         alone.append(_alone(path, rows, tokens, requests))
         mean = sum(alone) / 2
         print(f"{n} clients: engine alone {alone[0]:.1f} tokens/s before, {alone[1]:.1f} after;", end=" ")
