@@ -1,7 +1,7 @@
 """Speculative decoding: tokens a step on the embedded checkpoint, and tokens/s with a target eight times its draft.
 
     python -m benchmarks.speculative acceptance
-    python -m benchmarks.speculative speed [--rounds 3] [--acceptance 0.8,0]
+    python -m benchmarks.speculative speed [--rounds 2] [--acceptance 0.8,0]
 
 `acceptance`: drafts that are the first layers of the embedded checkpoint with its last norm and output, and n-grams on
 repetitive text. Beside the tokens a step: how probable it is, at a position of the answers, that the draft's token is
@@ -137,7 +137,7 @@ def _parameters(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def speed(rounds: int = 3, acceptance: str = "0.8,0", new_tokens: int = 128) -> None:
+def speed(rounds: int = 2, acceptance: str = "0.8,0", new_tokens: int = 128) -> None:
     """Tokens/s with proposals that are right with known probabilities, beside none.
 
     Args:
@@ -175,7 +175,8 @@ def speed(rounds: int = 3, acceptance: str = "0.8,0", new_tokens: int = 128) -> 
                 f"{rates['none']:.1f} tokens/s without; with proposals while they pay {rates['while they pay']:.1f} "
                 f"({rates['while they pay'] / rates['none']:.2f} x, at least 0.98), always {rates['always']:.1f} "
                 f"({rates['always'] / rates['none']:.2f} x); {counters.decoded / counters.speculation.steps:.2f} "
-                "tokens a step"
+                "tokens a step",
+                flush=True,
             )
 
 
