@@ -3,8 +3,9 @@
     python -m benchmarks.interleavings [--n 10000] [--seed 0]
 
 One `Llama` and one plain model (no packing, no cache, no reuse, no batch) have the same weights. Each step does one
-thing to both: answers some prompts, streams an answer, runs the network, puts a hook on or takes one off, edits or
-loads weights, casts there and back, exchanges a module. Every answer must be the plain model's in the same state.
+thing to both: answers some prompts, streams an answer (half of it, and runs or asks the model before the rest), runs
+the network, puts a hook on or takes one off, patches a class, edits or loads weights, casts there and back, exchanges a
+module. Every answer must be the plain model's in the same state.
 """
 
 import collections
@@ -22,6 +23,7 @@ from torch import nn
 
 from benchmarks.shapes import write_tokenizer
 from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
+from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "max_seq_len": 48}
 MATRICES = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")] + [f"feed_forward.w{i}" for i in (1, 2, 3)]
@@ -72,6 +74,7 @@ class Interleavings:
         self.plain.packable = False
         self.llama = Llama(models[0], tokenizer)
         self.undo: list[Callable[[], None]] = []  # hooks and exchanges that are on
+        self.n_by_position = 0  # of these hooks, those that change the last position of a pass
         self.prompts = [[self.random.randrange(self.n_tokens) for _ in range(n)] for n in (1, 5, 20, 24, 30)]
         self.counts: collections.Counter[str] = collections.Counter()
         self.n_answers = self.n_packed = 0
@@ -83,7 +86,18 @@ class Interleavings:
     def step(self) -> None:
         """One thing, of those that people do."""
         ask = [self.generate] * 4 + [self.stream, self.forward]
-        change = [self.hook, self.take_off, self.edit, self.edit_data, self.load, self.cast, self.exchange, self.copy]
+        change = [
+            self.hook,
+            self.hook_last,
+            self.patch,
+            self.take_off,
+            self.edit,
+            self.edit_data,
+            self.load,
+            self.cast,
+            self.exchange,
+            self.copy,
+        ]
         action = self.random.choice(ask + change)
         self.counts[action.__name__] += 1
         action()
@@ -97,9 +111,15 @@ class Interleavings:
 
     @torch.inference_mode()
     def expected(self, prompt: list[int], n: int) -> list[int]:
-        ids = list(prompt)
+        ids, logits = list(prompt), None
         for _ in range(n):
-            ids.append(int(self.plain(torch.tensor([ids]))[0, -1].argmax()))
+            if not self.n_by_position:  # the whole text again, without a cache
+                logits = self.plain(torch.tensor([ids]))
+            elif len(ids) == len(prompt):  # the last position is that of each step, so the text comes token by token
+                logits = self.plain(torch.tensor([ids]), 0)
+            else:
+                logits = self.plain(torch.tensor([ids[-1:]]), len(ids) - 1)
+            ids.append(int(logits[0, -1].argmax()))
         return ids[len(prompt) :]
 
     def generate(self) -> None:
@@ -110,7 +130,11 @@ class Interleavings:
     def stream(self) -> None:
         text = "".join(self.random.choices("abc", k=self.random.randint(0, 20)))
         prompt = self.llama.tokenizer.encode(text, bos=True, eos=False)
-        found = "".join(self.llama.stream_text(text, temperature=0, max_gen_len=4))
+        stream = self.llama.stream_text(text, temperature=0, max_gen_len=4)
+        found = next(stream, "")
+        if self.random.random() < 0.3:
+            self.random.choice([self.generate, self.forward])()
+        found += "".join(stream)
         self.compare(found, self.llama.tokenizer.decode(self.expected(prompt, 4)))
 
     def forward(self) -> None:
@@ -119,10 +143,13 @@ class Interleavings:
         tokens = torch.tensor([prompt])
         with torch.inference_mode():
             cut = self.random.randint(1, len(prompt))
-            found = self.llama.model.forward(tokens[:, :cut], 0)
-            if cut < len(prompt):
-                found = self.llama.model.forward(tokens[:, cut:], cut)
-            expected = self.plain(tokens)[:, -found.shape[1] :]
+
+            def pieces(model: Transformer) -> torch.Tensor:
+                logits = model.forward(tokens[:, :cut], 0)
+                return model.forward(tokens[:, cut:], cut) if cut < len(prompt) else logits
+
+            found = pieces(self.llama.model)
+            expected = pieces(self.plain) if self.n_by_position else self.plain(tokens)[:, -found.shape[1] :]
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
         self.n_answers += 1
 
@@ -152,6 +179,37 @@ class Interleavings:
                 hook = module.register_forward_hook(lambda m, inputs, output: output * scale)
             handles.append(hook)
         self.undo.append(lambda: [handle.remove() for handle in handles])
+
+    def hook_last(self) -> None:
+        """A hook that changes the last position of every pass: of a prompt, then of each token."""
+        if len(self.undo) > 4:
+            return self.take_off()
+        name, size = self.random.choice(["layers.0", "layers.1", "norm"]), self.random.uniform(0.5, 2)
+
+        def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+            output = output.clone()
+            output[:, -1, ::2] += size
+            return output
+
+        handles = [model.get_submodule(name).register_forward_hook(hook) for model in self.both]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+            self.n_by_position -= 1
+
+        self.n_by_position += 1
+        self.undo.append(remove)
+
+    def patch(self) -> None:
+        """Another `forward` in a class, which both models are made of."""
+        cls, scale = (
+            self.random.choice([FeedForward, Attention, RMSNorm, TransformerBlock]),
+            self.random.uniform(0.8, 1.2),
+        )
+        forward = cls.forward
+        cls.forward = lambda module, *args: forward(module, *args) * scale
+        self.undo.append(lambda: setattr(cls, "forward", forward))
 
     def take_off(self) -> None:
         """Hooks and exchanges, the last first: an exchanged module may hold another."""

@@ -14,9 +14,9 @@ from torch import nn
 
 from llama.decode_step import DecodeStep, run_rows
 from llama.kv_cache import Slots, shared_prefix
-from llama.layers.hooks import check_hooks
+from llama.layers.hooks import Patches, is_looked_at
 from llama.layers.packing import pack
-from llama.meta_names import ForwardOnly, runnable
+from llama.meta_names import ForwardOnly, run_again, runnable
 from llama.model import Transformer
 from llama.sequence import Counters, Search, Sequence, choose, score_prompt
 
@@ -41,41 +41,46 @@ class Engine:
 
     def __init__(self, model: Transformer):
         self.opened, self.model = model, runnable(model)  # what users see, and how it is run
-        self.model_is_held = False  # by somebody who may change it, or run it, at any time
+        self.model_is_held = True  # by somebody who may change it, or run it, at any time
+        self.is_looked_at, self.patches = is_looked_at(model), Patches(model)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how much of its prompt is done
+        self.model.allocate_cache()
         self.slots = Slots(self.model.cache)
+        self._cache_state: tuple | None = None  # after the last step
         self.counters = Counters()
         self.decode_step = DecodeStep(self.model)
-        self.reuse_prefixes = True
-        self.packed = False
+        self.reuse_prefixes, self.packed = True, False
         self._ended: list[Sequence] = []  # since the last step returned
 
     def compile(self) -> None:
         """Has the decoding step compiled when it first runs. Raises ValueError for a model with hooks."""
-        check_hooks(self.opened)
+        runnable(self.opened, compiled=True)
         self.decode_step = DecodeStep(self.model, compile=True)
 
     def check(self, model: nn.Module) -> "Transformer | ForwardOnly":
         """How a model would be run. Raises ValueError or TypeError if it cannot be, or not in a compiled step."""
-        if self.decode_step.compiled:
-            check_hooks(model)
-        return runnable(model)
+        return runnable(model, self.decode_step.compiled)
 
     def look_again(self) -> None:
         """Runs the model as it is now; what was in progress in another has failed. Raises as `check`."""
         now = self.check(self.opened)
+        now.allocate_cache()  # which follows casts, and modules that were exchanged
         if now != self.model:
             self._give_up("the model was exchanged for another, or runs one sequence at a time from now on")
-            now.allocate_cache()
             self.model, self.slots = now, Slots(now.cache)
             self.decode_step = DecodeStep(now, self.decode_step.compiled)
-            for sequence in [sequence for sequence in self.waiting if sequence.n_slots > len(self.slots)]:
+            for sequence in [s for s in self.waiting if s.n_slots > len(self.slots)]:
                 self.waiting.remove(sequence)
                 self._ended.append(sequence)
                 sequence.fail("beams share keys, which a model that runs one sequence at a time cannot")
-        self.model.allocate_cache()  # the cache follows casts, and modules that were exchanged
+        self.is_looked_at = is_looked_at(self.opened)
+        if self.model.cache_state != self._cache_state:  # somebody else has run the model, or changed its cache
+            partial = [self.partial[1:]] if self.partial else []  # a slot, and how long its prompt is so far
+            held = [*enumerate(len(sequence.prompt) for sequence in self.running), *partial]
+            run_again(self.model, self.slots, dict(held), self.is_looked_at)
+            self._cache_state = self.model.cache_state
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of those that wait for a slot; `step` returns it once it has ended."""
@@ -94,8 +99,10 @@ class Engine:
         if self.partial is not None and self.partial[0] in sequences:
             self.partial = None
         searches = {s.search for s in sequences} - {None}
+        is_ours = self.model.cache_state == self._cache_state
         for sequence in [s for s in self.running if s in sequences or s.search in searches]:
             self._release(sequence)
+        self._cache_state = self.model.cache_state if is_ours else None
 
     @property
     def has_work(self) -> bool:
@@ -134,19 +141,19 @@ class Engine:
         group, starts, stops, width = [], [], [], 0
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
-            limit = sequence.n_reusable if self.reuse_prefixes and self.model is self.opened else 0
+            limit = 0 if self.is_looked_at or not self.reuse_prefixes else sequence.n_reusable
             source, shared = self.slots.find(sequence.prompt, limit)
             # One that begins like a prompt of this group waits until that one's keys are there.
             if group and any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
                 break
             wider = max(width, sequence.n_prefill - shared)
-            if group and wider * (len(group) + 1) > budget:
-                break
+            if group and (wider * (len(group) + 1) > budget or (self.is_looked_at and sequence.n_prefill != width)):
+                break  # who looks sees no padding
             self.waiting.popleft()
             self.slots.take(first_slot + len(group), source, shared)
             self.counters.reused += shared
             sequence.n_cached = shared
-            if wider > budget:  # alone, and in pieces
+            if wider > budget and not self.is_looked_at:  # alone, and in pieces
                 self.partial = (sequence, first_slot, shared)
                 return self._next_piece()
             group.append(sequence)
@@ -167,8 +174,7 @@ class Engine:
         """The next piece of a long prompt; with the last, the sequence is running."""
         sequence, slot, done = self.partial
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
-        stop = min(done + budget, sequence.n_prefill)
-        if stop == sequence.n_prefill:
+        if (stop := min(done + budget, sequence.n_prefill)) == sequence.n_prefill:
             self.slots.swap(slot, len(self.running))
             slot, self.partial = len(self.running), None
             self.running.append(sequence)
@@ -202,10 +208,8 @@ class Engine:
 
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
-        packed, tokens, positions = self._pack(), [], []
-        for sequence in self.running:
-            tokens.append(sequence.tokens[-1])
-            positions.append(len(sequence.prompt) + len(sequence.tokens) - 1)
+        packed, tokens = self._pack(), [sequence.tokens[-1] for sequence in self.running]
+        positions = [len(sequence.prompt) + len(sequence.tokens) - 1 for sequence in self.running]
         step = self.decode_step.of_the_model_as_it_is() if packed and self.model_is_held else self.decode_step
         self.decode_step = step or self.decode_step
         logits = self.decode_step(tokens, positions, self.slots.spare_position, not packed or step is None)
@@ -237,8 +241,7 @@ class Engine:
         slots = [self.running.index(beam) for beam in search.beams]
         parents = search.advance(logits.log_softmax(-1))
         stays, sources, movers = set(), [], []
-        for parent, beam in zip(parents, search.beams):
-            slot = slots[parent]
+        for slot, beam in zip([slots[parent] for parent in parents], search.beams):
             if slot in stays:
                 sources.append(slot)
                 movers.append(beam)
@@ -272,16 +275,15 @@ class Engine:
         return slot
 
     def _release_ended(self) -> None:
-        for sequence in self.running[:]:
-            if sequence.finish_reason is not None:
-                self._release(sequence)
-                self._ended.append(sequence)
+        for sequence in [sequence for sequence in self.running if sequence.finish_reason is not None]:
+            self._release(sequence)
+            self._ended.append(sequence)
+        self._cache_state = self.model.cache_state  # no step writes anything after this
 
     def _release(self, sequence: Sequence) -> None:
         """Takes a sequence out of its slot; the last running one moves down into it."""
         slot = self.running.index(sequence)
-        last = self.running.pop()
-        if last is not sequence:
+        if (last := self.running.pop()) is not sequence:
             self.running[slot] = last
         self.slots.swap(len(self.running), slot)
 

@@ -24,7 +24,8 @@ from llama.decoding.rollouts import answer_dialogs, encode_dialog, named
 from llama.decoding.speculative import Proposer, SpeculativeEngine, make_proposer, open_draft
 from llama.engine import Engine
 from llama.keywords import Options, StreamOptions, in_our_words
-from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, sample_top_p, shared_attribute  # noqa: F401  # importable
+from llama.layers.hooks import is_ours
+from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, parts_of_a_copy, sample_top_p, shared_attribute  # noqa: F401
 from llama.model import ModelArgs, Transformer
 from llama.options import DecodingOptions, check_flags
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer  # noqa: F401
@@ -89,7 +90,7 @@ class Llama:
                 raise ValueError("compile = True with an adapter beside quantised weights: expected one of the two")
             smaller = open_draft(draft, tokenizer, max_seq_len, max_batch_size)
             model, loaded = build_adapted(checkpoint, adapter, dtype, device, quantize, train)
-            proposer = make_proposer(draft, smaller, model.norm.weight.dtype, device)
+            proposer = make_proposer(draft, smaller, model.dtype, device)
         print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
         del checkpoint, smaller  # which hold the weights: only those that nobody else holds are packed
         llama = Llama(model, tokenizer, seed, proposer, compile)
@@ -105,10 +106,7 @@ class Llama:
         compile: bool = False,
     ):
         self.formatter = ChatFormat(tokenizer)
-        if getattr(model, "cache", None) is None and isinstance(model, Transformer):
-            model.allocate_cache()
         self._engine = Engine(model) if proposer is None else SpeculativeEngine(model, proposer)
-        self._engine.model_is_held = True
         if compile:
             with parallel.fail_at_once():
                 self._engine.compile()
@@ -297,4 +295,6 @@ class Llama:
     @property
     def _other_generate(self) -> Callable[..., tuple] | None:
         """The `generate` that somebody has put in the place of ours, which texts and dialogs are answered by then."""
-        return None if getattr(self.generate, "__func__", None) is Llama.generate else self.generate
+        return None if is_ours(self.generate) else self.generate
+
+    __reduce__ = parts_of_a_copy

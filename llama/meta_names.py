@@ -6,15 +6,18 @@ caches that attention modules own. Interface: github.com/meta-llama/llama3, llam
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partialmethod
+from typing import Any
 
 import torch
 from torch import nn
 
-from llama.kv_cache import KVCache
+from llama.kv_cache import KVCache, Slots
 from llama.layers.attention import CacheView, Place, causal_mask
-from llama.layers.hooks import has_global_hook, has_hooks, is_ours
+from llama.layers.hooks import calls_ours, check_hooks, has_global_hook, has_hooks, is_ours
 from llama.layers.packable import Packable
 from llama.layers.rotary import apply_rotary, rotary_table
 from llama.sampling import filtered
@@ -71,6 +74,23 @@ def shared_attribute(owner: str, name: str) -> property:
     return property(lambda o: getattr(getattr(o, owner), name), lambda o, new: setattr(getattr(o, owner), name, new))
 
 
+def parts_of_a_copy(llama: Any) -> tuple:
+    """What copies of a `Llama` are made of: the model and tokenizer, and what somebody has added.
+
+    The engine is another's, with nothing in it, and a draft model stays behind.
+    """
+    made_of = llama.model, llama.tokenizer, llama.answerer.seed, None, llama._engine.decode_step.compiled
+    own = {name: value for name, value in vars(llama).items() if name not in ("_engine", "answerer")}
+    return _make, (type(llama), made_of), own
+
+
+def _make(cls: type, arguments: tuple) -> Any:
+    made = cls.__new__(cls)
+    init = next(each.__init__ for each in cls.__mro__ if is_ours(each.__init__))  # a subclass may take other arguments
+    init(made, *arguments)
+    return made
+
+
 class StartPos(int):
     """The position of a pass's first column, an int as Meta's blocks take it; `place` is where it is in the cache."""
 
@@ -80,6 +100,40 @@ class StartPos(int):
         start_pos = super().__new__(cls, position)
         start_pos.place = place
         return start_pos
+
+
+class UnevenStartPos:
+    """The first positions of rows that differ in them, for hooks: there is no one int, as Meta's blocks take it.
+
+    A comparison with a number has an answer where it is the same for every row.
+
+    Raises:
+        ValueError: any other use.
+    """
+
+    __hash__ = None
+
+    def __init__(self, starts: list[int], place: CacheView):
+        self.starts, self.place = starts, place
+
+    def _refuse(self, *_: object) -> int:
+        raise ValueError(
+            f"start_pos of rows at the positions {self.starts}: expected a hook that takes no position, prompts of one "
+            "length that end together, or one prompt at a time"
+        )
+
+    def _compare(self, compare: Callable[[int, object], bool], other: object) -> bool:
+        answers = {compare(start, other) for start in self.starts}
+        return answers.pop() if len(answers) == 1 else bool(self._refuse())
+
+    def __bool__(self) -> bool:
+        return self._compare(operator.ne, 0)
+
+    __index__ = __int__ = __float__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+
+
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(UnevenStartPos, _name, partialmethod(UnevenStartPos._compare, getattr(operator, _name)))
 
 
 def _in_metas_order(name: str) -> property:
@@ -97,11 +151,14 @@ def _in_metas_order(name: str) -> property:
 
 
 def has_foreign_blocks(layers: Iterable[nn.Module]) -> bool:
-    """Whether a block or its attention is of another class than ours, or was patched."""
-    return not all(is_ours(block) and is_ours(getattr(block, "attention", block)) for block in layers)
+    """Whether a block or its attention is of another class than ours, was patched, or a hook may change its mask."""
+    parts = (part for block in layers for part in (block, getattr(block, "attention", block)))
+    return any(not calls_ours(part) or part._forward_pre_hooks for part in parts)
 
 
-def mask_for_foreign_blocks(starts: list[int], n_new: int, slots: slice, weight: torch.Tensor) -> torch.Tensor | None:
+def mask_for_foreign_blocks(
+    starts: list[int], n_new: int, slots: slice, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
     """What Meta's blocks take: numbers to add to the scores, [n_new, length] in the dtype of the weights.
 
     Raises:
@@ -110,8 +167,8 @@ def mask_for_foreign_blocks(starts: list[int], n_new: int, slots: slice, weight:
     if min(starts) < max(starts) or slots.start > 0:
         raise ValueError("a block or attention that is not Llama's own takes all rows at one position, from row 0 on")
     stop = starts[0] + n_new
-    visible = causal_mask(torch.arange(starts[0], stop, device=weight.device), stop)
-    hidden = torch.zeros(visible.shape, dtype=weight.dtype, device=weight.device)
+    visible = causal_mask(torch.arange(starts[0], stop, device=device), stop)
+    hidden = torch.zeros(visible.shape, dtype=dtype, device=device)
     return hidden.masked_fill(~visible, -torch.inf) if n_new > 1 else None
 
 
@@ -129,9 +186,10 @@ class OwnCache(nn.Module):
     cache_v = _in_metas_order("values")
 
     @torch.inference_mode(False)
-    def allocate_cache(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes room, unless there is."""
-        if self.keys is None or self.values is None:
+    def allocate_cache(self, dtype: torch.dtype, device: torch.device, as_built: bool = False) -> None:
+        """Makes room, unless there is; where it is to be `as_built`, gives up what somebody has put in its place."""
+        pair = self.keys, self.values
+        if any(tensor is None or (as_built and tensor.shape != self.cache_shape) for tensor in pair):
             cache = KVCache(1, self.cache_shape, dtype, device)
             self.keys, self.values = cache.keys[0], cache.values[0]
 
@@ -146,7 +204,7 @@ class OwnCache(nn.Module):
             q: [B, n_heads, T, head_dim].
             k, v: [B, n_kv_heads, T, head_dim]. A gradient flows through these; those before are constants.
         """
-        place = start_pos.place if isinstance(start_pos, StartPos) else start_pos
+        place = getattr(start_pos, "place", start_pos)
         if place is None:
             return k, v
         if not isinstance(place, CacheView):
@@ -167,6 +225,17 @@ class OwnCache(nn.Module):
         return self
 
 
+def n_rows(model: nn.Module) -> int:
+    """How many rows the caches in a model have, which may be others than those it was built with."""
+    caches = (module.keys for module in model.modules() if isinstance(module, OwnCache))
+    return min((len(keys) for keys in caches if keys is not None), default=0)
+
+
+def _state_of(keys: list[torch.Tensor]) -> tuple[int, ...]:
+    """Which tensors these are, and how often PyTorch has written to the first: it does not count in inference mode."""
+    return (*map(id, keys), *(tensor._version for tensor in keys[:1] if not tensor.is_inference()))
+
+
 class RotaryAsComplex(nn.Module):
     """A model's rotary table under Meta's name, and in float32 whatever the weights are cast to."""
 
@@ -175,6 +244,17 @@ class RotaryAsComplex(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.rotary.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first parameter: any other module may have been exchanged for one without. None is unpacked."""
+        found = (p for module in self.modules() for p in vars(module)["_parameters"].values() if p is not None)
+        return next(found).dtype
+
+    @property
+    def cache_state(self) -> tuple[int, ...]:
+        """Another one after anybody has written to the first layer's keys, or given a layer other keys."""
+        return _state_of(self.cache.keys)
 
     @property
     def freqs_cis(self) -> torch.Tensor:
@@ -234,6 +314,11 @@ class ForwardOnly:
     def device(self) -> torch.device:
         return next(tensor for tensor in itertools.chain(self.module.parameters(), self.module.buffers())).device
 
+    @property
+    def cache_state(self) -> tuple[int, ...]:
+        """As of `RotaryAsComplex`, from the attention modules that are ours."""
+        return _state_of([m.keys for m in self.module.modules() if isinstance(m, OwnCache) and m.keys is not None])
+
     def allocate_cache(self) -> None:
         """Nothing: the module keeps its own past."""
 
@@ -249,7 +334,35 @@ class ForwardOnly:
         return logits.float()
 
 
-def runnable(model: nn.Module) -> "RotaryAsComplex | ForwardOnly":
-    """What the engine runs: a `Transformer` as it is, if nobody would notice that not all of it is called."""
-    is_llama = isinstance(model, RotaryAsComplex) and is_ours(model) and not has_hooks(model) and not has_global_hook()
+@torch.inference_mode()
+def run_again(model: "RotaryAsComplex | ForwardOnly", slots: Slots, held: dict[int, int], as_before: bool) -> None:
+    """Makes the keys of some slots anew, for somebody has written over the cache; what the others held is gone.
+
+    Args:
+        held: the slots, and the length of the prompt in each.
+        as_before: whether a hook may see the difference between one pass and many: a prompt, then each token after it.
+    """
+    for slot, ids in enumerate(slots.tokens):
+        if slot not in held:
+            slots.tokens[slot] = []
+            continue
+        start = 0
+        for stop in range(held[slot] if as_before else len(ids), len(ids) + 1):
+            if stop > start:
+                tokens = torch.tensor([ids[start:stop]], device=model.device)
+                model.run(tokens, [start], slice(slot, slot + 1))
+            start = stop
+
+
+def runnable(model: nn.Module, compiled: bool = False) -> "RotaryAsComplex | ForwardOnly":
+    """What the engine runs: a `Transformer` as it is, if nobody would notice that not all of it is called.
+
+    Raises:
+        TypeError, ValueError: as `ForwardOnly`, and for a step that is `compiled` as `check_hooks`.
+    """
+    if compiled:
+        check_hooks(model)
+    is_llama = (
+        isinstance(model, RotaryAsComplex) and calls_ours(model) and not has_hooks(model) and not has_global_hook()
+    )
     return model if is_llama and not has_foreign_blocks(model.layers) else ForwardOnly(model)

@@ -28,7 +28,7 @@ from llama.layers.linear import (
     multiply_together,
 )
 from llama.layers.packing import groups
-from llama.layers.rotary import apply_rotary, rotary_table
+from llama.layers.rotary import rotary_table
 from llama.meta_names import apply_rotary_emb, precompute_freqs_cis, repeat_kv  # noqa: F401 # importable from here
 
 
@@ -119,16 +119,16 @@ class Attention(meta.OwnCache):
     def forward(self, x: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
         """[B, T, dim] -> [B, T, dim].
 
-        `start_pos` is the place in the cache, `freqs_cis` the angles of the positions (`apply_rotary`), `mask` which
+        `start_pos` is the place in the cache, `freqs_cis` the angles of the positions, `mask` which
         keys the tokens see (`attend`).
         """
         q, k, v = multiply_together(x, self.wq, self.wk, self.wv)
         q = q.unflatten(-1, (self.n_local_heads, self.head_dim))
         k = k.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
-        q = apply_rotary(q, freqs_cis).transpose(1, 2)  # [B, n_local_heads, T, head_dim]
-        k = apply_rotary(k, freqs_cis).transpose(1, 2)
-        k, v = self.remember(start_pos, q, k, v.transpose(1, 2))  # [B, n_local_kv_heads, length, head_dim]
+        q, k = apply_rotary_emb(q, k, freqs_cis)
+        q = q.transpose(1, 2)  # [B, n_local_heads, T, head_dim]
+        k, v = self.remember(start_pos, q, k.transpose(1, 2), v.transpose(1, 2))  # [B, n_local_kv_heads, length, ..]
         y = attend(q, k, v, mask)
         return self.wo(y.transpose(1, 2).flatten(-2))
 
@@ -214,16 +214,16 @@ class Transformer(meta.RotaryAsComplex):
         """All matrices but the embedding, in the order of a pass; those that multiply the same input together."""
         return groups(self)
 
-    def allocate_cache(self) -> None:
+    def allocate_cache(self, as_built: bool = True) -> None:
         """Makes room for the keys and values of `max_batch_size` sequences of `max_seq_len` positions.
 
-        Layers that have room keep it: call this again when modules were exchanged.
+        Layers that have room keep it, if it is of this size or not `as_built`. Call this when modules were exchanged.
         """
         attentions = [module for module in self.modules() if isinstance(module, Attention)]
         for attention in attentions:
-            attention.allocate_cache(self.norm.weight.dtype, self.norm.weight.device)
+            attention.allocate_cache(self.dtype, self.device, as_built)
         if self.cache is None:
-            self.cache = KVCache(0, (), self.norm.weight.dtype, self.norm.weight.device)
+            self.cache = KVCache(0, (), self.dtype, self.device)
         self.cache.keys = [attention.keys for attention in attentions]
         self.cache.values = [attention.values for attention in attentions]
 
@@ -278,22 +278,23 @@ class Transformer(meta.RotaryAsComplex):
 
     def _locate(
         self, tokens: torch.Tensor, start_pos: Starts, slots: slice | None
-    ) -> tuple[meta.StartPos, torch.Tensor, Mask]:
+    ) -> tuple[meta.StartPos | meta.UnevenStartPos, torch.Tensor, Mask]:
         """Where the tokens are, their rotary angles, and what each may see."""
         (batch_size, n_new), starts = tokens.shape, as_list(start_pos)
         first, last = min(starts), max(starts)
         length = last + n_new  # of the longest row
         if first < 0 or length > self.args.max_seq_len:
             raise ValueError(f"positions {first} to {length - 1} asked for: expected 0 to {self.args.max_seq_len - 1}")
-        if start_pos is not None and batch_size > self.args.max_batch_size:
+        if start_pos is not None and batch_size > self.args.max_batch_size and batch_size > meta.n_rows(self):
             raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {self.args.max_batch_size}")
         if self.cache is None and last > 0:
             raise ValueError(f"start_pos = {last}, but nothing was run at the positions before it")
         if self.cache is None and start_pos is not None:
-            self.allocate_cache()
+            self.allocate_cache(as_built=False)
         slots = slice(0, batch_size) if slots is None else slots
         positions, mask = positions_and_mask(starts, n_new, tokens.device)
         if (mask is not None or slots.start > 0) and meta.has_foreign_blocks(self.layers):
-            mask = meta.mask_for_foreign_blocks(starts, n_new, slots, self.norm.weight)
+            mask = meta.mask_for_foreign_blocks(starts, n_new, slots, self.dtype, self.device)
         place = None if start_pos is None else CacheView(slots.start, positions, length)
-        return meta.StartPos(first, place), self.angles(positions), mask
+        at = meta.StartPos(first, place) if first == last else meta.UnevenStartPos(starts, place)
+        return at, self.angles(positions), mask

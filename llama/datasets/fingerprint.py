@@ -27,7 +27,7 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
         return known
     model = llama.answerer.shared.engine.opened  # which `llama.model` would take for changed from now on
     args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
     if (template := llama.formatter.template) is not None:
         tokenizer += f", chat template {template.digest}"

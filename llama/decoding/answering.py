@@ -263,8 +263,7 @@ class Answerer:
 
     def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
-        if self.shared.engine.model_is_held:
-            self.shared.look_again()
+        self.shared.look_again()
         seed = options.get("seed")
         if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
             own = call_seed(self.seed, next(self._calls))

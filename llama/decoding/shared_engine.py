@@ -41,13 +41,21 @@ class SharedEngine:
         if self.driver is None:
             self._make_changes()
 
-    def look_again(self) -> None:
-        """Has the engine run its model as it is now, from the next step on. Raises as `Engine.check`."""
+    def look_again(self) -> bool:
+        """Has the engine run its model as it is now, from the next step on, if that may be another than it was.
+
+        It may where somebody holds the model, or has hooked or patched all models. Returns whether it may. Raises as
+        `Engine.check`.
+        """
         with self.lock:
+            self.engine.model_is_held |= self.engine.patches.found
+            if not self.engine.model_is_held:
+                return False
             if self.driver is None:
                 self.engine.look_again()
             else:  # which looks before its next step
                 self.engine.check(self.engine.opened)
+            return True
 
     def exchange(self, model: nn.Module) -> None:
         """Has the engine run another model from the next step on. Raises as `Engine.check`, and keeps the old one."""
@@ -103,8 +111,7 @@ class Call:
                     f"{dist.get_world_size()} processes: expected calls from one thread, the same ones in each process"
                 )
             shared.only_thread = here
-        if shared.engine.model_is_held:
-            shared.look_again()
+        if shared.look_again():
             with shared.lock:
                 shared.change(Slots.outdate, shared.engine.slots)
         self.shared = shared

@@ -74,7 +74,7 @@ class SpeculativeEngine(Engine):
         # The step adds one token to those accepted, so the last of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
         proposals: dict[Sequence, list[int]] = {}
-        may_propose = self.packed and any(limits) and self.model is self.opened  # after the second token
+        may_propose = self.packed and any(limits) and not self.is_looked_at  # after the second token
         trials, n_rows, n_decoded = self.payoff.at(len(self.running)), len(self.running), self.counters.decoded
         started = self.payoff.clock()
         if may_propose and trials.proposing:

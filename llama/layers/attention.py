@@ -97,7 +97,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     Args:
         q: [B, n_heads, T, head_dim].
         k, v: [B, n_kv_heads, length, head_dim]; n_heads / n_kv_heads query heads share each.
-        mask: [T, length] or [B or 1, 1, T, length], or as `Mask` says.
+        mask: [T, length] or [B or 1, 1 or n_heads, T, length], or as `Mask` says.
 
     Returns:
         [B, n_heads, T, head_dim].
@@ -119,7 +119,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
         if k.shape[2] >= LONG and _serves(q, k, v, mask):
             return _attend_to_long_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
     if mask is not None:
-        mask = torch.cat([mask] * group, dim=-2)
+        of_each_head = mask.dim() > 2 and mask.shape[-3] > 1
+        mask = mask.unflatten(-3, (-1, group)).flatten(-3, -2) if of_each_head else torch.cat([mask] * group, dim=-2)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.unflatten(2, (group, n_new)).flatten(1, 2)
 
@@ -143,6 +144,7 @@ def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     is_plain = type(q) is type(k) is type(v) is torch.Tensor and not torch._C._are_functorch_transforms_active()
     fits = q.dtype in kernels.TYPES and q.shape[-1] % 16 == 0 and q.shape[-1] <= 256
     whole = k.stride(-1) == v.stride(-1) == 1 and (mask is None or (mask.dtype == torch.bool and mask.stride(-1) == 1))
+    whole = whole and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1)
     return not has_gradient and is_plain and fits and whole and _kernel() is not None
 
 

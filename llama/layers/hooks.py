@@ -3,11 +3,14 @@
 A fast path that does not call a module asks here first whether anybody would notice.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Identity)  # that do nothing to an input
 
 
 def is_plain(module: nn.Module, forward: Callable[..., torch.Tensor]) -> bool:
@@ -21,10 +24,35 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_ours(module: nn.Module) -> bool:
+def is_ours(function: Callable) -> bool:
+    """Whether a function or method is written in this package, whatever names a decorator has given it."""
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    return module.partition(".")[0] == __name__.partition(".")[0]
+
+
+def calls_ours(module: nn.Module) -> bool:
     """Whether calling a module runs a method of this package: no patched method, and no other class in its place."""
-    function = getattr(module.forward, "__func__", None)
-    return function is not None and function.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return is_ours(module.forward) and getattr(module.forward, "__self__", None) is module
+
+
+def is_looked_at(model: nn.Module) -> bool:
+    """Whether somebody else's code sees what runs through a module: it may count positions, or take the last one."""
+    for module in model.modules():
+        hooks = itertools.chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+        if not all(map(is_ours, hooks)) or not (isinstance(module, CONTAINERS) or calls_ours(module)):
+            return True
+    return bool(has_global_hook())
+
+
+class Patches:
+    """Notices hooks on all modules, and another `forward` in a class of a model's: for neither takes the model."""
+
+    def __init__(self, model: nn.Module):
+        self._forwards = {type(module): type(module).forward for module in model.modules()}
+
+    @property
+    def found(self) -> bool:
+        return bool(has_global_hook()) or any(cls.forward is not forward for cls, forward in self._forwards.items())
 
 
 def watched(model: nn.Module) -> Iterator[str]:
@@ -35,7 +63,7 @@ def watched(model: nn.Module) -> Iterator[str]:
         name = name or "the model"
         if has_hooks(module):
             yield f"{name} has hooks"
-        elif not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Identity)) and not is_ours(module):
+        elif not isinstance(module, CONTAINERS) and not calls_ours(module):
             yield f"{name} is a {type(module).__name__}, or its forward was patched"
 
 

@@ -30,14 +30,18 @@ class PlainLlama:
             logprobs.append(scores)
         return answers, logprobs if options.get("logprobs") else None
 
+    def _texts(self, ids: list[list[int]], max_gen_len: int, temperature: float) -> list[str]:
+        answers, _ = self.generate(prompt_tokens=ids, max_gen_len=max_gen_len, temperature=temperature)
+        return [self.tokenizer.decode(answer) for answer in answers]
+
     def text_completion(self, prompts: list[str], temperature: float, max_gen_len: int) -> list[dict]:
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        texts = [self.tokenizer.decode(answer) for answer in self.generate(ids, max_gen_len, temperature)[0]]
+        texts = self._texts(ids, max_gen_len, temperature)
         return [{"generation": text, "finish_reason": "length"} for text in texts]
 
     def chat_completion(self, dialogs: list, temperature: float, max_gen_len: int) -> list[dict]:
         ids = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        texts = [self.tokenizer.decode(answer) for answer in self.generate(ids, max_gen_len, temperature)[0]]
+        texts = self._texts(ids, max_gen_len, temperature)
         messages = [{"role": "assistant", "content": text.strip()} for text in texts]
         return [{"generation": message, "finish_reason": "length"} for message in messages]
 
@@ -58,4 +62,8 @@ def build(kind: str, folder: Path, seed: int = 0, **changes: Any) -> "Llama | Pl
     tokenizer.stop_tokens = set()  # random weights end at any time
     model = bare_model(seed, **changes)
     model.packable = kind == "fast"
-    return Llama(model, tokenizer) if kind == "fast" else PlainLlama(model, tokenizer)
+    if kind == "plain":
+        return PlainLlama(model, tokenizer)
+    llama = Llama(model, tokenizer)
+    llama._engine.model_is_held = False  # as `Llama.build` leaves it
+    return llama

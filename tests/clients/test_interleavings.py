@@ -7,4 +7,4 @@ def test_whatever_is_done_in_whatever_order_the_answers_are_the_plain_models(tmp
     steps = Interleavings(1, tmp_path)
     for _ in range(150):
         steps.step()
-    assert steps.n_answers > 40 and steps.n_packed > 10 and len(steps.counts) == 11
+    assert steps.n_answers > 40 and steps.n_packed > 10 and len(steps.counts) == 13

@@ -1,5 +1,6 @@
 """Whoever looks at a module sees it run: hooks, patched methods and modules put in place of others, packed or not."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -245,7 +246,9 @@ def test_a_compiled_step_is_refused_where_it_would_ignore_somebody():
     handle.remove()
     model.norm.forward = model.norm.forward.__func__.__get__(model.norm)  # the same method is no patch
     check_hooks(model)
-    model.norm.forward = lambda x: x
+    model.norm.forward = model.layers[0].ffn_norm.forward
+    assert len(list(watched(model))) == 1
+    model.norm.forward = functools.wraps(type(model.norm).forward)(lambda x: x)
     with pytest.raises(ValueError, match="norm is a RMSNorm, or its forward was patched"):
         check_hooks(model)
     del model.norm.forward
@@ -302,3 +305,35 @@ def test_a_model_without_a_cache_takes_the_place_of_another(write_checkpoint):
     bare.load_state_dict(other.model.state_dict())
     llama.model = bare
     assert llama.generate([[1, 2, 3]], 5, temperature=0) == other.generate([[1, 2, 3]], 5, temperature=0)
+
+
+def test_a_position_that_rows_do_not_share_is_refused_to_hooks():
+    model = random_model(**SMALL)
+    seen: list[object] = []
+    handle = model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    with torch.inference_mode():
+        model(TOKENS, 0)
+        model(TOKENS[:, :1], [9, 9])
+        model(TOKENS[:, :1], [9, 4])
+    assert [int(position) for position in seen[:2]] == [0, 9]
+    uneven = seen[2]
+    assert uneven > 0 and uneven != 0 and uneven and not uneven < 4 and uneven != 5 and uneven <= 9
+    uses = (int, lambda p: p + 1, lambda p: 2 - p, lambda p: p == 4, lambda p: p > 5, lambda p: TOKENS[p:])
+    for use in uses:
+        with pytest.raises(ValueError, match=r"at the positions \[9, 4\]: expected"):
+            use(uneven)
+    handle.remove()
+
+
+@torch.inference_mode()
+def test_a_mask_may_be_of_each_head():
+    attention = random_model(**SMALL).layers[0].attention
+    x, freqs_cis = torch.randn(2, 9, 64), random_model(**SMALL).freqs_cis[:9]
+    causal = torch.full((9, 9), -torch.inf).triu(1)
+    slopes = torch.arange(8)[:, None, None] * (torch.arange(9) - torch.arange(9)[:, None]) / 10
+    found = attention(x, 0, freqs_cis, causal + slopes)
+    attention.wo = nn.Identity()
+    expected = [attention(x, 0, freqs_cis, causal + slope)[..., 8 * i : 8 * i + 8] for i, slope in enumerate(slopes)]
+    wo = random_model(**SMALL).layers[0].attention.wo
+    torch.testing.assert_close(found, wo(torch.cat(expected, dim=-1)))
+    assert not torch.allclose(found, wo(attention(x, 0, freqs_cis, causal)), atol=1e-3)
