@@ -15,10 +15,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import fire
+import torch
 
 from llama import Llama
+from llama.decoding.grammar import Grammars
+from llama.options import DecodingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
@@ -78,6 +82,29 @@ def check_schemas(llama: Llama, n: int) -> int:
     return n_ended
 
 
+def check_greedy(llama: Llama, n: int) -> int:
+    """Compares greedy answers to n schemas with those of trying every token; how many tokens. Raises AssertionError."""
+    prompt = llama.formatter.encode_dialog_prompt(SUM)
+    grammars, n_tokens = Grammars(llama.tokenizer, llama.args.vocab_size), 0
+    for schema in schemas(n):
+        at_the_start = grammars.start(DecodingOptions(json_schema=schema))._matcher
+
+        def try_every_token(ids: torch.Tensor, logits: torch.Tensor, matcher: Any = at_the_start) -> torch.Tensor:
+            matcher = matcher.deep_copy()
+            matcher.try_consume_tokens(ids[0, len(prompt) :].tolist())
+            for token in logits[0].argsort(descending=True).tolist():
+                may_end = token in llama.tokenizer.stop_tokens and matcher.is_accepting()
+                if may_end or matcher.deep_copy().try_consume_tokens([token]) == 1:
+                    return torch.full_like(logits, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+            raise AssertionError("no token fits")
+
+        ((slow,),) = llama.answer([prompt], temperature=0, max_gen_len=60, logits_processor=try_every_token)
+        ((fast,),) = llama.answer([prompt], temperature=0, max_gen_len=60, json_schema=schema)
+        assert fast.tokens == slow.tokens, (schema, fast.text, slow.text)
+        n_tokens += len(fast.tokens)
+    return n_tokens
+
+
 def _mend(path: str, body: dict) -> None:
     """Puts right what a made-up request nearly always has wrong, so that the rest of it is looked at."""
     body.pop("model", None)
@@ -129,12 +156,13 @@ def check_requests(url: str, n: int) -> dict[int, int]:
     return dict(sorted(statuses.items()))
 
 
-def main(requests: int = 1000, schemas: int = 2000) -> None:
+def main(requests: int = 1000, schemas: int = 2000, greedy: int = 100) -> None:
     """Checks and prints.
 
     Args:
         requests: how many are made up.
         schemas: how many answers with a schema.
+        greedy: how many of these are compared, greedily, with trying every token.
     """
     command = [sys.executable, "-m", "llama", "serve", "--port", "0", "--device", "cpu", "--no_web"]
     started = time.perf_counter()
@@ -152,7 +180,9 @@ def main(requests: int = 1000, schemas: int = 2000) -> None:
     llama = Llama.build(DEMO, None, 512, 16, device="cpu", dtype="float32")
     n_ended = check_schemas(llama, schemas)
     took = time.perf_counter() - started
-    print(f"{schemas} schemas: {n_ended} answers ended by themselves, all of them valid; {took:.0f} s")
+    print(f"{schemas} schemas: {n_ended} answers ended by themselves, all of them valid; {took:.0f} s", flush=True)
+    n_tokens = check_greedy(llama, greedy)
+    print(f"{greedy} schemas: {n_tokens} greedy tokens, all of them those of trying every token")
 
 
 if __name__ == "__main__":

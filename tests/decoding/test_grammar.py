@@ -11,7 +11,7 @@ jsonschema = pytest.importorskip("jsonschema")
 
 from conftest import DEMO, shared  # noqa: E402
 
-from benchmarks.server_checks import SUM, check_schemas  # noqa: E402
+from benchmarks.server_checks import SUM, check_greedy, check_schemas  # noqa: E402
 from llama import GenerationError, Llama  # noqa: E402
 from llama.decoding.grammar import Grammars  # noqa: E402
 from llama.options import DecodingOptions, per_prompt  # noqa: E402
@@ -28,6 +28,10 @@ SCHEMA = {
 
 def test_every_answer_that_ends_by_itself_fits_its_schema(demo):
     assert check_schemas(demo, N_SCHEMAS) > 0.9 * N_SCHEMAS
+
+
+def test_greedy_answers_to_made_up_schemas_are_those_of_trying_every_token(demo):
+    assert check_greedy(demo, 4) > 10
 
 
 FINITE = [  # schemas, and all texts that fit
