@@ -1,4 +1,4 @@
-// softmax(q k^T) v of few queries, for any processor that GCC or Clang compiles for: a decoding step over long contexts.
+// softmax(q k^T) v of few queries, for any processor that GCC compiles for: a decoding step over long contexts.
 //
 // The queries that share a head of keys are taken four at a time, so each key and value is read from memory once. The
 // positions of a head are cut into spans of fixed length, which threads take as they come, and whose sums are joined in

@@ -20,7 +20,9 @@ from llama.decoding import speculative
 from llama.decoding.payoff import Payoff
 from llama.decoding.speculative import MAX_PROPOSALS, DraftModel, NgramIndex, check_tokenizer
 from llama.engine import PREFILL_TOKENS
-from llama.sampling import race
+from llama.options import DecodingOptions
+from llama.sampling import RandomStream, race
+from llama.sequence import Sequence
 
 KINDS = ["near", "bad", "ngram"]
 
@@ -241,6 +243,24 @@ def test_both_caches_hold_what_their_records_say(build, kind):
         for slot, ids in enumerate(slots.tokens):
             held = torch.stack([*model.cache.keys, *model.cache.values])[:, slot, :, : len(ids)]
             torch.testing.assert_close(held, keys_and_values(model, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_after_a_pause_a_draft_holds_what_its_record_says(build):
+    """Steps without proposals move sequences about: one that the draft never saw may come before others."""
+    draft = build("near", 4)._engine.proposer
+    a, b, c, d, e = (
+        Sequence([i] * 40, 90, DecodingOptions(temperature=0), RandomStream(1, [i] * 40)) for i in range(5)
+    )
+    # The last but one time, b is the one that has longest been left alone; then d stands before it.
+    for sequences, limits in (([a, b, c, e], [2, 2, 2, 2]), ([a, b, c, e], [2, 0, 2, 2]), ([d, b, a], [2, 2, 2])):
+        draft.propose(sequences, limits)
+        for slot, sequence in enumerate(sequences):
+            text, ids = sequence.prompt + sequence.tokens, draft.slots.tokens[slot]
+            assert ids[: len(text)] == text[: len(ids)] and len(ids) >= len(text) - 1
+            held = torch.stack([*draft.model.cache.keys, *draft.model.cache.values])[:, slot, :, : len(ids)]
+            torch.testing.assert_close(held, keys_and_values(draft.model, ids), atol=1e-4, rtol=1e-4)
+            if sequence is not b:
+                sequence.tokens += [7]
 
 
 @pytest.mark.parametrize("kind", KINDS)
