@@ -116,7 +116,11 @@ def _packed_product_shape(x: torch.Tensor, number: int, out_features: int) -> to
 
 
 def lay_out(
-    parts: "list[torch.Tensor | Quantized | Blocks]", kind: str | None, dtype: torch.dtype, number: int | None = None
+    parts: "list[torch.Tensor | Quantized | Blocks]",
+    kind: str | None,
+    dtype: torch.dtype,
+    number: int | None = None,
+    room: list[torch.Tensor] | None = None,
 ) -> Layout | None:
     """The fastest layout of matrices put below one another; None where they had better stay as they are.
 
@@ -125,6 +129,7 @@ def lay_out(
         kind: "int8", "int4", or None for weights as they are.
         dtype: of the computation.
         number: of the packed layout that this one replaces.
+        room: keeps memory from one call to the next, for new memory costs as much as what is written to it.
     """
     if kind is not None:
         if parts[0].device.type == "cpu" and kernels.missing() is None:
@@ -135,8 +140,16 @@ def lay_out(
     if any(part.requires_grad for part in parts):
         return None
     if Packed.serves(parts[0]):
-        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts), number)
+        return Packed(parts[0] if len(parts) == 1 else _below_one_another(parts, [] if room is None else room), number)
     return Dense(torch.cat(parts)) if parts[0].device.type == "cuda" and len(parts) > 1 else None
+
+
+def _below_one_another(parts: list[torch.Tensor], room: list[torch.Tensor]) -> torch.Tensor:
+    shape = sum(map(len, parts)), parts[0].shape[1]
+    n_numbers = shape[0] * shape[1]
+    if not room or room[0].dtype != parts[0].dtype or room[0].numel() < n_numbers:
+        room[:] = [parts[0].new_empty(n_numbers)]
+    return torch.cat(parts, out=room[0][:n_numbers].view(shape))
 
 
 class Rounded(Layout):

@@ -148,6 +148,7 @@ class _Holders:
     def __init__(self, model: nn.Module):
         self.modules: defaultdict[int, list[nn.Module]] = defaultdict(list)  # by the parameter's id
         self.n_sharing: Counter[int] = Counter()  # by the memory's address
+        self.room: list[torch.Tensor] = []  # as `lay_out` takes it
         for module in model.modules():
             for parameter in vars(module)["_parameters"].values():
                 if parameter is not None:
@@ -193,7 +194,8 @@ def _pack_together(linears: list[Linear], holders: _Holders, state: PackingState
     weights = [vars(linear)["_parameters"]["weight"] for linear in linears]
     n_before, number = vars(linears[0]).get("_numbered", (0, None))
     dtype, device = weights[0].dtype, weights[0].device
-    layout = lay_out([w.detach() for w in weights], None, dtype, number if n_before == len(linears) else None)
+    number = number if n_before == len(linears) else None
+    layout = lay_out([w.detach() for w in weights], None, dtype, number, holders.room)
     if layout is None:
         return
     vars(linears[0])["_numbered"] = len(linears), getattr(layout, "number", None)
