@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "layers/*.cpp"]},
+    package_data={"llama": ["py.typed", "layers/*.cpp", "layers/*.h"]},
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
     python_requires=">=3.10",
     install_requires=["torch", "fairscale", "tiktoken", "tyro", "fire", "tqdm"],

@@ -55,7 +55,8 @@ def compiled(name: str, *flags: str) -> ctypes.CDLL:
     cpu = next((line for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features"))), "")
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, *FLAGS, *flags, str(source)]
-    made_of = [source.read_text(), *command[:-1], cpu, *platform.libc_ver()]
+    made_of = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    made_of += [*command[:-1], cpu, *platform.libc_ver()]
     key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-textbook"
     path = folder / f"{name}-{key[:16]}.so"

@@ -1,0 +1,191 @@
+// Products of many rows with AMX, whose tiles multiply 16 rows of x by 16 rows of codes, 64 columns at a time.
+// Intel's Architectures Software Developer's Manual, volume 1, chapter 18.
+
+#pragma once
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "integers.h"
+
+#ifdef __AMX_INT8__
+
+namespace {
+
+constexpr int64_t kArchReqXcompPerm = 0x1023, kXfeatureXtileData = 18;  // docs.kernel.org/arch/x86/xstate
+
+bool may_use_tiles() { return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtileData) == 0; }
+
+// The intrinsics of tiles do not tell the compiler which memory they read and write.
+inline void touch(void* memory) { asm volatile("" ::"r"(memory) : "memory"); }
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// The first tiles are the sums of two blocks, 2 * plane + block. Then, for two planes, come the integers of each and
+// the codes of each block; for three, one tile of either.
+template <int P>
+void configure_tiles(int64_t n_rows, int64_t step) {
+  TileConfig config;
+  for (int t = 0; t < 8; t++) {
+    const bool integers = t >= 2 * P && t < (P == 2 ? 6 : 7), codes = t >= 2 * P && !integers;
+    config.bytes[t] = integers ? step : kLine;
+    config.rows[t] = codes ? step / 4 : n_rows;
+  }
+  touch(&config);
+  _tile_loadconfig(&config);
+}
+
+template <int P>
+inline void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if (P == 3) {
+    _tile_zero(4);
+    _tile_zero(5);
+  }
+}
+
+// Sums [plane][block][16 rows of x][16].
+template <int P>
+inline void load_tiles(const int32_t (*sums)[2][kTileRows][kRows]) {
+  _tile_loadd(0, sums[0][0], kLine);
+  _tile_loadd(1, sums[0][1], kLine);
+  _tile_loadd(2, sums[1][0], kLine);
+  _tile_loadd(3, sums[1][1], kLine);
+  if (P == 3) {
+    _tile_loadd(4, sums[P - 1][0], kLine);
+    _tile_loadd(5, sums[P - 1][1], kLine);
+  }
+}
+
+template <int P>
+inline void store_tiles(int32_t (*sums)[2][kTileRows][kRows]) {
+  _tile_stored(0, sums[0][0], kLine);
+  _tile_stored(1, sums[0][1], kLine);
+  _tile_stored(2, sums[1][0], kLine);
+  _tile_stored(3, sums[1][1], kLine);
+  if (P == 3) {
+    _tile_stored(4, sums[P - 1][0], kLine);
+    _tile_stored(5, sums[P - 1][1], kLine);
+  }
+  touch(sums);
+}
+
+// Adds the products of `size` columns of 16 rows of x with those of two blocks.
+template <int P>
+inline void add_products(const Rows& x, int64_t row, int64_t column, int64_t size, const uint8_t* const* codes) {
+  touch(const_cast<uint8_t*>(codes[0]));
+  const int8_t* integers = x.at(row, 0, column);  // of the planes one after the other, step by step
+  const int64_t plane = x.tile_rows * x.step;
+  for (int64_t k = 0; k < size; k += x.step, integers += P * plane) {
+    if (P == 2) {
+      _tile_loadd(4, integers, x.step);
+      _tile_loadd(6, codes[0] + k * kRows, kLine);
+      _tile_dpbssd(0, 4, 6);
+      _tile_loadd(7, codes[1] + k * kRows, kLine);
+      _tile_dpbssd(1, 4, 7);
+      _tile_loadd(5, integers + plane, x.step);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_loadd(7, codes[0] + k * kRows, kLine);
+      _tile_loadd(6, integers, x.step);
+      _tile_dpbssd(0, 6, 7);
+      _tile_loadd(6, integers + plane, x.step);
+      _tile_dpbssd(2, 6, 7);
+      _tile_loadd(6, integers + 2 * plane, x.step);
+      _tile_dpbssd(4, 6, 7);
+      _tile_loadd(7, codes[1] + k * kRows, kLine);
+      _tile_dpbssd(5, 6, 7);
+      _tile_loadd(6, integers + plane, x.step);
+      _tile_dpbssd(3, 6, 7);
+      _tile_loadd(6, integers, x.step);
+      _tile_dpbssd(1, 6, 7);
+    }
+  }
+}
+
+// The codes of a group as signed bytes, [k / 4][16 rows][4]: as tiles take them. Those of 8 bits lie so.
+inline void spread(const uint8_t* codes, int64_t size, uint8_t* out) {
+  const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(8);
+  for (int64_t k = 0; k < size; k += 8) {
+    __m512i both = _mm512_loadu_si512(codes + k * kRows / 2);
+    _mm_prefetch(codes + k * kRows / 2 + kAhead, _MM_HINT_T0);
+    __m512i a = _mm512_and_si512(both, nibble), b = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    _mm512_store_si512(out + k * kRows, _mm512_sub_epi8(a, offset));
+    _mm512_store_si512(out + k * kRows + kLine, _mm512_sub_epi8(b, offset));
+  }
+}
+
+// Four blocks times all rows of x, into sums [row][block][16]. `room` takes the codes of the blocks as bytes.
+template <int P>
+void many_rows_of_4_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* room) {
+  alignas(64) int32_t products[P][2][kTileRows][kRows];
+  for (int64_t from = 0; from < x.n; from += kChunkRows)
+    for (int64_t g = 0; g < s.n_groups; g++) {
+      const uint8_t* codes[kBlocksPerTask];
+      Scales scales[kBlocksPerTask];
+      for (int64_t b = 0; b < kBlocksPerTask; b++) {
+        uint8_t* bytes = room + (kBlocksPerTask * g + b) * s.group * kRows;
+        const uint8_t* stored = codes_of<4>(blocks[b], s, g);
+        if (from == 0) spread(stored, s.group, bytes);
+        scales[b] = scales_of<4>(stored - kLine);
+        codes[b] = bytes;
+      }
+      for (int64_t row = from; row < std::min(from + kChunkRows, x.n); row += kTileRows)
+        for (int64_t pair = 0; pair < kBlocksPerTask; pair += 2) {
+          zero_tiles<P>();
+          add_products<P>(x, row, g * s.group, s.group, codes + pair);
+          store_tiles<P>(products);
+          for (int64_t r = 0; r < std::min(kTileRows, x.n - row); r++) {
+            const float total = x.totals[(row + r) * s.n_groups + g];
+            float* sum = sums + ((row + r) * kBlocksPerTask + pair) * kRows;
+            for (int64_t b = 0; b < 2; b++, sum += kRows) {
+              __m512i planes[P];
+              for (int p = 0; p < P; p++) planes[p] = _mm512_load_si512(products[p][b][r]);
+              __m512 acc = g == 0 ? _mm512_setzero_ps() : _mm512_load_ps(sum);
+              _mm512_store_ps(sum, add_group<4>(acc, joined<4, P>(planes), scales[pair + b], total));
+            }
+          }
+        }
+    }
+}
+
+// As above; `room` takes the sums of integers of each 16 rows of x.
+template <int P>
+void many_rows_of_8_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* room) {
+  using Products = int32_t[P][2][kTileRows][kRows];
+  Products* products = reinterpret_cast<Products*>(room);
+  for (int64_t pair = 0; pair < kBlocksPerTask; pair += 2) {
+    const uint8_t* all[2] = {codes_of<8>(blocks[pair], s, 0), codes_of<8>(blocks[pair + 1], s, 0)};
+    for (int64_t k = 0; k < s.k; k += kChunkColumns) {
+      const uint8_t* codes[2] = {all[0] + k * kRows, all[1] + k * kRows};
+      for (int64_t row = 0; row < x.n; row += kTileRows) {
+        if (k == 0)
+          zero_tiles<P>();
+        else
+          load_tiles<P>(products[row / kTileRows]);
+        add_products<P>(x, row, k, std::min(kChunkColumns, s.k - k), codes);
+        store_tiles<P>(products[row / kTileRows]);
+      }
+    }
+    for (int64_t row = 0; row < x.n; row++)
+      for (int64_t b = 0; b < 2; b++) {
+        __m512i planes[P];
+        for (int p = 0; p < P; p++)
+          planes[p] = _mm512_load_si512(products[row / kTileRows][p][b][row % kTileRows]);
+        __m512 y = add_group<8>(_mm512_setzero_ps(), joined<8, P>(planes), scales_of<8>(blocks[pair + b]), 0);
+        _mm512_store_ps(sums + (row * kBlocksPerTask + pair + b) * kRows, y);
+      }
+  }
+}
+
+}  // namespace
+
+#endif
