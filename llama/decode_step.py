@@ -107,9 +107,9 @@ class DecodeStep:
         rows = torch.tensor(tokens)[:, None]
         key_positions = self.key_positions[: max(2, max(positions) + 1)]
         places = torch.tensor(positions)
-        # One program for all lengths, and one for all numbers of rows but one row.
+        # One program for all lengths, and one for all numbers of rows but one row. In a cache of two, several are two.
         torch._dynamo.mark_dynamic(key_positions, 0)
-        if len(tokens) > 1:
+        if len(tokens) > 1 and self.model.args.max_batch_size > 2:
             torch._dynamo.mark_dynamic(rows, 0)
             torch._dynamo.mark_dynamic(places, 0)
         return rows, places, key_positions

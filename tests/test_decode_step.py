@@ -35,7 +35,7 @@ def answers(llama: Llama, n_prompts: int = 40) -> list:
     return results
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 7])
+@pytest.mark.parametrize("max_batch_size", [2, 7])
 def test_the_compiled_step_gives_the_same_tokens_and_is_compiled_once(write_checkpoint, capsys, max_batch_size):
     folder = write_checkpoint()
     size = {"max_seq_len": 96, "max_batch_size": max_batch_size, "device": "cpu"}
@@ -45,7 +45,7 @@ def test_the_compiled_step_gives_the_same_tokens_and_is_compiled_once(write_chec
     assert not counters["stats"]  # a build that is never decoded compiles nothing
     capsys.readouterr()
     assert answers(compiled) == expected
-    said = ["one sequence", "several sequences"][:max_batch_size]
+    said = ["one sequence", "several sequences"]
     assert re.findall(r"Compiled the step of (.*) in \d", capsys.readouterr().err) in (said, said[::-1])
     assert counters["stats"]["unique_graphs"] == len(said)  # for every length and number of rows
 

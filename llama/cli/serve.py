@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama import server
-from llama.cli.arguments import Loading
+from llama import Llama, server
+from llama.cli.arguments import Decoding, Loading
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,13 @@ class ServerLoading(Loading):
     """How the model is loaded."""
 
     max_batch_size: int = 8  # how many answers are decoded at a time
+
+    def build(self, *arguments: Decoding | None) -> Llama:
+        """As `Loading.build`; a step to be compiled is compiled before anybody waits for an answer."""
+        llama = super().build(*arguments)
+        for n_rows in {1, min(2, self.max_batch_size)} if self.compile else ():
+            llama.generate([[0]] * n_rows, 3, temperature=0)
+        return llama
 
 
 def serve(settings: server.Settings, loading: ServerLoading) -> None:
