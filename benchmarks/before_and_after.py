@@ -4,7 +4,8 @@
     python -m benchmarks.before_and_after --before ../before [--rounds 5] [--shape llama-3.2-1b]
 
 Each checkout has a process of its own that keeps its model; they measure in turn. Printed are the medians and the ratio
-of every figure: decoding at one and at eight rows, prefill, and a batch of unequal prompts through `generate`.
+of every figure: decoding at one and at eight rows, prefill, a batch of unequal prompts through `generate`, and memory.
+At last hooks are put on every block of the second, and it measures again, from the first answer on.
 """
 
 import json
@@ -19,7 +20,8 @@ from benchmarks.shapes import default_folder, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Uses nothing but `Llama.build` and `generate`, which every version has. Measures once for each line it is sent.
+# Uses nothing but `Llama.build` and `generate`, which every version has. Measures once for each line it is sent; for
+# the line "hooks" it puts these on first, of which versions before this one may know nothing.
 WORKER = """
 import json, random, sys, time
 from llama import Llama
@@ -39,6 +41,9 @@ def seconds(prompts, budgets):
 seconds([prompt(8)], [4])  # packs the matrices
 print("ready", flush=True)
 for line in sys.stdin:
+    if line == "hooks\\n":
+        for block in llama.model.layers:
+            block.register_forward_hook(lambda module, inputs, output: output + 0)
     one, many = [prompt(16)], [prompt(16) for _ in range(8)]
     unequal = [prompt(draw.randint(8, 64)) for _ in range(16)]
     budgets = [draw.randint(4, 24) for _ in unequal]
@@ -47,6 +52,7 @@ for line in sys.stdin:
         "decode, 8 rows, tok/s": 128 / seconds(many, [16] * 8),
         "prefill of 512, tok/s": 512 / seconds([prompt(512)], [1]),
         "16 unequal prompts, tok/s": sum(budgets) / seconds(unequal, budgets),
+        "memory, GB": int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e9,
     }
     draw.seed(0)
     print(json.dumps(figures), flush=True)
@@ -77,12 +83,16 @@ def main(
             workers[name].stdin.write("go\n")
             workers[name].stdin.flush()
             found[name].append(json.loads(workers[name].stdout.readline()))
+    workers["after"].stdin.write("hooks\n")
+    workers["after"].stdin.flush()
+    with_hooks = json.loads(workers["after"].stdout.readline())
     for worker in workers.values():
         worker.stdin.close()
     print(f"{shape}, {dtype}{'' if quantize == 'none' else ' ' + quantize}, medians of {rounds} rounds in turn")
     for figure in found["before"][0]:
         old, new = (statistics.median(round_[figure] for round_ in found[name]) for name in ("before", "after"))
-        print(f"{figure:28} before {old:8.1f}   after {new:8.1f}   ratio {new / old:.3f}")
+        ratio = f"before {old:8.2f}   after {new:8.2f}   ratio {new / old:.3f}"
+        print(f"{figure:28} {ratio}   with hooks on all blocks {with_hooks[figure]:8.2f}")
 
 
 if __name__ == "__main__":
