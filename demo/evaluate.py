@@ -148,6 +148,14 @@ def table(scores: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def below_the_card(scores: dict[str, dict[str, float]]) -> str:
+    """By how much a model has lost most against the embedded one, which it was trained from."""
+    card = json.loads(SCORES.read_text())
+    lost = {(row, how): card[row][how] - scores[row][how] for row in scores for how in SETTINGS}
+    worst = max(lost, key=lost.__getitem__)
+    return f"{lost[worst]:.1f} points below the embedded model's at most ({', '.join(worst)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=HERE)
@@ -158,6 +166,8 @@ def main() -> None:
     begun = time.time()
     scores = evaluate(args.folder, args.n, args.misses)
     print(table(scores) + f"\n{time.time() - begun:.0f} seconds")
+    if args.folder != HERE:
+        print(below_the_card(scores))
     if args.write:
         SCORES.write_text(json.dumps(scores, indent=1) + "\n")
         card = HERE_README.read_text()
