@@ -39,9 +39,9 @@ def everything(out: str = "benchmarks", shape: str = "llama-3.2-1b", **decode: s
     Args:
         out: where decode.json, decode.png and RESULTS.md are written.
         shape: one of benchmarks.shapes.PARAMS.
-        decode: what `benchmarks.decode` takes besides.
+        decode: what `benchmarks.decode` takes besides; two rounds unless it says more.
     """
-    options = [f"--{name}={value}" for name, value in {"shape": shape, "out": out, **decode}.items()]
+    options = [f"--{name}={value}" for name, value in {"shape": shape, "out": out, "rounds": 2, **decode}.items()]
     subprocess.run([sys.executable, "-m", "benchmarks.decode", *options], check=True)
     with (Path(out) / "RESULTS.md").open("a") as results:
         for title, (module, *arguments) in PARTS.items():
