@@ -49,13 +49,12 @@ class Engine:
         self.counters = Counters()
         self.decode_step = DecodeStep(self.model)
         self.reuse_prefixes = True
-        self.packed = False
         self._ended: list[Sequence] = []  # since the last step returned
 
     def compile(self) -> str:
         """Compiles the decoding step, with the matrices as they will be then; returns how long it took."""
         check_hooks(self.opened)
-        self.model_is_held |= not self._pack()
+        self.model_is_held |= not pack(self.model)
         self.decode_step = DecodeStep(self.model, compile=True)
         return self.decode_step.warm_up()
 
@@ -182,7 +181,7 @@ class Engine:
         """Runs prompt[start:stop] of each sequence; one whose whole prompt has run gets its next token."""
         texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
         if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
-            self._pack()
+            pack(self.model)
         logits, at = run_rows(self.model, texts, starts, first_slot)
         whole, last = [], []  # the rows that get a token now, and their last columns
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
@@ -204,7 +203,8 @@ class Engine:
 
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
-        packed, tokens, positions = self._pack(), [], []
+        packed = pack(self.model)  # here and not while loading, so that the first token comes at once
+        tokens, positions = [], []
         for sequence in self.running:
             tokens.append(sequence.tokens[-1])
             positions.append(len(sequence.prompt) + len(sequence.tokens) - 1)
@@ -216,19 +216,19 @@ class Engine:
         self.counters.decoded += len(self.running)
         self._choose(self.running, logits)
 
-    def _pack(self) -> bool:
-        """Packs the matrices for fast decoding: not while loading, for the sake of the first token."""
-        self.packed = True
-        return pack(self.model)
-
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Gives each sequence its next token, from the logits after its last [B, vocab_size]; a search its beams."""
-        rows = {sequence: row for row, sequence in enumerate(sequences)}
-        sampled = [sequence for sequence in sequences if sequence.search is None]
-        searches = dict.fromkeys(sequence.search for sequence in sequences if sequence.search is not None)
-        if sampled:
-            choose(sampled, logits[[rows[sequence] for sequence in sampled]] if searches else logits)
-        for search in searches:
+        sampled, searches = [], {}  # rows; and the row of each beam of each search
+        for row, sequence in enumerate(sequences):
+            if sequence.search is None:
+                sampled.append(row)
+            else:
+                searches.setdefault(sequence.search, {})[sequence] = row
+        if not searches:
+            choose(sequences, logits)
+        elif sampled:
+            choose([sequences[row] for row in sampled], logits[sampled])
+        for search, rows in searches.items():
             self._advance(search, logits[[rows[beam] for beam in search.beams]])
 
     def _advance(self, search: Search, logits: torch.Tensor) -> None:

@@ -74,12 +74,7 @@ def shared_attribute(owner: str, name: str) -> property:
 class StartPos(int):
     """The position of a pass's first column, an int as Meta's blocks take it; `place` is where it is in the cache."""
 
-    place: CacheView | None
-
-    def __new__(cls, position: int, place: CacheView | None) -> "StartPos":
-        start_pos = super().__new__(cls, position)
-        start_pos.place = place
-        return start_pos
+    place: CacheView | None = None
 
 
 def _in_metas_order(name: str) -> property:

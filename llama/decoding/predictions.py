@@ -43,8 +43,23 @@ def completions(
     options: dict[str, Any],
 ) -> list[CompletionPrediction]:
     """The answers to each prompt, one after the other."""
-    pairs = [(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
-    return [{"generation": a.text, **details(answerer, p, a, logprobs, echo, options)} for p, a in pairs]
+    found: list[CompletionPrediction] = []
+    for prompt, group in zip(prompts, groups):
+        for answer in group:
+            found.append({"generation": answer.text, **details(answerer, prompt, answer, logprobs, echo, options)})
+    return found
+
+
+def chats(
+    answerer: Answerer, prompts: list[list[int]], groups: list[list[Answer]], logprobs: bool, options: dict[str, Any]
+) -> list[ChatPrediction]:
+    """The answers to each dialog, one after the other."""
+    found: list[ChatPrediction] = []
+    for prompt, group in zip(prompts, groups):
+        for answer in group:
+            message: Message = {"role": "assistant", "content": answer.text}
+            found.append({"generation": message, **details(answerer, prompt, answer, logprobs, False, options)})
+    return found
 
 
 def details(

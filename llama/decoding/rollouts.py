@@ -67,19 +67,26 @@ class Rollouts:
         return jobs
 
 
-def answer_dialogs(
+def open_dialogs(dialogs: Iterable[Dialog | str], formatter: ChatFormat) -> list[OpenDialog]:
+    """The dialogs of a call. Raises ValueError or TypeError, naming the dialog by its index."""
+    if isinstance(dialogs, str):
+        raise TypeError("dialogs is a str: expected a list of dialogs or strings, so pass [text]")
+    return [named(f"dialog {index}", OpenDialog, dialog, formatter) for index, dialog in enumerate(dialogs)]
+
+
+def fill_dialogs(
     answerer: Answerer,
     formatter: ChatFormat,
-    dialogs: Iterable[Dialog | str],
+    opened: list[OpenDialog],
     options: dict[str, Any],
     logprobs: bool = False,
     progress: bool = False,
     generate: Callable[..., tuple] | None = None,
 ) -> list[ChatPrediction]:
-    """The answers to dialogs, in their order: see `Llama.chat_completion`; by another `generate` if there is one."""
-    if isinstance(dialogs, str):
-        raise TypeError("dialogs is a str: expected a list of dialogs or strings, so pass [text]")
-    opened = [named(f"dialog {index}", OpenDialog, dialog, formatter) for index, dialog in enumerate(dialogs)]
+    """The answers to dialogs some of whose turns are open: see `Llama.chat_completion`.
+
+    `generate` is what somebody has put in place of `Llama.generate`, if so.
+    """
     settings = answerer.check_options(opened, options)
     groups, jobs = [], []
     for index, (dialog, option) in enumerate(zip(opened, settings)):
@@ -91,7 +98,7 @@ def answer_dialogs(
         jobs.append(groups[-1].first(index, logprobs=logprobs))
     while jobs:
         if generate is None:
-            done = answerer.answer_jobs(jobs, progress)
+            done = answerer.answer(jobs, progress)
         else:
             done = answers_of(generate, answerer, [job.prompt for job in jobs], logprobs, False, options)
             options = {name: value for name, value in options.items() if name != "num_return_sequences"}  # later: 1

@@ -57,7 +57,7 @@ def score_tokens(
     Raises:
         ValueError, TypeError: there is nothing to score, too much, or ids are out of range. Nothing has run then.
     """
-    limit = answerer.max_seq_len + 1
+    limit = answerer.args.max_seq_len + 1
     for index, (ids, start) in enumerate(texts):
         if not 0 <= start < len(ids) <= limit:
             found = f"a context of {start} tokens and a continuation of {len(ids) - start}"
@@ -114,7 +114,7 @@ def score_texts(
         raise TypeError("texts is a str: expected a list of them, so pass [text]")
     texts = [answerer.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
     texts = [answerer.check_prompt(index, text, any_length=True) for index, text in enumerate(texts)]
-    limit = answerer.max_seq_len
+    limit = answerer.args.max_seq_len
     stride = max(1, limit // 2) if stride is None else stride
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < max(limit, 2):
         raise ValueError(f"stride = {stride!r}: expected an integer from 1 to max_seq_len - 1 = {limit - 1}")

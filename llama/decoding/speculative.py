@@ -63,6 +63,7 @@ class SpeculativeEngine(Engine):
         super().__init__(model)
         self.proposer = proposer
         self._n_proposals: dict[Sequence, int] = {}  # how many each running sequence gets
+        self._has_decoded = False  # a token without proposals, which packs the matrices
 
     def _decode(self) -> None:
         sampled = [s for s in self.running if s.search is None]  # beams are not proposed for
@@ -70,7 +71,7 @@ class SpeculativeEngine(Engine):
         # The step adds one token to those accepted, so the last of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
         proposals: dict[Sequence, list[int]] = {}
-        if self.packed and any(limits) and self.model is self.opened:  # after the second token
+        if self._has_decoded and any(limits) and self.model is self.opened:
             proposals = dict(zip(sampled, self.proposer.propose(sampled, limits)))
         self.counters.speculation.steps += len(sampled)
         for sequence in sampled:
@@ -79,6 +80,7 @@ class SpeculativeEngine(Engine):
             self._decode_with([proposals.get(s, []) for s in self.running])
         else:
             super()._decode()
+            self._has_decoded = True
 
     def _decode_with(self, proposals: list[list[int]]) -> None:
         """Runs each sequence's last token and its proposals, and chooses tokens as long as these are what was proposed.

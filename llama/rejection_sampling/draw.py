@@ -172,7 +172,7 @@ def rejection_sample(
     plan = Plan(n, keep, threshold, max_samples)
     if isinstance(scorer, str):
         with parallel.fail_together():
-            n_ranks = dist.get_world_size(llama.group)
+            n_ranks = dist.get_world_size() // parallel.n_replicas()
             scorer = load_scorer(scorer, llama, tokenizer=llama.tokenizer, model_parallel_size=n_ranks)
     elif not callable(scorer):
         raise TypeError(f"scorer = {scorer!r}: expected a function (row, answers), or one of {KINDS}")
@@ -200,9 +200,9 @@ def rejection_sample(
         while waiting or jobs.n_open:
             while waiting and jobs.has_room:
                 jobs.add(*waiting.popleft().next_jobs())
-            for done, answers in jobs.step():
+            for done in jobs.step():
                 drawing = done.key
-                if (more := drawing.go_on(done, answers)) is None:
+                if (more := drawing.go_on(done, jobs.answers(done))) is None:
                     results[drawing.job.key] = plan.result(drawing.answers)
                     bar.update()
                 for job in more or ():
