@@ -62,7 +62,7 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """Each key or value head so many times in a row: [B, T, n_kv_heads, head_dim] -> [B, T, n_kv_heads * n_rep, ..]."""
+    """Each key or value head n_rep times in a row: [B, T, n_kv_heads, head_dim] -> [B, T, n_kv_heads * n_rep, ..]."""
     return x.repeat_interleave(n_rep, dim=2)
 
 

@@ -3,8 +3,8 @@
 import os
 import re
 import subprocess
-import sys
 
+import forks
 import pytest
 from conftest import ROOT, run_python, torchrun
 
@@ -13,10 +13,7 @@ SAMPLING = ROOT / "example_rejection_sampling.py"
 
 
 def run(script, *args: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(script), *args], env=env, capture_output=True, text=True, timeout=120, check=False
-    )
+    return forks.run([script, *args], {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 LINE = "\n\n==================================\n\n"

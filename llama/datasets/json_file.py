@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 
 def begins_as_whole(line: bytes) -> bool:
-    """Whether the first line of a file that should be JSON lines is that of an array, or of an object that goes on."""
+    """Whether a file that should be JSON lines begins as an array, or with an object of several lines."""
     line = line.removeprefix(b"\xef\xbb\xbf").strip()
     return line[:1] == b"[" or line == b"{"
 
@@ -47,7 +47,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def write_json_array(file: BinaryIO, records: Iterator[bytes], indent: int | None) -> None:
-    """Writes records, each a line of JSON, as an array: one record a line, or indented by so many spaces."""
+    """Writes records, each a line of JSON, as an array: one record a line, or indented by that many spaces."""
     separator = b"[\n"
     for line in records:
         if indent is not None:

@@ -49,7 +49,7 @@ def from_json(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt_ids(llama: Llama, row: Mapping[str, Any]) -> list[int]:
-    """The ids of a row's prompt. Raises ValueError or TypeError if it has not one, or it is empty or too long."""
+    """The ids of a row's prompt. Raises ValueError or TypeError if it has none, or one that is empty or too long."""
     kind = kind_of(row)
     ids = row[kind]
     if kind == "messages":

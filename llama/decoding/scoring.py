@@ -83,10 +83,10 @@ def score_tokens(
 
 
 def _in_waves(contexts: list[tuple[int, ...]], n_slots: int, shared: bool) -> list[int]:
-    """An order of texts in which the beginning that some share is still in its slot when the next of them comes.
+    """Orders texts so that a shared beginning is still in its slot when the next text that has it comes.
 
     As many beginnings at a time as there are slots: the first text of each, then the second of each, and so on. The
-    longest come first, so that texts run together are about as long, and too little memory shows at once.
+    longest come first, so that texts run together are about as long, and a lack of memory shows at once.
     """
     by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, context in enumerate(contexts):

@@ -47,10 +47,10 @@ class Proposer(Protocol):
     """Where proposals come from. They may be anything: no answer depends on them, only how soon it is there."""
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
-        """For each sequence that is running, in the order of the slots, at most so many ids that may come next."""
+        """For each running sequence, in the order of the slots, up to its limit of ids that may come next."""
 
     def forget(self) -> None:
-        """A step has been broken off: whatever is remembered of sequences may be half written."""
+        """Forgets all sequences: a step was broken off, and what is remembered of them may be half written."""
 
 
 class SpeculativeEngine(Engine):
@@ -242,7 +242,7 @@ class DraftModel:
             del held[slot][kept:]
 
     def _prefill(self, texts: list[list[int]]) -> None:
-        """Runs what new texts have but for their last ids, one pass a step: long ones take several, and wait."""
+        """Runs new texts up to their last ids, one pass a step. Long ones take several, and get no proposals before."""
         new = [slot for slot, text in enumerate(texts) if len(self._lacks(slot, text)) > 2]
         if new:
             longest = max(len(self._lacks(slot, texts[slot])) - 1 for slot in new)
@@ -253,9 +253,9 @@ class DraftModel:
         return text[len(self.slots.tokens[slot]) :]
 
     def _run(self, wanted: dict[int, list[int]]) -> tuple[Logits, list[int], list[int]]:
-        """Runs ids behind what their slots hold; the logits, and the row and column of the last id of each.
+        """Runs ids behind what their slots hold. Returns the logits, and the row and the column of the last id of each.
 
-        Slots in between that want nothing are run along on padding, which is written behind what they hold.
+        Slots in between that want nothing run padding, which is written behind what they hold.
         """
         first, last = min(wanted), max(wanted)
         held = self.slots.tokens[first : last + 1]

@@ -168,7 +168,7 @@ def _scores(scorer: Scorer, row: Row, answers: Answers) -> list[tuple[float | No
         if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
             raise TypeError(f"the scorer returned {values!r}: expected a list with a number for each answer")
         values = list(values)
-        if len(values) != len(answers):  # nobody knows whose they are, also if it is asked again
+        if len(values) != len(answers):  # nobody can tell which answers they belong to
             found = f"{len(values)} score{'s' * (len(values) != 1)} for {len(answers)} answers"
             return [(None, f"{found}: expected one for each")] * len(answers)
         scores = [_as_score(value) for value in values]

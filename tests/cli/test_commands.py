@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import forks
 import pytest
 import tyro
 from conftest import DEMO, ROOT
@@ -41,6 +42,9 @@ def nothing_is_loaded(monkeypatch) -> None:
 
 
 def run(command: list, stdin: str = "") -> subprocess.CompletedProcess:
+    """In a process of its own: a fork, where it is not a torchrun."""
+    if command[: len(TORCHRUN)] != TORCHRUN:
+        return forks.run(command[1:], ENV, stdin)
     command = list(map(str, command))
     return subprocess.run(command, env=ENV, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
@@ -232,7 +236,8 @@ def test_an_empty_text_has_no_score(write_checkpoint, capfd):
 
 
 def test_a_mistake_in_a_real_process():
-    result = run([*LLAMA, "complete", "x", "--top_p", "0"])
+    command = [*LLAMA, "complete", "x", "--top_p", "0"]
+    result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "llama: --top_p = 0.0: expected a number of at least 1e-30\n"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, torchrun
+from conftest import DEMO, ROOT, ranks
 
 from llama import Llama
 from llama.checkpoint.convert import convert
@@ -159,7 +159,7 @@ def test_the_command_under_torchrun_gives_the_same_metrics(folder, theirs, tmp_p
     (tmp_path / "command.py").write_text("from llama.cli.lm_eval import main\nmain()\n")
     arguments = ["--model", "llama", "--model_args", f"ckpt_dir={DEMO},dtype=float32,max_length=128", "--device", "cpu"]
     arguments += ["--include_path", folder / "tasks", "--tasks", ",".join(f"local_{name}" for name in TASKS)]
-    result = torchrun(2, tmp_path / "command.py", *arguments, "--batch_size", 4, "--output_path", tmp_path / "out")
+    result = ranks(2, tmp_path / "command.py", *arguments, "--batch_size", 4, "--output_path", tmp_path / "out")
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("|local_choice") == 1  # the table, once
     (written,) = (tmp_path / "out").rglob("results_*.json")

@@ -440,7 +440,7 @@ print(json.dumps([weights, packed, most, private() - before]))
 def test_one_copy_is_in_memory_packed_or_plain(write_checkpoint):
     folder = write_checkpoint(dim=512, n_layers=8, multiple_of=256, vocab_size=2048, n_heads=8, n_kv_heads=4)
     # What is freed is given back to the system, so that it can be measured.
-    result = run_python(MEMORY_SCRIPT, folder, MALLOC_MMAP_THRESHOLD_="65536")
+    result = run_python(MEMORY_SCRIPT, folder, is_forked=False, MALLOC_MMAP_THRESHOLD_="65536")
     assert result.returncode == 0, result.stderr
     weights, packed, most, plain = json.loads(result.stdout.splitlines()[-1])
     assert weights > 80e6

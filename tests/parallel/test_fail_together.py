@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import ROOT
 
@@ -88,15 +89,17 @@ class Run:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if torchrun:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-            self.processes = [self._start([*launcher, *arguments], env, 0)]
+            with (folder / "0.err").open("w") as log:
+                command = [sys.executable, *launcher, *arguments]
+                self.processes = [subprocess.Popen(command, env=env, stderr=log, start_new_session=True)]
             return
         port = 20000 + os.getpid() * 7 % 9000 + abs(hash((place, way))) % 1000
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
         self.processes = [self._start(arguments, env | {"RANK": str(rank)}, rank) for rank in range(n_ranks)]
 
-    def _start(self, arguments: list[str], env: dict[str, str], number: int) -> subprocess.Popen:
-        stderr = (self.folder / f"{number}.err").open("w")
-        return subprocess.Popen([sys.executable, *arguments], env=env, stderr=stderr, start_new_session=True)
+    def _start(self, arguments: list[str], env: dict[str, str], rank: int) -> forks.Fork:
+        with (self.folder / f"{rank}.err").open("w") as log, open(os.devnull, "r+") as null:
+            return forks.parent().start(arguments, [null.fileno(), null.fileno(), log.fileno()], env, None)
 
     def wait_for(self, name: str, timeout: float = 90) -> None:
         deadline = time.time() + timeout

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import torchrun
+from conftest import ranks
 from safetensors.torch import load_file
 from training_helpers import relative_difference, run, write_pairs, write_rows
 
@@ -109,7 +109,7 @@ def test_any_number_of_processes_has_the_losses_and_weights_of_one(write_checkpo
     quantize(ckpt, tmp_path / "int8", "int8")
     adapted = [(str(folder), str(adapter)) for folder in (ckpt, tmp_path / "int8")]  # folded in, and beside
     (tmp_path / "script.py").write_text(SCRIPT)
-    result = torchrun(n_processes, tmp_path / "script.py", json.dumps(runs), json.dumps(adapted), timeout=580)
+    result = ranks(n_processes, tmp_path / "script.py", json.dumps(runs), json.dumps(adapted), timeout=580)
     assert result.returncode == 0, result.stderr[-3000:]
     for (folder, _), line in zip(adapted, result.stdout.splitlines()[-3::2]):
         llama = Llama.build(folder, max_seq_len=64, dtype="float32", adapter=adapter)
