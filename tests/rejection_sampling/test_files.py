@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import DEMO, ROOT
@@ -35,16 +36,20 @@ SAMPLE = ["sample", "in.jsonl", "out.jsonl", "--scorer", "scorers:total", "--dty
 SAMPLE += ["--temperature", "1.8", "--top_p", "1.0", "--max_gen_len", "60"]
 
 
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def command(folder: Path, *args: str, n_processes: int = 0) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     start = [sys.executable, "-m"]
     if n_processes:
         start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}", "-m"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*start, "llama", *args], cwd=folder, env=env, **pipes)
+    return subprocess.Popen([*start, "llama", *args], cwd=folder, env=ENV, **pipes)
 
 
 def run(folder: Path, *args: str, n_processes: int = 0) -> subprocess.CompletedProcess:
+    if not n_processes:
+        return forks.run(["-m", "llama", *args], ENV, cwd=folder)
     process = command(folder, *args, n_processes=n_processes)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(args, process.returncode, out, err)
