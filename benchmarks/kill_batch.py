@@ -40,8 +40,8 @@ def write_checkpoint(folder: Path) -> None:
     write_tokenizer(folder / "tokenizer.model", SHAPE["vocab_size"] - 256)
 
 
-def write_lines(path: Path, n: int, seed: int = 0) -> None:
-    """Texts, ids, dialogs with a turn left open, several answers, and every hundredth line broken."""
+def write_lines(path: Path, n: int, seed: int = 0, longest: int = 9) -> None:
+    """Texts, ids, dialogs with a turn left open, several answers of at most `longest`, every hundredth line broken."""
     chance = random.Random(seed)
     with path.open("w") as file:
         for number in range(n):
@@ -49,7 +49,7 @@ def write_lines(path: Path, n: int, seed: int = 0) -> None:
             messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "<PLACEHOLDER>"}]
             kinds = [{"prompt": text}, {"tokens": [chance.randrange(256) for _ in text]}, {"prompt": text, "seed": 5}]
             kinds += [{"messages": [*messages, messages[0]]}, {"prompt": text, "num_return_sequences": 3}]
-            line = {"id": f"line {number}", "max_gen_len": chance.randint(0, 9), **kinds[number % 5]}
+            line = {"id": f"line {number}", "max_gen_len": chance.randint(0, longest), **kinds[number % 5]}
             file.write(json.dumps(line)[: 40 if number % 100 == 99 else None] + "\n")
 
 

@@ -89,7 +89,7 @@ def main(n_lines: int = 2000, seed: int = 0) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder)
-        write_lines(folder / "in.jsonl", n_lines)
+        write_lines(folder / "in.jsonl", n_lines, longest=90)  # tokens, as real answers begin to be
         finish(folder, folder / "alone.jsonl", 1)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         node, seconds, workers = cluster.add_node(num_cpus=2), {}, Workers()

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from llama import parallel
 from llama.checkpoint.convert import write_checkpoint
@@ -101,7 +100,8 @@ class _Gathered:
 def whole_parameter(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter that FSDP may have sharded over the replicas. All processes call this."""
     parameter = parameter.detach()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    # A DTensor has it. To import that class takes a third of a second, which every process would pay at its start.
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def gather(

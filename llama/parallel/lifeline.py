@@ -112,7 +112,7 @@ _told: set[str] = set()
 
 def tell(rank: int, message: str) -> None:
     """Says on stderr, once on each host, that a rank has failed; on its own host, where its traceback is, in short."""
-    if os.environ.get("LOCAL_RANK", "0") != "0" or message in _told:
+    if os.environ.get("LOCAL_RANK", "0") != "0" or any(message.startswith(told) for told in _told):
         return
     _told.add(message)
     me, n_here = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
