@@ -70,7 +70,7 @@ def test_a_rollout_is_learned_as_it_went_and_open_turns_are_none(read):
     texts = [learned(e, tokenizer) for e in examples]
     assert texts == ["yes<|eot_id|>no<|eot_id|>", "yes<|eot_id|>no", "yes<|eot_id|>"]
     assert "PLACEHOLDER" not in tokenizer.decode(examples[0].documents[0].ids)
-    assert skipped[0] == "1 rows have open turns: expected what was answered in their places (the first is line 4)"
+    assert skipped[0] == "1 row has open turns: expected what was answered in their places (the first is line 4)"
     assert skipped[1].startswith("1 rows are broken (the first is line 5: found 'text', 'finish_reason': expected")
 
 
@@ -96,7 +96,7 @@ def test_dialogs_are_learned_in_the_format_of_the_checkpoints_own_template(write
     tokenizer.chat_template = ChatTemplate(TEMPLATE.replace("assistant:", "assistant:<think>"), Path("x"), {})
     reader = Reader(tokenizer, 100)
     assert not reader.read(map(row_of, [1], [{"messages": [USER, ANSWER]}]))
-    assert reader.skipped.lines()[0].startswith("1 rows have an answer that the chat template writes otherwise")
+    assert reader.skipped.lines()[0].startswith("1 row has an answer that the chat template writes otherwise")
 
 
 def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted(read):
@@ -135,7 +135,7 @@ def test_a_data_set_with_nothing_to_learn_from_is_refused(write_checkpoint, tmp_
     ckpt = write_checkpoint()
     with pytest.raises(ValueError, match="has nothing to learn from: it has no rows"):
         run(write(tmp_path / "empty.jsonl"), tmp_path / "out", ckpt)
-    with pytest.raises(ValueError, match="nothing to learn from: 1 rows have no turn of the assistant"):
+    with pytest.raises(ValueError, match="nothing to learn from: 1 row has no turn of the assistant"):
         run(write(tmp_path / "users.jsonl", {"messages": [USER]}), tmp_path / "out", ckpt)
     with pytest.raises(ValueError, match=r"epochs = 0.01 of 3 examples is not one example"):
         run(write(tmp_path / "few.jsonl", *[{"text": "a"}] * 3), tmp_path / "out", ckpt, epochs=0.01)
