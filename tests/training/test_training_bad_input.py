@@ -71,7 +71,7 @@ def test_a_rollout_is_learned_as_it_went_and_open_turns_are_none(read):
     assert texts == ["yes<|eot_id|>no<|eot_id|>", "yes<|eot_id|>no", "yes<|eot_id|>"]
     assert "PLACEHOLDER" not in tokenizer.decode(examples[0].documents[0].ids)
     assert skipped[0] == "1 row has open turns: expected what was answered in their places (the first is line 4)"
-    assert skipped[1].startswith("1 rows are broken (the first is line 5: found 'text', 'finish_reason': expected")
+    assert skipped[1].startswith("1 row is broken (the first is line 5: found 'text', 'finish_reason': expected")
 
 
 TEMPLATE = """{% for m in messages %}{{ '<|start_header_id|>' + m.role + ':' + m.content + '<|eot_id|>\n' }}{% endfor %}
