@@ -38,10 +38,22 @@ def expected(server) -> str:
 
 @pytest.fixture(autouse=True)
 def a_running_answer_is_not_touched(server, expected):
-    """During and after each test, a client gets what it has got before."""
+    """During and after each test, a client gets what it has got before. The test starts once its answer has begun."""
     found: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(ask(server)))
+    begun = threading.Event()
+
+    def read() -> None:
+        with httpx.stream("POST", server.url + PATH, json={**BODY, "stream": True}, timeout=120) as response:
+            pieces = []
+            for line in response.iter_lines():
+                begun.set()
+                if line.startswith("data: {"):
+                    pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+        found.append("".join(pieces))
+
+    thread = threading.Thread(target=read)
     thread.start()
+    assert begun.wait(120)
     yield
     thread.join(120)
     assert found == [expected] and ask(server) == expected

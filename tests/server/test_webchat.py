@@ -69,6 +69,10 @@ class Page:
     def button(self, label: str):
         return self.browser.find_elements(By.CSS_SELECTOR, f'[aria-label="{label}"]')[-1]
 
+    def press(self, label: str) -> None:
+        """Clicks a button once it is there to be clicked, however often the page is drawn anew meanwhile."""
+        self.wait(lambda: self.button(label).click() is None)
+
     def texts(self) -> list[str]:
         found = self.browser.find_elements(By.CSS_SELECTOR, ".turn .content")
         return [element.text for element in found]
@@ -85,7 +89,7 @@ class Page:
             self.wait(lambda: self.button("Settings").is_displayed())
             if self.setting(label).get_attribute("value") == text:
                 return True
-            self.button("Settings").click()
+            self.press("Settings")
             self.wait(lambda: self.setting(label).is_displayed())
             self.setting(label).send_keys(Keys.CONTROL, "a")
             self.setting(label).send_keys(text, Keys.TAB)
@@ -121,25 +125,25 @@ def test_an_answer_streams_and_is_edited_asked_again_and_there_after_a_reload(pa
             (Path(folder) / f"chat-{name}.png").write_bytes(image)
     page.browser.refresh()
     page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER])
-    page.button("Regenerate").click()
+    page.press("Regenerate")
     page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER] and page.button("Send").is_displayed())
     typed = lambda: page.button("Message").get_attribute("value")  # noqa: E731
-    page.button("Edit").click()
+    page.press("Edit")
     page.wait(lambda: len(page.stale()) == 2 and typed() == "What is 21 + 34?")
     page.button("Message").send_keys(Keys.ESCAPE)  # nothing is lost
     page.wait(lambda: page.stale() == [] and typed() == "" and len(page.texts()) == 2)
-    page.button("Edit").click()
+    page.press("Edit")
     page.wait(lambda: len(page.stale()) == 2 and typed() == "What is 21 + 34?")
     page.button("Message").send_keys(Keys.CONTROL, "a")
     page.ask("What is 12 + 7?")
     (expected,) = demo.chat_completion([[{"role": "user", "content": "What is 12 + 7?"}]], temperature=0)
     page.wait(lambda: page.texts()[1:] == [expected["generation"]["content"]])
     page.wait(lambda: page.button("New chat").is_enabled())
-    page.button("New chat").click()
+    page.press("New chat")
     page.wait(lambda: page.texts() == [])
     is_dark = lambda: "body--dark" in page.browser.find_element(By.TAG_NAME, "body").get_attribute("class")  # noqa: E731
     before = is_dark()
-    page.button("Dark or light").click()
+    page.press("Dark or light")
     page.wait(lambda: is_dark() != before)
     page.browser.refresh()
     page.wait(lambda: page.button("Send").is_displayed() and is_dark() != before)
@@ -157,12 +161,12 @@ def test_a_long_answer_is_stopped_and_its_slot_is_free(page, server, demo):
     page.set("Seed", str(seed))
     page.ask("Tell me a story.")
     page.wait(lambda: len(page.texts()) == 2 and page.texts()[1] not in ("", "…"))
-    page.button("Stop").click()
+    page.press("Stop")
     page.wait(lambda: "stopped" in page.browser.find_element(By.CLASS_NAME, "note").text)
     page.wait(lambda: "llama_running 0.0" in httpx.get(server.url + "/metrics").text)
-    page.button("Regenerate").click()
+    page.press("Regenerate")
     page.wait(lambda: page.button("Stop").is_displayed() and page.texts()[1] not in ("", "…"))
-    page.button("New chat").click()  # which the answer that was under way does not come into
+    page.press("New chat")  # which the answer that was under way does not come into
     page.wait(lambda: page.button("Send").is_displayed())
     assert page.texts() == []
 
