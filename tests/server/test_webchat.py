@@ -125,7 +125,9 @@ def test_an_answer_streams_and_is_edited_asked_again_and_there_after_a_reload(pa
             (Path(folder) / f"chat-{name}.png").write_bytes(image)
     page.browser.refresh()
     page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER])
+    page.browser.execute_script(WATCH)
     page.press("Regenerate")
+    page.wait(lambda: page.browser.execute_script("return window.seen.some(text => text != arguments[0])", ANSWER))
     page.wait(lambda: page.texts() == ["What is 21 + 34?", ANSWER] and page.button("Send").is_displayed())
     typed = lambda: page.button("Message").get_attribute("value")  # noqa: E731
     page.press("Edit")
