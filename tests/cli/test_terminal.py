@@ -127,7 +127,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(launcher, terminal, write_c
     messages = json.loads((tmp_path / "talk.json").read_text())
     assert [m["content"][:3] for m in messages] == ["one", "aaa", "two", "aaa"]
     assert len(messages[1]["content"]) < 5900
-    # Ctrl-C is a signal again, which ends `cat` and with it the terminal. The shell ignores what comes before `cat` runs.
+    # Ctrl-C is a signal again, which ends `cat` and so the terminal; the shell ignores it until `cat` runs.
     deadline = time.monotonic() + 20
     while subprocess.run([*screen.tmux, "send-keys", "C-c"], capture_output=True, check=False).returncode == 0:
         assert time.monotonic() < deadline, "Ctrl-C is no signal any more after the program"
