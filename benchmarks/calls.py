@@ -1,9 +1,10 @@
 """How many functions of the package one greedy `chat_completion` enters, and how deep they call each other.
 
-    python -m benchmarks.calls --list    # Python 3.11 or newer
+    python -m benchmarks.calls --list
 
 Counted by `sys.setprofile` on the embedded checkpoint, built and warm: functions whose code lies in `llama/`, by file
-and qualified name (so the lambdas of one function count once), and the most of them that are on the stack at once.
+and qualified name (so the lambdas of one function count once), and the most of them that are on the stack at once. A
+comprehension is part of its function, as it is for Python from 3.12 on.
 """
 
 import argparse
@@ -15,7 +16,14 @@ import llama
 from llama import Llama
 
 PACKAGE = str(Path(llama.__file__).resolve().parent)
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")  # of Python before 3.12
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
+
+
+def name_of(frame: FrameType) -> str:
+    """The qualified name of a function; with Python 3.10, which does not tell it, the name and the line."""
+    code = frame.f_code
+    return getattr(code, "co_qualname", f"{code.co_name} at line {code.co_firstlineno}")
 
 
 def count(call) -> tuple[dict[tuple[str, str], int], list[str]]:
@@ -26,14 +34,14 @@ def count(call) -> tuple[dict[tuple[str, str], int], list[str]]:
     def note(frame: FrameType, event: str, argument: object) -> None:
         nonlocal deepest
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(PACKAGE):
+        if event != "call" or not code.co_filename.startswith(PACKAGE) or code.co_name in COMPREHENSIONS:
             return
-        key = (code.co_filename, code.co_qualname)
+        key = (code.co_filename, name_of(frame))
         entered[key] = entered.get(key, 0) + 1
         stack, above = [], frame
         while above is not None:
             if above.f_code.co_filename.startswith(PACKAGE):
-                stack.append(above.f_code.co_qualname)
+                stack.append(name_of(above))
             above = above.f_back
         if len(stack) > len(deepest):
             deepest = stack[::-1]

@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks.shapes import write_tokenizer
 from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
+from llama.layers.packing import groups
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "max_seq_len": 48}
@@ -101,7 +102,7 @@ class Interleavings:
         action = self.random.choice(ask + change)
         self.counts[action.__name__] += 1
         action()
-        self.n_packed += any(linear.pack is not None for group in self.llama.model.matrices() for linear in group)
+        self.n_packed += any(linear.pack is not None for group in groups(self.llama.model) for linear in group)
 
     # What is asked
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import ModelArgs, Transformer, parallel
 from llama.layers import layouts, quantization
-from llama.layers.packing import lay_out_together, pack
+from llama.layers.packing import groups, lay_out_together, pack
 
 SHAPE = {"dim": 256, "n_layers": 1, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 512, "multiple_of": 64}
 
@@ -71,7 +71,7 @@ def make_model(kind: str | None) -> Transformer:
     # Whether numbers are finite cannot be asked of tensors without any.
     unchecked = mock.patch.object(quantization, "_checked", lambda s: s.clamp(min=1e-12).bfloat16().float())
     with unchecked:
-        for group in list(model.matrices()):
+        for group in list(groups(model)):
             lay_out_together({linear: linear.weight for linear in group}, kind, torch.bfloat16)
     layouts._compiled_int8_product = lambda: layouts._int8_product  # a kernel of its own needs a card's driver
     return model

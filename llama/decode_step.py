@@ -40,8 +40,8 @@ class DecodeStep:
         self.key_positions = torch.arange(model.args.max_seq_len, device=self.device)
         self._step: Callable[..., torch.Tensor] | None = getattr(model, "step", None)  # `ForwardOnly` has none
         if compile:
-            # On CUDA the compiler makes and tunes the kernels; on a CPU the products stay oneDNN's or PyTorch's own,
-            # which are as fast as the memory there, and what is between them is fused.
+            # On CUDA the compiler makes and tunes the kernels. On a CPU, oneDNN or PyTorch multiply the matrices as
+            # before, as fast as the memory can be read, and the compiler fuses what lies between.
             options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else {}
             # The model stays as it is: no look at each of its modules before each step.
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe

@@ -16,7 +16,7 @@ from llama.decode_step import DecodeStep, run_rows
 from llama.kv_cache import Slots, shared_prefix
 from llama.layers.hooks import Patches, is_looked_at
 from llama.layers.packing import pack
-from llama.meta_names import ForwardOnly, run_again, runnable
+from llama.meta_names import ForwardOnly, cache_state, run_again, runnable
 from llama.model import Transformer
 from llama.sequence import Counters, Search, Sequence, choose, score_prompt
 
@@ -51,7 +51,7 @@ class Engine:
         self._cache_state: tuple | None = None  # after the last step
         self.counters = Counters()
         self.decode_step = DecodeStep(self.model)
-        self.reuse_prefixes, self.packed = True, False
+        self.reuse_prefixes = True
         self._ended: list[Sequence] = []  # since the last step returned
 
     def compile(self) -> None:
@@ -76,11 +76,11 @@ class Engine:
                 self._ended.append(sequence)
                 sequence.fail("beams share keys, which a model that runs one sequence at a time cannot")
         self.is_looked_at = is_looked_at(self.opened)
-        if self.model.cache_state != self._cache_state:  # somebody else has run the model, or changed its cache
+        if cache_state(self.model) != self._cache_state:  # somebody else has run the model, or changed its cache
             partial = [self.partial[1:]] if self.partial else []  # a slot, and how long its prompt is so far
             held = [*enumerate(len(sequence.prompt) for sequence in self.running), *partial]
             run_again(self.model, self.slots, dict(held), self.is_looked_at)
-            self._cache_state = self.model.cache_state
+            self._cache_state = cache_state(self.model)
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of those that wait for a slot; `step` returns it once it has ended."""
@@ -99,10 +99,10 @@ class Engine:
         if self.partial is not None and self.partial[0] in sequences:
             self.partial = None
         searches = {s.search for s in sequences} - {None}
-        is_ours = self.model.cache_state == self._cache_state
+        is_ours = cache_state(self.model) == self._cache_state
         for sequence in [s for s in self.running if s in sequences or s.search in searches]:
             self._release(sequence)
-        self._cache_state = self.model.cache_state if is_ours else None
+        self._cache_state = cache_state(self.model) if is_ours else None
 
     @property
     def has_work(self) -> bool:
@@ -137,7 +137,10 @@ class Engine:
     def _admit(self) -> Batch | None:
         """The next prompts that are prefilled together, each behind what the cache already has of it."""
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
-        first_slot, n_free = len(self.running), self.n_free
+        # Slots that neither a sequence has nor a search may still grow into.
+        taken = {sequence.search or sequence: sequence.n_slots for sequence in self.running}
+        n_free = len(self.slots) - sum(taken.values()) - (0 if self.partial is None else self.partial[0].n_slots)
+        first_slot = len(self.running)
         group, starts, stops, width = [], [], [], 0
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
@@ -164,12 +167,6 @@ class Engine:
         self.running += group
         return (group, starts, first_slot, stops) if group else None
 
-    @property
-    def n_free(self) -> int:
-        """How many slots neither a sequence has nor a search may still grow into."""
-        taken = {sequence.search or sequence: sequence.n_slots for sequence in self.running}
-        return len(self.slots) - sum(taken.values()) - (0 if self.partial is None else self.partial[0].n_slots)
-
     def _next_piece(self) -> Batch:
         """The next piece of a long prompt; with the last, the sequence is running."""
         sequence, slot, done = self.partial
@@ -186,7 +183,7 @@ class Engine:
         """Runs prompt[start:stop] of each sequence; one whose whole prompt has run gets its next token."""
         texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
         if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
-            self._pack()
+            pack(self.model)
         logits, at = run_rows(self.model, texts, starts, first_slot)
         whole, last = [], []  # the rows that get a token now, and their last columns
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
@@ -208,8 +205,11 @@ class Engine:
 
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
-        packed, tokens = self._pack(), [sequence.tokens[-1] for sequence in self.running]
-        positions = [len(sequence.prompt) + len(sequence.tokens) - 1 for sequence in self.running]
+        packed = pack(self.model)  # here and not while loading, so that the first token comes at once
+        tokens, positions = [], []
+        for sequence in self.running:
+            tokens.append(sequence.tokens[-1])
+            positions.append(len(sequence.prompt) + len(sequence.tokens) - 1)
         step = self.decode_step.of_the_model_as_it_is() if packed and self.model_is_held else self.decode_step
         self.decode_step = step or self.decode_step
         logits = self.decode_step(tokens, positions, self.slots.spare_position, not packed or step is None)
@@ -218,19 +218,19 @@ class Engine:
         self.counters.decoded += len(self.running)
         self._choose(self.running, logits)
 
-    def _pack(self) -> bool:
-        """Packs the matrices for fast decoding: not while loading, for the sake of the first token."""
-        self.packed = True
-        return pack(self.model)
-
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Gives each sequence its next token, from the logits after its last [B, vocab_size]; a search its beams."""
-        rows = {sequence: row for row, sequence in enumerate(sequences)}
-        sampled = [sequence for sequence in sequences if sequence.search is None]
-        searches = dict.fromkeys(sequence.search for sequence in sequences if sequence.search is not None)
-        if sampled:
-            choose(sampled, logits[[rows[sequence] for sequence in sampled]] if searches else logits)
-        for search in searches:
+        sampled, searches = [], {}  # rows; and the row of each beam of each search
+        for row, sequence in enumerate(sequences):
+            if sequence.search is None:
+                sampled.append(row)
+            else:
+                searches.setdefault(sequence.search, {})[sequence] = row
+        if not searches:
+            choose(sequences, logits)
+        elif sampled:
+            choose([sequences[row] for row in sampled], logits[sampled])
+        for search, rows in searches.items():
             self._advance(search, logits[[rows[beam] for beam in search.beams]])
 
     def _advance(self, search: Search, logits: torch.Tensor) -> None:
@@ -278,7 +278,7 @@ class Engine:
         for sequence in [sequence for sequence in self.running if sequence.finish_reason is not None]:
             self._release(sequence)
             self._ended.append(sequence)
-        self._cache_state = self.model.cache_state  # no step writes anything after this
+        self._cache_state = cache_state(self.model)  # no step writes anything after this
 
     def _release(self, sequence: Sequence) -> None:
         """Takes a sequence out of its slot; the last running one moves down into it."""

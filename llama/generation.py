@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from typing_extensions import Unpack
 
 from llama import parallel
 from llama.adapters import build_adapted
 from llama.checkpoint import open_checkpoint, save_checkpoint
 from llama.decoding import predictions, scoring
-from llama.decoding.answering import Answer, Answerer, Jobs
+from llama.decoding.answering import Answer, Answerer, Jobs, jobs_of
 from llama.decoding.predictions import ChatPrediction, CompletionPrediction
-from llama.decoding.rollouts import answer_dialogs, encode_dialog, named
+from llama.decoding.rollouts import encode_dialog, fill_dialogs, named, open_dialogs
 from llama.decoding.speculative import Proposer, SpeculativeEngine, make_proposer, open_draft
 from llama.engine import Engine
 from llama.keywords import Options, StreamOptions, in_our_words
@@ -133,11 +132,6 @@ class Llama:
         """The shape of the model, and the room in its cache."""
         return self._engine.model.args
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The ranks that the model is split over."""
-        return get_model_parallel_group()
-
     def generate(
         self,
         prompt_tokens: SequenceOf[SequenceOf[int]],
@@ -179,13 +173,8 @@ class Llama:
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         check_flags(logprobs=logprobs, echo=echo, progress=progress)
         prompts, settings = self.answerer.check_prompts(prompt_tokens, options)
-        by_prompt = self.answerer.answer(prompts, settings, logprobs, echo, progress)
-        answers = [(prompt, answer) for prompt, group in zip(prompts, by_prompt) for answer in group]
-        tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
-        values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
-        if not predictions.wants_top(options):
-            return tokens, values
-        return tokens, values, [a.prompt_top_logprobs + a.top_logprobs for _, a in answers]
+        groups = self.answerer.answer(jobs_of(prompts, settings, logprobs, echo), progress)
+        return predictions.as_ids(prompts, groups, logprobs, echo, options)
 
     def text_completion(
         self,
@@ -209,7 +198,7 @@ class Llama:
         check_flags(logprobs=logprobs, echo=echo, progress=progress)
         ids, settings = self.answerer.encode_texts(prompts, options)
         if (generate := self._other_generate) is None:
-            groups = self.answerer.answer(ids, settings, logprobs, echo, progress)
+            groups = self.answerer.answer(jobs_of(ids, settings, logprobs, echo), progress)
         else:
             groups = predictions.answers_of(generate, self.answerer, ids, logprobs, echo, options)
         return predictions.completions(self.answerer, ids, groups, logprobs, echo, options)
@@ -237,7 +226,17 @@ class Llama:
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         check_flags(logprobs=logprobs, progress=progress)
-        return answer_dialogs(self.answerer, self.formatter, dialogs, options, logprobs, progress, self._other_generate)
+        opened, generate = open_dialogs(dialogs, self.formatter), self._other_generate
+        if [dialog for dialog in opened if dialog.has_placeholders]:
+            return fill_dialogs(self.answerer, self.formatter, opened, options, logprobs, progress, generate)
+        settings = self.answerer.check_options(opened, options)
+        pairs = enumerate(zip(opened, settings))
+        ids = [encode_dialog(self.answerer, self.formatter, i, dialog.prompt, option) for i, (dialog, option) in pairs]
+        if generate is None:
+            groups = self.answerer.answer(jobs_of(ids, settings, logprobs), progress)
+        else:
+            groups = predictions.answers_of(generate, self.answerer, ids, logprobs, False, options)
+        return predictions.chats(self.answerer, ids, groups, logprobs, options)
 
     def stream_text(self, prompt: str, **options: Unpack[StreamOptions]) -> Iterator[str]:
         """Yields the text that continues a prompt while it is decided; the options are those of `DecodingOptions`.

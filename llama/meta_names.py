@@ -19,7 +19,7 @@ from llama.kv_cache import KVCache, Slots
 from llama.layers.attention import CacheView, Place, causal_mask
 from llama.layers.hooks import calls_ours, check_hooks, has_global_hook, has_hooks, is_ours
 from llama.layers.packable import Packable
-from llama.layers.rotary import apply_rotary, rotary_table
+from llama.layers.rotary import apply_rotary_emb, rotary_table  # noqa: F401 # Meta's name
 from llama.sampling import filtered
 
 # The tags of Llama 2's chat format.
@@ -59,13 +59,8 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, use_scaled:
     return torch.view_as_complex(rotary_table(end, dim, theta, 8.0 if use_scaled else None))
 
 
-def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys [B, T, n_heads, head_dim], turned by freqs_cis, complex [T, head_dim / 2]."""
-    return apply_rotary(xq, freqs_cis), apply_rotary(xk, freqs_cis)
-
-
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """Each key or value head so many times in a row: [B, T, n_kv_heads, head_dim] -> [B, T, n_kv_heads * n_rep, ..]."""
+    """Each key or value head n_rep times in a row: [B, T, n_kv_heads, head_dim] -> [B, T, n_kv_heads * n_rep, ..]."""
     return x.repeat_interleave(n_rep, dim=2)
 
 
@@ -231,9 +226,11 @@ def n_rows(model: nn.Module) -> int:
     return min((len(keys) for keys in caches if keys is not None), default=0)
 
 
-def _state_of(keys: list[torch.Tensor]) -> tuple[int, ...]:
-    """Which tensors these are, and how often PyTorch has written to the first: it does not count in inference mode."""
-    return (*map(id, keys), *(tensor._version for tensor in keys[:1] if not tensor.is_inference()))
+def cache_state(model: "RotaryAsComplex | ForwardOnly") -> tuple[int, ...]:
+    """Another one after anybody has written to the first layer's keys, or given a layer other keys."""
+    keys = model.cache.keys
+    n_written = keys[0]._version if keys and not keys[0].is_inference() else 0  # inference mode does not count
+    return (*map(id, keys), n_written)
 
 
 class RotaryAsComplex(nn.Module):
@@ -252,11 +249,6 @@ class RotaryAsComplex(nn.Module):
         return next(found).dtype
 
     @property
-    def cache_state(self) -> tuple[int, ...]:
-        """Another one after anybody has written to the first layer's keys, or given a layer other keys."""
-        return _state_of(self.cache.keys)
-
-    @property
     def freqs_cis(self) -> torch.Tensor:
         """complex64 [max_seq_len, head_dim / 2], the memory of the table."""
         return torch.view_as_complex(self.rotary)
@@ -264,11 +256,6 @@ class RotaryAsComplex(nn.Module):
     @freqs_cis.setter
     def freqs_cis(self, freqs_cis: torch.Tensor) -> None:
         self.rotary = torch.view_as_real(freqs_cis).contiguous()
-
-    def angles(self, positions: slice | torch.Tensor) -> torch.Tensor:
-        """Those of some positions, complex64 [.., head_dim / 2]; on MPS, which hardly knows such, as real numbers."""
-        rotary = self.rotary[positions]
-        return rotary if rotary.device.type == "mps" else torch.view_as_complex(rotary)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         rotary = self.rotary
@@ -305,7 +292,7 @@ class ForwardOnly:
                 f"a {type(module).__name__} has no `params`: expected a module with those of a Transformer"
             )
         self.module, self.max_seq_len = module, self.args.max_seq_len
-        self.cache = self  # as far as the engine's `Slots` ask
+        self.cache = self  # as far as the engine and its `Slots` ask
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ForwardOnly) and other.module is self.module
@@ -315,9 +302,9 @@ class ForwardOnly:
         return next(tensor for tensor in itertools.chain(self.module.parameters(), self.module.buffers())).device
 
     @property
-    def cache_state(self) -> tuple[int, ...]:
-        """As of `RotaryAsComplex`, from the attention modules that are ours."""
-        return _state_of([m.keys for m in self.module.modules() if isinstance(m, OwnCache) and m.keys is not None])
+    def keys(self) -> list[torch.Tensor]:
+        """Those of the attention modules that are ours."""
+        return [m.keys for m in self.module.modules() if isinstance(m, OwnCache) and m.keys is not None]
 
     def allocate_cache(self) -> None:
         """Nothing: the module keeps its own past."""

@@ -9,7 +9,6 @@ Sources: Touvron et al. 2023, "Llama 2" (arXiv 2307.09288); Grattafiori et al. 2
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +18,8 @@ from torch import nn
 import llama.meta_names as meta
 from llama.kv_cache import KVCache
 from llama.layers.attention import CacheView, Mask, Place, Starts, as_list, attend, positions_and_mask
-from llama.layers.hooks import Logits, is_plain
-from llama.layers.linear import (
-    ColumnParallelLinear,
-    Linear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    multiply_together,
-)
-from llama.layers.packing import groups
+from llama.layers.hooks import Logits, has_global_hook, is_plain
+from llama.layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, multiply_together
 from llama.layers.rotary import rotary_table
 from llama.meta_names import apply_rotary_emb, precompute_freqs_cis, repeat_kv  # noqa: F401 # importable from here
 
@@ -210,10 +202,6 @@ class Transformer(meta.RotaryAsComplex):
                 scale = (2 * self.args.n_layers) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1.0
                 parameter.normal_(std=std * scale, generator=generator)
 
-    def matrices(self) -> Iterator[tuple[Linear, ...]]:
-        """All matrices but the embedding, in the order of a pass; those that multiply the same input together."""
-        return groups(self)
-
     def allocate_cache(self, as_built: bool = True) -> None:
         """Makes room for the keys and values of `max_batch_size` sequences of `max_seq_len` positions.
 
@@ -245,11 +233,16 @@ class Transformer(meta.RotaryAsComplex):
     def run(self, tokens: torch.Tensor, start_pos: Starts = None, slots: slice | None = None) -> Logits:
         """`forward`, with the logits made where they are indexed; `slots` are the rows of the cache, as below."""
         hidden = self.hidden_states(tokens, start_pos, slots)
-        return Logits(hidden, self.logits, at_once=not is_plain(self.output, ColumnParallelLinear.forward))
+        is_watched = has_global_hook() or not is_plain(self.output, ColumnParallelLinear.forward)
+        return Logits(hidden, self.logits, self.logits(hidden) if is_watched else None)
 
     def hidden_states(self, tokens: torch.Tensor, start_pos: Starts = None, slots: slice | None = None) -> torch.Tensor:
         """`forward` up to the last norm, [B, T, dim]; `slots` are the rows of the cache, the first B when None."""
-        return self._run(tokens, *self._locate(tokens, start_pos, slots))
+        place, freqs_cis, mask = self._locate(tokens, start_pos, slots)
+        x = self.tok_embeddings(tokens)
+        for block in self.layers:
+            x = block(x, place, freqs_cis, mask)
+        return self.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output matrix, [..., dim] -> float32 [..., vocab_size]."""
@@ -267,20 +260,18 @@ class Transformer(meta.RotaryAsComplex):
         """
         positions = positions[:, None]
         mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]
-        place = CacheView(0, positions, key_positions.shape[0])
-        return self.logits(self._run(tokens, place, self.rotary[positions], mask)[:, -1])
-
-    def _run(self, tokens: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
+        place, freqs_cis = CacheView(0, positions, key_positions.shape[0]), self.rotary[positions]
         x = self.tok_embeddings(tokens)
         for block in self.layers:
-            x = block(x, start_pos, freqs_cis, mask)
-        return self.norm(x)
+            x = block(x, place, freqs_cis, mask)
+        return self.logits(self.norm(x)[:, -1])
 
     def _locate(
         self, tokens: torch.Tensor, start_pos: Starts, slots: slice | None
     ) -> tuple[meta.StartPos | meta.UnevenStartPos, torch.Tensor, Mask]:
         """Where the tokens are, their rotary angles, and what each may see."""
-        (batch_size, n_new), starts = tokens.shape, as_list(start_pos)
+        starts = start_pos if isinstance(start_pos, list) else as_list(start_pos)
+        batch_size, n_new = tokens.shape
         first, last = min(starts), max(starts)
         length = last + n_new  # of the longest row
         if first < 0 or length > self.args.max_seq_len:
@@ -297,4 +288,5 @@ class Transformer(meta.RotaryAsComplex):
             mask = meta.mask_for_foreign_blocks(starts, n_new, slots, self.dtype, self.device)
         place = None if start_pos is None else CacheView(slots.start, positions, length)
         at = meta.StartPos(first, place) if first == last else meta.UnevenStartPos(starts, place)
-        return at, self.angles(positions), mask
+        rotary = self.rotary[positions]  # MPS hardly knows complex numbers
+        return at, rotary if rotary.device.type == "mps" else torch.view_as_complex(rotary), mask

@@ -139,7 +139,8 @@ class DecodingOptions:
 
     def check_model(self, vocab_size: int, max_batch_size: int, name: str = "") -> None:
         """Raises ValueError, begun by `name`, for a token or a beam that the model has no room for."""
-        for option, ids in (("stop", self.stop_ids), ("logit_bias", self.logit_bias or ())):
+        stop_ids = () if self.stop is None else self.stop_ids
+        for option, ids in (("stop", stop_ids), ("logit_bias", self.logit_bias or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:
                     found = f"{name}{option} names token {shown(token)}"
@@ -167,7 +168,7 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
             raise TypeError(unknown(name, NAMES))
         # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
         options[name] = value = value.tolist() if hasattr(value, "tolist") else value
-        if _is_per_prompt(name, value):
+        if isinstance(value, (list, tuple)) and _is_per_prompt(name, value):
             lists[name] = value
             if len(value) != n_prompts:
                 raise ValueError(f"{name} is a list of {len(value)}: expected as many values as prompts, {n_prompts}")
@@ -219,10 +220,10 @@ def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[i
     return list(map(int, ids))
 
 
-def _is_per_prompt(name: str, value: Any) -> bool:
+def _is_per_prompt(name: str, value: list | tuple) -> bool:
     if name in ("stop", "choice"):
         return isinstance(value, list) and any(item is None or isinstance(item, (list, tuple, set)) for item in value)
-    return isinstance(value, (list, tuple)) and not callable(value)  # Transformers' LogitsProcessorList is both
+    return not callable(value)  # Transformers' LogitsProcessorList is both
 
 
 def _mistake(options: DecodingOptions, name: str, expected: str) -> ValueError:

@@ -52,6 +52,8 @@ class Sequence:
     score_from: int | None = None  # from which token on the prompt itself is scored; None: not at all
     search: "Search | None" = None  # who chooses the tokens, where that is not the engine: a beam search
     process: Callable[..., torch.Tensor] | None = None  # changes logits [vocab_size], given them and the answer so far
+    n_prefill: int = field(init=False)  # how many tokens of the prompt the model must see,
+    n_reusable: int = field(init=False)  # and of how many the keys may come from the cache
     # What comes of it:
     tokens: list[int] = field(default_factory=list)  # the answer
     token_logprobs: list[float] = field(default_factory=list)
@@ -69,24 +71,17 @@ class Sequence:
         if self.score_from == 0:  # nothing comes before the first token
             self.prompt_token_logprobs = [0.0]
             self.prompt_top_logprobs = [[]] if self.options.top_logprobs else []
+        # The logits after the prompt's last token matter only if an answer follows.
+        n_scored = 0 if self.score_from is None else len(self.prompt) - 1
+        self.n_prefill = n_scored if self.max_new_tokens == 0 else len(self.prompt)
+        # Where logits are needed, the model must run.
+        n_before_logits = self.n_prefill if self.score_from is None else min(self.n_prefill, self.score_from)
+        self.n_reusable = max(0, n_before_logits - 1)
 
     @property
     def n_slots(self) -> int:
         """How many rows of the cache it needs at most."""
         return 1 if self.search is None else self.search.n_slots
-
-    @property
-    def n_prefill(self) -> int:
-        """How many tokens of the prompt the model must see: the last one's logits matter only if an answer follows."""
-        if self.max_new_tokens == 0:
-            return 0 if self.score_from is None else len(self.prompt) - 1
-        return len(self.prompt)
-
-    @property
-    def n_reusable(self) -> int:
-        """How many of the prompt's keys may come from the cache: where logits are needed, the model must run."""
-        n = self.n_prefill - 1
-        return max(0, n if self.score_from is None else min(n, self.score_from - 1))
 
     def append(self, token: int) -> bool:
         """Takes the next token; False if it ended the answer instead of joining it."""
@@ -168,9 +163,10 @@ def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> tor
     """
     seeds, settings = [], []
     for sequence in sequences:
-        # The position of the token to come, counted from the start of the prompt.
-        seeds.append(sequence.random.seed(len(sequence.prompt) + len(sequence.tokens) + ahead))
         o = sequence.options
+        # The position of the token to come, counted from the start of the prompt; greedy decoding draws nothing.
+        position = len(sequence.prompt) + len(sequence.tokens) + ahead
+        seeds.append(0 if o.temperature == 0 else sequence.random.seed(position))
         settings.append((o.temperature, min(o.top_k or 0, logits.shape[-1]), o.top_p, o.min_p or 0))
     columns = torch.tensor(settings, dtype=torch.float64).T.to(logits.device)
     return next_tokens(logits, torch.tensor(seeds, device=logits.device), *columns)

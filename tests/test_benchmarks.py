@@ -1,6 +1,15 @@
-"""The programs that measure still run on the engine of today; what they print is another matter."""
+"""The programs that measure still run on the engine of today, and what they count stays within its bars."""
 
+from benchmarks.calls import count
 from benchmarks.contestants import Ours
+
+
+def test_a_greedy_chat_completion_enters_at_most_100_functions_13_deep(demo):
+    """`python -m benchmarks.calls --list` names them. What few answers need is not entered for all."""
+    dialogs = [[{"role": "user", "content": "What is 21 + 34?"}]]
+    demo.chat_completion(dialogs, temperature=0)
+    entered, deepest = count(lambda: demo.chat_completion(dialogs, temperature=0))
+    assert len(entered) <= 100 and len(deepest) <= 13, (len(entered), deepest)
 
 
 def test_the_contestant_of_the_decode_benchmark_times_the_steps_in_which_every_row_decodes(write_checkpoint):

@@ -1,7 +1,7 @@
 """params.json and config.json to `ModelArgs` and back: the shape of a model in Meta's words and in Hugging Face's.
 
-Every number is checked against limits here, before anything is looped over or allocated by it. What this package has no
-part for is refused by its name. Knows the keys of Meta's files and of Transformers 4 and 5; nothing of weights.
+Every number is checked against limits here, before a loop or an allocation uses it. A setting that this package has no
+code for is refused by name. Knows the keys of Meta's files and of Transformers 4 and 5; nothing of weights.
 """
 
 import json

@@ -59,9 +59,9 @@ def convert(
 ) -> None:
     """Writes the checkpoint of a directory into another, in Meta's format or Hugging Face's.
 
-    Numbers are copied bit for bit unless `dtype` is not theirs. The tokenizer comes along, in the form that programs
-    of the target format read, and checklist.chk with the md5 sums of all files. The work is done in `.NAME.partial`
-    next to `dst`; what a killed run leaves there, the next one clears away.
+    Numbers are copied bit for bit, unless `dtype` asks for another type. The tokenizer is written too, in the form that
+    programs of the target format read, and checklist.chk with the md5 sums of all files. Everything is written in
+    `.NAME.partial` next to `dst`; what a killed run leaves there, the next one clears away.
 
     Args:
         src: Meta's directory or Hugging Face's, as `Llama.build` takes it.
@@ -279,7 +279,7 @@ def _write_meta_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _has_own_template(tokenizer: Tokenizer) -> bool:
-    """Whether dialogs are written by the directory's template, or cannot be."""
+    """Whether the directory's template, and not `ChatFormat`, writes dialogs; also if it is broken."""
     try:
         return ChatFormat(tokenizer).template is not None
     except (ValueError, ImportError):

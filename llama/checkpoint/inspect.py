@@ -70,7 +70,7 @@ def info(
 
     Args:
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, quantize: as in `Llama.build`.
-        gpu_memory: of each device, such as "16GB": whether the model fits is said beside what it needs.
+        gpu_memory: of each device, such as "16GB"; the result then says whether the model fits.
 
     Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does; ValueError for a size that is none.
     """
@@ -135,7 +135,7 @@ def _rounded_bytes(args: ModelArgs, kind: str, dtype: torch.dtype) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes, of such as "16GB", "16 GiB" or "8e9". Raises ValueError."""
+    """The bytes of a size such as "16GB", "16 GiB" or "8e9". Raises ValueError."""
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.I)
     try:
         return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))

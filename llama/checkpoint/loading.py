@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llama.checkpoint.meta import MetaCheckpoint, Part, part_of_rank, shape_of_part
 from llama.layers.layouts import Layout, Rounded
 from llama.layers.linear import Linear
-from llama.layers.packing import drop_pages, is_mapped, lay_out_together
+from llama.layers.packing import drop_pages, groups, is_mapped, lay_out_together
 from llama.layers.quantization import BLOCK_ROWS, Blocks, Quantized
 from llama.model import Transformer
 from llama.parallel import raise_if_a_rank_failed
@@ -77,7 +77,7 @@ def load_weights(
     copier = StagedCopy(device) if device.type == "cuda" else None
     parts: dict[Linear, torch.Tensor | Quantized | Blocks] = {}  # that wait for others of their layout
     loaded = Loaded()
-    together = {linear: (linear,) if alone else group for group in model.matrices() for linear in group}
+    together = {linear: (linear,) if alone else group for group in groups(model) for linear in group}
     is_silent = None if dist.get_rank() == 0 else True  # None: where stderr is no terminal
     total = sum(n_bytes.values())
     with tqdm(desc="Loading", total=total, unit="B", unit_scale=True, delay=1, disable=is_silent) as bar:

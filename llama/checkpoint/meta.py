@@ -156,7 +156,7 @@ def shape_of_part(full: tuple[int, ...], part: Part) -> tuple[int, ...]:
 
 
 def name_problems(where: Path, expected: Collection[str], found: Collection[str], model: str) -> Iterator[str]:
-    """What is missing among the names of tensors, and what is too many."""
+    """Which names of tensors are missing, and which should not be there."""
     for what, some, others in (("lacks", expected, set(found)), ("has unexpected", found, set(expected))):
         if names := [name for name in some if name not in others]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -130,7 +130,7 @@ class BatchLoading(Loading):
     """How the model is loaded."""
 
     max_batch_size: int = 16  # how many sequences run at a time, on each replica
-    replicas: int | None = None  # answers on so many replicas of a Ray cluster, each of model_parallel_size processes
+    replicas: int | None = None  # answers on that many replicas of a Ray cluster, each of model_parallel_size processes
     ray: str | None = None  # the cluster's address; without it and RAY_ADDRESS, this machine is one
 
     @property

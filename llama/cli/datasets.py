@@ -159,7 +159,8 @@ class Scoring:
         names = ("max_seq_len", "max_batch_size", "model_parallel_size", "device", "dtype")
         own = {name: value for name in names if (value := getattr(loading, name)) is not None}
         if llama is not None:
-            own |= {"tokenizer": llama.tokenizer, "model_parallel_size": dist.get_world_size(llama.group)}
+            n_ranks = dist.get_world_size() // parallel.n_replicas()
+            own |= {"tokenizer": llama.tokenizer, "model_parallel_size": n_ranks}
         elif path := loading.tokenizer_path or loading.ckpt_dir:
             own["tokenizer"] = Tokenizer(find_tokenizer(Path(path)) if Path(path).is_dir() else path)
         with contextlib.redirect_stdout(sys.stderr):

@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows has no flock: there, nothing keeps a second writer away
     fcntl = None
 
-# What was written is forced to the disk after this many seconds: at most so much is lost in a power failure.
+# What was written is forced to the disk after this many seconds: a power failure loses no more than that.
 SYNC_SECONDS = 5.0
 # What the sidecar must say about the run.
 SIDECAR_TYPES = {"rows": int, "digest": str, "parameters": dict}
@@ -97,7 +97,7 @@ class Journal(contextlib.AbstractContextManager):
             self._begin(rows, parameters, force, retry)
         except BaseException:
             if os.fstat(self._file).st_size == 0 and not self._sidecar.exists():
-                self.path.unlink()  # made here, for nothing
+                self.path.unlink()  # made here, and empty
             os.close(self._file)
             raise
         self._size = os.fstat(self._file).st_size

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 
 def begins_as_whole(lines: list[bytes]) -> bool:
-    """Whether the first two lines of what should be JSON lines are those of an array, or of an object that goes on."""
+    """Whether a file that should be JSON lines begins, in its first two, as an array or an object of several lines."""
     first, second = [line.removeprefix(b"\xef\xbb\xbf").strip() for line in [*lines, b"{"][:2]] if lines else (b"", b"")
     goes_on = first[:1] == b"{" and first.endswith((b"{", b"[", b",", b":")) and second[:1] != b"{"
     return first[:1] == b"[" or first == b"{" or goes_on
@@ -48,7 +48,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def write_json_array(file: BinaryIO, records: Iterator[bytes], indent: int | None) -> None:
-    """Writes records, each a line of JSON, as an array: one record a line, or indented by so many spaces."""
+    """Writes records, each a line of JSON, as an array: one record a line, or indented by that many spaces."""
     separator = b"[\n"
     for line in records:
         if indent is not None:

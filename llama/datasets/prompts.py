@@ -63,7 +63,7 @@ def from_json(options: dict[str, Any]) -> dict[str, Any]:
 def prompt_ids(llama: Llama, row: Mapping[str, Any], option: DecodingOptions | None = None) -> list[int]:
     """The ids of a row's prompt, cut if the option says so.
 
-    Raises ValueError or TypeError if it has not one, or it is empty or too long.
+    Raises ValueError or TypeError if it has none, or one that is empty or too long.
     """
     kind = kind_of(row)
     ids = row[kind]

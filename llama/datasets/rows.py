@@ -41,7 +41,8 @@ class Rows:
 
     Args:
         path: a .jsonl, .ndjson, .json, .csv or .parquet file; the last two need pyarrow. JSON is an array of rows, or
-            one after the other; a .jsonl file that is so is read so. Of a .txt file each line is a row's `prompt`.
+            rows one after the other, and may be that in a .jsonl file too. Each line of a .txt file is a row's
+            `prompt`.
         as_json: the columns of a CSV file whose cells hold JSON, such as numbers and lists; all others are text.
 
     Raises:

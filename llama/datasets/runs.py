@@ -100,7 +100,7 @@ class Run(ABC):
 
     def step(self, jobs: Jobs) -> list[Result]:
         """Lets jobs run until some of them are done; returns the results of the tasks that are done by it."""
-        return self._settle(jobs, [self.go_on(job, answers) for job, answers in jobs.step()])
+        return self._settle(jobs, [self.go_on(job, jobs.answers(job)) for job in jobs.step()])
 
     def _settle(self, jobs: Jobs, outcomes: list[list[Job] | Result]) -> list[Result]:
         for job in [job for outcome in outcomes if isinstance(outcome, list) for job in outcome]:

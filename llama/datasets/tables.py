@@ -36,7 +36,7 @@ def read_csv(path: Path) -> Iterator[Cells]:
     """The rows of a CSV file (RFC 4180, UTF-8), one at a time; each cell is text, an empty one a field not there.
 
     A row with a wrong number of cells, or that is not UTF-8, is broken and the others are read. A stray quote is worse:
-    it leaves open where rows end, and pyarrow would guess without a word. Such a file is refused before its first row,
+    nobody can tell where rows end, and pyarrow would guess silently. Such a file is refused before its first row,
     as is one whose first line does not name the columns. Raises ValueError.
     """
     pyarrow = import_pyarrow()

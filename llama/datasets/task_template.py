@@ -233,7 +233,7 @@ def _first_integer(answer: str) -> int:
 
 
 def _distinct_integers(k: int, least: int | None, most: int | None, answer: str) -> list[int]:
-    """The first k distinct integers in range; what else there is, a repetition or a number of something, is passed."""
+    """The first k distinct integers in range; repetitions, and numbers out of range, are skipped."""
     found = list(_integers(answer))
     in_range = [n for n in found if (least is None or n >= least) and (most is None or n <= most)]
     distinct = list(dict.fromkeys(in_range))[:k]

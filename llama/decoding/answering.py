@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.decoding.beam_search import BeamSearch
-from llama.decoding.grammar import Grammars
-from llama.decoding.penalties import Processing
+from llama.decoding.grammar import NO_SHAPE, Grammars, shapes_of
+from llama.decoding.penalties import NO_CHANGES, Processing, changes_of
 from llama.decoding.shared_engine import Call, SharedEngine
 from llama.engine import Engine
 from llama.model import ModelArgs
@@ -82,6 +82,14 @@ class Job:
     first_sample: int = 0
 
 
+def jobs_of(
+    prompts: list[list[int]], settings: list[DecodingOptions], logprobs: bool = False, echo: bool = False
+) -> list[Job]:
+    """A job for each prompt of a call, with its options; its key is its index."""
+    pairs = enumerate(zip(prompts, settings))
+    return [Job(index, prompt, option, logprobs=logprobs, echo=echo) for index, (prompt, option) in pairs]
+
+
 class GenerationError(RuntimeError):
     """Some answers failed; `answers` holds all of the call's, a list for each prompt, the failed marked "error"."""
 
@@ -112,25 +120,7 @@ class Answerer:
             self._grammars = Grammars(self.tokenizer, self.args.vocab_size)
         return self._grammars
 
-    @property
-    def max_seq_len(self) -> int:
-        return self.args.max_seq_len
-
-    def answer(
-        self,
-        prompts: list[list[int]],
-        settings: list[DecodingOptions],
-        logprobs: bool = False,
-        echo: bool = False,
-        progress: bool = False,
-        shared: bool = True,
-    ) -> list[list[Answer]]:
-        """The answers to each prompt of ids, with its options; the rest is as in `Job` and `answer_jobs`."""
-        pairs = enumerate(zip(prompts, settings))
-        jobs = [Job(index, prompt, option, logprobs=logprobs, echo=echo) for index, (prompt, option) in pairs]
-        return self.answer_jobs(jobs, progress, shared)
-
-    def answer_jobs(self, jobs: list[Job], progress: bool = False, shared: bool = True) -> list[list[Answer]]:
+    def answer(self, jobs: list[Job], progress: bool = False, shared: bool = True) -> list[list[Answer]]:
         """The answers to each job, in their order, on every rank.
 
         Args:
@@ -149,25 +139,26 @@ class Answerer:
         is_split = shared and parallel.n_replicas() > 1
         mine = jobs[parallel.replica() :: parallel.n_replicas()] if is_split else jobs
         # The largest budgets first: a long answer begun last would run on alone.
-        waiting = deque(sorted(mine, key=lambda job: -self.budget(job.prompt, job.option)))
-        place = {job: index for index, job in enumerate(jobs)}  # several may have one key
-        answers: dict[int, list[Answer]] = {}
+        waiting = deque(sorted(mine, key=self.budget, reverse=True))
+        answers: dict[Job, list[Answer]] = {}
         n_tokens, started = 0, time.perf_counter()
         bar = tqdm(total=len(mine), unit="prompt", disable=not progress or dist.get_rank() > 0)
         with parallel.fail_at_once(), bar, Jobs(self) as open_jobs:
-            while waiting or open_jobs.n_open:
+            while len(answers) < len(mine):
                 while waiting and open_jobs.has_room:
                     open_jobs.add(waiting.popleft())
-                for job, group in open_jobs.step():
-                    answers[place[job]] = group
+                for job in open_jobs.step():
+                    answers[job] = group = open_jobs.answers(job)
                     for answer in group:
                         n_tokens += len(answer.tokens)
                     bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
                     bar.update()
         if is_split:
-            answers = {key: group for part in parallel.gather_from_replicas(answers) for key, group in part.items()}
-        by_prompt = [answers[index] for index in range(len(jobs))]
-        failed = [(job.key, a.error) for job, group in zip(jobs, by_prompt) for a in group if a.error is not None]
+            found = {index: answers[job] for index, job in enumerate(jobs) if job in answers}
+            for part in parallel.gather_from_replicas(found):
+                answers |= {jobs[index]: group for index, group in part.items()}
+        failed = [(job.key, a.error) for job in jobs for a in answers[job] if a.error is not None]
+        by_prompt = [answers[job] for job in jobs]
         if failed:
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise GenerationError(f"prompt {failed[0][0]}{others}: {failed[0][1]}", by_prompt) from open_jobs.cause
@@ -183,7 +174,8 @@ class Answerer:
         **options: Any,
     ) -> list[list[Answer]]:
         """As `answer`, of prompts and options that have not been checked."""
-        return self.answer(*self.check_prompts(prompts, options), logprobs, echo, progress, shared)
+        prompts, settings = self.check_prompts(prompts, options)
+        return self.answer(jobs_of(prompts, settings, logprobs, echo), progress, shared)
 
     def open_stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
         """The text of one answer while it is decided; what is wrong is raised at once, not with the first piece."""
@@ -222,7 +214,7 @@ class Answerer:
         if isinstance(ids, CutPrompt):
             return ids
         name, side = f"prompt {name}" if isinstance(name, int) else name, option and option.truncate
-        ids = check_ids(name, ids, self.args.vocab_size, None if any_length or side else self.max_seq_len)
+        ids = check_ids(name, ids, self.args.vocab_size, None if any_length or side else self.args.max_seq_len)
         return ids if side is None else cut_ids(ids, self.prompt_room(option), side, self.tokenizer.bos_id)
 
     def check_prompts(self, prompts: Any, options: dict[str, Any]) -> tuple[list[list[int]], list[DecodingOptions]]:
@@ -234,8 +226,8 @@ class Answerer:
 
     def prompt_room(self, option: DecodingOptions) -> int:
         """The most tokens of a prompt that is cut: `max_gen_len` fit after it, or a quarter of the context."""
-        quarter, wanted = self.max_seq_len // 4, option.max_gen_len
-        return self.max_seq_len - (quarter if wanted is None else min(wanted, quarter))
+        quarter, wanted = self.args.max_seq_len // 4, option.max_gen_len
+        return self.args.max_seq_len - (quarter if wanted is None else min(wanted, quarter))
 
     def encode_texts(self, texts: Any, options: dict[str, Any]) -> tuple[list[list[int]], list[DecodingOptions]]:
         """As `check_prompts`, of texts to be continued."""
@@ -259,7 +251,8 @@ class Answerer:
                 "Llama's own, runs one sequence at a time: expected 1"
             )
         option.check_model(self.args.vocab_size, len(engine.slots), name)
-        self.grammars.check(option, name)
+        if shapes_of(option) != NO_SHAPE:
+            self.grammars.check(option, name)
 
     def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
         """The options of each prompt, checked against the model; without a seed, they get one of this call."""
@@ -282,28 +275,32 @@ class Answerer:
     def sequence(self, job: Job, sample: int) -> Sequence:
         """The engine's record of one answer to come."""
         option, logprobs = job.option, job.logprobs or job.option.top_logprobs > 0
+        stop_tokens, ends = frozenset(self.tokenizer.stop_tokens), []
+        if option.stop is not None:
+            stop_tokens |= option.stop_ids
+            if option.stop_strings:  # the text is followed only where something looks for a string in it
+                ends.append(AnswerText(self.tokenizer, option.stop_strings).follow)
         sequence = Sequence(
             job.prompt,
-            self.budget(job.prompt, option),
+            self.budget(job),
             option,
             RandomStream(option.seed, job.prompt, job.occurrence, sample),
-            option.stop_ids.union(self.tokenizer.stop_tokens),
+            stop_tokens,
             logprobs=logprobs,
             score_from=0 if logprobs and job.echo and sample == job.first_sample and option.num_beams == 1 else None,
         )
-        shape = self.grammars.start(option)
-        sequence.process = Processing(job.prompt, option, shape) or None
-        ends = [] if shape is None else [shape.is_whole]
-        if option.stop_strings:  # the text is followed only where something looks for a string in it
-            ends.append(AnswerText(self.tokenizer, option.stop_strings).follow)
+        if changes_of(option) != NO_CHANGES:
+            shape = None if shapes_of(option) == NO_SHAPE else self.grammars.start(option)
+            sequence.process = Processing(job.prompt, option, shape)
+            ends += [] if shape is None else [shape.is_whole]
         if ends:
             sequence.should_stop = lambda tokens: any(end(tokens) for end in ends)
         return sequence
 
     def answer_of(self, sequence: Sequence, before: list[int]) -> Answer:
         """What came of a sequence; the text of the ids `before` begins its own."""
-        stops, n = sequence.options.stop_strings, len(sequence.tokens)
-        if stops:
+        option, n = sequence.options, len(sequence.tokens)
+        if option.stop is not None and (stops := option.stop_strings):
             text = AnswerText(self.tokenizer, stops, before)
             text.follow(sequence.tokens)
             whole, n = text.finish(), text.n_tokens
@@ -321,16 +318,17 @@ class Answerer:
             speculation=sequence.speculation,
         )
 
-    def budget(self, prompt: list[int], option: DecodingOptions) -> int:
+    def budget(self, job: Job) -> int:
         """The most new tokens of an answer."""
-        room = self.max_seq_len - len(prompt)
-        return room if option.max_gen_len is None else min(option.max_gen_len, room)
+        room = self.args.max_seq_len - len(job.prompt)
+        return room if job.option.max_gen_len is None else min(job.option.max_gen_len, room)
 
 
 class Jobs(Call):
     """Jobs that are answered beside each other, and beside those of all other callers.
 
-    Leaving its `with` cancels what is not done.
+    `step` lets the engine run until some of them are done, and returns these; `answers` are theirs. Leaving its `with`
+    cancels what is not done.
 
     Attributes:
         cause: the first exception of the caller's own code that an answer failed of.
@@ -345,7 +343,7 @@ class Jobs(Call):
         self._n_missing: Counter[Job] = Counter()
 
     def add(self, job: Job) -> None:
-        """Takes a job; `step` returns it once it is done."""
+        """Takes a job; `step` returns it once all its sequences have ended."""
         option = job.option
         if option.num_beams > 1:
             first = self._answerer.sequence(job, 0)
@@ -362,22 +360,20 @@ class Jobs(Call):
             self._jobs[sequence] = job
             super().add(sequence)
 
-    def step(self) -> list[tuple[Job, list[Answer]]]:
-        """Lets the engine run until answers have ended; returns the jobs that are done by it, with their answers."""
-        done = []
-        for sequence in super().step():
-            job = self._jobs.pop(sequence)
-            self.cause = self.cause or sequence.cause
-            self._n_missing[job] -= 1
-            if not self._n_missing[job]:
-                done.append((job, self._answers(job)))
-        return done
+    def end(self, sequence: Sequence) -> None:
+        """Has `step` return a job once the last of its sequences has ended."""
+        job = self._jobs.pop(sequence)
+        self._n_missing[job] -= 1
+        if not self._n_missing[job]:
+            self._ended.append(job)
 
-    def _answers(self, job: Job) -> list[Answer]:
-        """The answers to a job whose sequences have all ended."""
+    def answers(self, job: Job) -> list[Answer]:
+        """The answers to a job that `step` has returned; once only."""
         del self._n_missing[job]
         group, before = self._groups.pop(job), job.prompt if job.echo else []
         first, answers = group[0], []
+        for sequence in group:
+            self.cause = self.cause or sequence.cause
         if first.search is None:
             for sequence in group:
                 answers.append(self._answerer.answer_of(sequence, before))

@@ -14,6 +14,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from llama.tokenizer import Tokenizer
 
 # The options that say what an answer must fit; at most one of them.
 SHAPES = ("json_schema", "regex", "choice", "grammar")
+shapes_of, NO_SHAPE = attrgetter(*SHAPES), (None,) * len(SHAPES)
 # Compiled shapes that are kept for the next call.
 N_KEPT = 64
 # Where only one text is possible, llguidance would allow a single way to cut it into tokens, and cuts it as a text that
@@ -52,22 +54,20 @@ class Grammars:
         return self._tokenizer is tokenizer and self._vocab_size == vocab_size
 
     def check(self, option: DecodingOptions, name: str = "") -> None:
-        """Compiles the shape of an answer, if it is to have one.
+        """Compiles the shape that an answer is to have.
 
         Raises:
             ValueError: there are two, or it cannot be compiled; begun by `name`.
             ImportError: llguidance is not installed.
         """
         try:
-            if (shape := shape_of(option)) is not None:
-                self._compile(shape)
+            self._compile(shape_of(option))
         except ValueError as error:
             raise ValueError(f"{name}{error}") from None
 
-    def start(self, option: DecodingOptions) -> "Matcher | None":
-        """What tells which tokens may come next in one answer; None without a shape. Raises as `check`."""
-        if (shape := shape_of(option)) is None:
-            return None
+    def start(self, option: DecodingOptions) -> "Matcher":
+        """What tells which tokens may come next in one answer. Raises as `check`."""
+        shape = shape_of(option)
         return Matcher(self._compile(shape), shape[0], self._vocab_size, self._unspaced)
 
     def _compile(self, shape: tuple[str, str]) -> Any:
@@ -144,15 +144,13 @@ class Matcher:
         return len(held) == len(tokens)
 
 
-def shape_of(option: DecodingOptions) -> tuple[str, str] | None:
-    """What an answer must fit, one of SHAPES and its text; None if that is nothing.
+def shape_of(option: DecodingOptions) -> tuple[str, str]:
+    """What an answer must fit, the one of SHAPES that is given, and its text.
 
     Raises:
-        ValueError: there are two, or one is of the wrong type.
+        ValueError: there are two, or it is of the wrong type.
     """
     given = {name: value for name in SHAPES if (value := getattr(option, name)) is not None}
-    if not given:
-        return None
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} together: expected at most one shape of an answer")
     ((name, value),) = given.items()

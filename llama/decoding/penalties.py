@@ -5,16 +5,18 @@ Knows nothing of models or text.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
+from operator import attrgetter
 
 import torch
 
 from llama.decoding.grammar import SHAPES, Matcher
 from llama.options import DecodingOptions, LogitsProcessor
 
+# The options that change logits: most answers have none of them, and need no `Processing`.
 PENALTIES = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "presence_penalty", "frequency_penalty")
 PENALTIES += ("logits_processor",)
-DEFAULTS = {field.name: field.default for field in fields(DecodingOptions)}
+changes_of = attrgetter(*PENALTIES, *SHAPES)
+NO_CHANGES = changes_of(DecodingOptions())
 
 
 class Processing:
@@ -25,22 +27,19 @@ class Processing:
     Args:
         prompt: ids.
         option: how the answer is decoded.
-        shape: what it must fit.
+        shape: what it must fit; None for anything.
     """
 
     def __init__(self, prompt: list[int], option: DecodingOptions, shape: Matcher | None):
         self._prompt, self._shape = prompt, shape
-        self._penalties = {name: value for name in PENALTIES if (value := getattr(option, name)) != DEFAULTS[name]}
-        shapes = [name for name in SHAPES if getattr(option, name) is not None]
-        self._names = " and ".join([*self._penalties, *shapes])
+        names, values = (*PENALTIES, *SHAPES), changes_of(option)
+        given = {name: value for name, value, no in zip(names, values, NO_CHANGES) if value != no}
+        self._penalties = {name: value for name, value in given.items() if name in PENALTIES}
+        self._names = " and ".join(given)
 
     def __str__(self) -> str:
         """The options behind it."""
         return self._names
-
-    def __bool__(self) -> bool:
-        """Whether it changes anything."""
-        return bool(self._names)
 
     def __call__(self, logits: torch.Tensor, tokens: list[int], is_guess: bool = False) -> torch.Tensor:
         """The logits, float32 [vocab_size], of the token after `tokens` of the answer; those given are not changed.

@@ -36,6 +36,18 @@ class ChatPrediction(Details, total=False):
     dialog: Dialog  # of a dialog with open turns: the whole of it, filled
 
 
+def as_ids(
+    prompts: list[list[int]], groups: list[list[Answer]], logprobs: bool, echo: bool, options: dict[str, Any]
+) -> tuple:
+    """The answers to each prompt, one after the other, as `Llama.generate` returns them."""
+    answers = [(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
+    tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
+    values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
+    if not wants_top(options):
+        return tokens, values
+    return tokens, values, [a.prompt_top_logprobs + a.top_logprobs for _, a in answers]
+
+
 def completions(
     answerer: Answerer,
     prompts: list[list[int]],
@@ -45,8 +57,23 @@ def completions(
     options: dict[str, Any],
 ) -> list[CompletionPrediction]:
     """The answers to each prompt, one after the other."""
-    pairs = [(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
-    return [{"generation": a.text, **details(answerer, p, a, logprobs, echo, options)} for p, a in pairs]
+    found: list[CompletionPrediction] = []
+    for prompt, group in zip(prompts, groups):
+        for answer in group:
+            found.append({"generation": answer.text, **details(answerer, prompt, answer, logprobs, echo, options)})
+    return found
+
+
+def chats(
+    answerer: Answerer, prompts: list[list[int]], groups: list[list[Answer]], logprobs: bool, options: dict[str, Any]
+) -> list[ChatPrediction]:
+    """The answers to each dialog, one after the other."""
+    found: list[ChatPrediction] = []
+    for prompt, group in zip(prompts, groups):
+        for answer in group:
+            message: Message = {"role": "assistant", "content": answer.text}
+            found.append({"generation": message, **details(answerer, prompt, answer, logprobs, False, options)})
+    return found
 
 
 def details(
@@ -60,10 +87,11 @@ def details(
         found["truncated"] = prompt.n_cut
     if isinstance(answerer.shared.engine, SpeculativeEngine):
         found["speculation"] = asdict(answer.speculation)
-    if logprobs or wants_top(options):
+    top_logprobs = "top_logprobs" in options and wants_top(options)
+    if logprobs or top_logprobs:
         found["tokens"] = [answerer.token_text(token) for token in (prompt if echo else []) + answer.tokens]
         found["logprobs"] = answer.prompt_token_logprobs + answer.token_logprobs
-    if wants_top(options):
+    if top_logprobs:
         found["top_logprobs"] = answer.prompt_top_logprobs + answer.top_logprobs
     return found
 

@@ -69,19 +69,27 @@ class Rollouts:
         return jobs
 
 
-def answer_dialogs(
+def open_dialogs(dialogs: Iterable[Dialog | str], formatter: ChatFormat) -> list[OpenDialog]:
+    """The dialogs of a call. Raises ValueError or TypeError, naming the dialog by its index."""
+    if not isinstance(dialogs, (list, tuple)):
+        single = "text" if isinstance(dialogs, str) else "dialog, itself a list of messages"
+        dialogs = as_list("dialogs", dialogs, "dialogs or strings", single)
+    return [named(f"dialog {index}", OpenDialog, dialog, formatter) for index, dialog in enumerate(dialogs)]
+
+
+def fill_dialogs(
     answerer: Answerer,
     formatter: ChatFormat,
-    dialogs: Iterable[Dialog | str],
+    opened: list[OpenDialog],
     options: dict[str, Any],
     logprobs: bool = False,
     progress: bool = False,
     generate: Callable[..., tuple] | None = None,
 ) -> list[ChatPrediction]:
-    """The answers to dialogs, in their order: see `Llama.chat_completion`; by another `generate` if there is one."""
-    single = "text" if isinstance(dialogs, str) else "dialog, itself a list of messages"
-    dialogs = as_list("dialogs", dialogs, "dialogs or strings", single)
-    opened = [named(f"dialog {index}", OpenDialog, dialog, formatter) for index, dialog in enumerate(dialogs)]
+    """The answers to dialogs some of whose turns are open: see `Llama.chat_completion`.
+
+    `generate` is what somebody has put in place of `Llama.generate`, if so.
+    """
     settings = answerer.check_options(opened, options)
     groups, jobs = [], []
     for index, (dialog, option) in enumerate(zip(opened, settings)):
@@ -90,7 +98,7 @@ def answer_dialogs(
         jobs.append(groups[-1].first(index, logprobs=logprobs))
     while jobs:
         if generate is None:
-            done = answerer.answer_jobs(jobs, progress)
+            done = answerer.answer(jobs, progress)
         else:
             done = answers_of(generate, answerer, [job.prompt for job in jobs], logprobs, False, options)
             options = {name: value for name, value in options.items() if name != "num_return_sequences"}  # later: 1
@@ -114,6 +122,8 @@ def encode_dialog(
     answerer: Answerer, formatter: ChatFormat, index: int, dialog: Dialog, option: DecodingOptions
 ) -> list[int]:
     """The prompt of a dialog, checked, and cut if the option says so; errors name it by its index."""
+    if option.truncate is None:
+        return answerer.check_prompt(index, named(f"dialog {index}", formatter.encode_dialog_prompt, dialog))
     return answerer.check_prompt(index, named(f"dialog {index}", dialog_ids, answerer, formatter, dialog, option))
 
 

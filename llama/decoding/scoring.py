@@ -57,7 +57,7 @@ def score_tokens(
     Raises:
         ValueError, TypeError: there is nothing to score, too much, or ids are out of range. Nothing has run then.
     """
-    limit = answerer.max_seq_len + 1
+    limit = answerer.args.max_seq_len + 1
     for index, (ids, start) in enumerate(texts):
         if not 0 <= start < len(ids) <= limit:
             found = f"a context of {start} tokens and a continuation of {len(ids) - start}"
@@ -83,10 +83,10 @@ def score_tokens(
 
 
 def _in_waves(contexts: list[tuple[int, ...]], n_slots: int, shared: bool) -> list[int]:
-    """An order of texts in which the beginning that some share is still in its slot when the next of them comes.
+    """Orders texts so that a shared beginning is still in its slot when the next text that has it comes.
 
     As many beginnings at a time as there are slots: the first text of each, then the second of each, and so on. The
-    longest come first, so that texts run together are about as long, and too little memory shows at once.
+    longest come first, so that texts run together are about as long, and a lack of memory shows at once.
     """
     by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, context in enumerate(contexts):
@@ -113,7 +113,7 @@ def score_texts(
     texts = as_list("texts", texts, "texts", "text")
     texts = [answerer.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
     texts = [answerer.check_prompt(f"text {index}", text, any_length=True) for index, text in enumerate(texts)]
-    limit = answerer.max_seq_len
+    limit = answerer.args.max_seq_len
     stride = max(1, limit // 2) if stride is None else stride
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < max(limit, 2):
         raise ValueError(f"stride = {stride!r}: expected an integer from 1 to max_seq_len - 1 = {limit - 1}")

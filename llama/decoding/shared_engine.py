@@ -8,6 +8,7 @@ lock and nothing else. Knows nothing of text.
 On several ranks each must run the same steps in the same order, so calls come from one thread a rank there.
 """
 
+import contextlib
 import signal
 import threading
 from collections import deque
@@ -37,9 +38,10 @@ class SharedEngine:
 
     def change(self, method: Callable, argument: Any) -> None:
         """Has the engine changed at once, or after the step that it is in. The caller holds the lock."""
-        self._changes.append((method, argument))
         if self.driver is None:
-            self._make_changes()
+            method(argument)
+        else:
+            self._changes.append((method, argument))
 
     def look_again(self) -> bool:
         """Has the engine run its model as it is now, from the next step on, if that may be another than it was.
@@ -68,11 +70,6 @@ class SharedEngine:
                 self.engine.opened = before
                 raise
 
-    def _make_changes(self) -> None:
-        while self._changes:
-            method, argument = self._changes.popleft()
-            method(argument)
-
     def drive(self) -> None:
         """Runs one step without the lock, and wakes those whom it concerns."""
         self.driver = threading.get_ident()
@@ -88,14 +85,18 @@ class SharedEngine:
             self.n_steps += 1
             for sequence in ended:
                 if (owner := self.owners.pop(sequence, None)) is not None:
+                    del owner._open[sequence]
+                    owner._n_slots -= sequence.n_slots
                     owner.end(sequence)
             for call in self.sleepers:
                 if call.has_news:
                     call.news.notify()
-            self._make_changes()
+            while self._changes:
+                method, argument = self._changes.popleft()
+                method(argument)
 
 
-class Call:
+class Call(contextlib.AbstractContextManager):
     """One caller's sequences. Leaving its `with` cancels those that have not ended; their slots are free then.
 
     Raises:
@@ -117,12 +118,9 @@ class Call:
         self.shared = shared
         self.news = threading.Condition(shared.lock)
         self._open: dict[Sequence, None] = {}
-        self._ended: list[Sequence] = []
+        self._ended: list[Any] = []  # what `step` returns next
         self._n_slots = 0  # of those that are open
         self._wants_steps = False
-
-    def __enter__(self) -> "Call":
-        return self
 
     def __exit__(self, *_: object) -> None:
         with _HeldInterrupts(), self.shared.lock:
@@ -139,7 +137,7 @@ class Call:
 
     @property
     def n_open(self) -> int:
-        """How many sequences have been added and not been returned by `step`."""
+        """How many sequences run or wait, or have ended and not been returned by `step`."""
         return len(self._open) + len(self._ended)
 
     def add(self, sequence: Sequence) -> None:
@@ -194,10 +192,8 @@ class Call:
         return bool(self._ended) or self._wants_steps
 
     def end(self, sequence: Sequence) -> None:
-        """Notes that a sequence has ended."""
-        del self._open[sequence]
+        """Has `step` return a sequence, which has ended."""
         self._ended.append(sequence)
-        self._n_slots -= sequence.n_slots
 
     def _sleep(self, every: bool, held: "_HeldInterrupts") -> None:
         """Waits until another thread has news for this call, or leaves it the wheel."""
@@ -218,12 +214,11 @@ class _HeldInterrupts:
     has a handler of its own, nothing is done.
     """
 
-    def __init__(self):
-        self.came = self.waits = False
-        is_main = threading.current_thread() is threading.main_thread()
-        self._holds = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    came = waits = False
 
     def __enter__(self) -> "_HeldInterrupts":
+        is_main = threading.current_thread() is threading.main_thread()
+        self._holds = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._holds:
             signal.signal(signal.SIGINT, self._hold)
         return self

@@ -49,10 +49,10 @@ class Proposer(Protocol):
     """Where proposals come from. They may be anything: no answer depends on them, only how soon it is there."""
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
-        """For each sequence that is running, in the order of the slots, at most so many ids that may come next."""
+        """For each running sequence, in the order of the slots, up to its limit of ids that may come next."""
 
     def forget(self) -> None:
-        """A step has been broken off: whatever is remembered of sequences may be half written."""
+        """Forgets all sequences: a step was broken off, and what is remembered of them may be half written."""
 
 
 class SpeculativeEngine(Engine):
@@ -67,6 +67,7 @@ class SpeculativeEngine(Engine):
         self.proposer = proposer
         self.payoff = Payoff(get_model_parallel_group(), self.model.device)
         self._n_proposals: dict[Sequence, int] = {}  # how many each running sequence gets
+        self._has_decoded = False  # a token without proposals, which packs the matrices
 
     def _decode(self) -> None:
         sampled = [s for s in self.running if s.search is None]  # beams are not proposed for
@@ -74,7 +75,7 @@ class SpeculativeEngine(Engine):
         # The step adds one token to those accepted, so the last of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
         proposals: dict[Sequence, list[int]] = {}
-        may_propose = self.packed and any(limits) and not self.is_looked_at  # after the second token
+        may_propose = self._has_decoded and any(limits) and not self.is_looked_at
         trials, n_rows, n_decoded = self.payoff.at(len(self.running)), len(self.running), self.counters.decoded
         started = self.payoff.clock()
         if may_propose and trials.proposing:
@@ -90,6 +91,7 @@ class SpeculativeEngine(Engine):
             super()._decode()
             if may_propose:  # the first step packs the matrices
                 trials.note_without(self.payoff.clock() - proposed, proposed - started)
+            self._has_decoded = True
 
     def _decode_with(self, proposals: list[list[int]]) -> None:
         """Runs each sequence's last token and its proposals, and chooses tokens as long as these are what was proposed.
@@ -256,7 +258,7 @@ class DraftModel:
                     self.slots.copy([source], [slot], 0, shared)
 
     def _prefill(self, texts: list[list[int]]) -> None:
-        """Runs what new texts have but for their last ids, one pass a step: long ones take several, and wait."""
+        """Runs new texts up to their last ids, one pass a step. Long ones take several, and get no proposals before."""
         new = [slot for slot, text in enumerate(texts) if len(self._lacks(slot, text)) > 2]
         if new:
             longest = max(len(self._lacks(slot, texts[slot])) - 1 for slot in new)
@@ -267,9 +269,9 @@ class DraftModel:
         return text[len(self.slots.tokens[slot]) :]
 
     def _run(self, wanted: dict[int, list[int]]) -> tuple[Logits, list[int], list[int]]:
-        """Runs ids behind what their slots hold; the logits, and the row and column of the last id of each.
+        """Runs ids behind what their slots hold. Returns the logits, and the row and the column of the last id of each.
 
-        Slots in between that want nothing are run along on padding, which is written behind what they hold.
+        Slots in between that want nothing run padding, which is written behind what they hold.
         """
         first, last = min(wanted), max(wanted)
         held = self.slots.tokens[first : last + 1]

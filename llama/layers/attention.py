@@ -59,7 +59,7 @@ Place = int | CacheView | None
 Mask = torch.Tensor | Literal["causal"] | None
 
 
-def as_list(start_pos: Starts) -> list[int]:
+def as_list(start_pos: int | torch.Tensor | None) -> list[int]:
     """One position for all rows, or one for each."""
     start_pos = start_pos.tolist() if isinstance(start_pos, torch.Tensor) else start_pos
     return start_pos if isinstance(start_pos, list) else [int(start_pos or 0)]

@@ -5,6 +5,7 @@ A fast path that does not call a module asks here first whether anybody would no
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Identity)  # that do nothing to a
 
 def is_plain(module: nn.Module, forward: Callable[..., torch.Tensor]) -> bool:
     """Whether calling a module runs `forward` of its class and nothing else; global hooks apart (`has_global_hook`)."""
-    return type(module).forward is forward and "forward" not in module.__dict__ and not has_hooks(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module).forward is forward and "forward" not in module.__dict__ and not hooks
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -52,7 +54,10 @@ class Patches:
 
     @property
     def found(self) -> bool:
-        return bool(has_global_hook()) or any(cls.forward is not forward for cls, forward in self._forwards.items())
+        for cls, forward in self._forwards.items():
+            if cls.forward is not forward:
+                return True
+        return bool(has_global_hook())
 
 
 def watched(model: nn.Module) -> Iterator[str]:
@@ -77,18 +82,19 @@ def check_hooks(model: nn.Module) -> None:
         raise ValueError(f"{first}, which a compiled step would ignore: take it off again, or build without compile")
 
 
+@dataclass
 class Logits:
     """The logits of a pass, [B, T, vocab_size], made where they are indexed: all would cost as much as several layers.
 
-    Args:
+    Attributes:
         hidden: what the last norm left, [B, T, dim].
         make: the output matrix, [..., dim] -> float32 [..., vocab_size].
-        at_once: make all of them, for somebody looks at the output matrix and is to see those of every position.
+        made: all of them, where somebody looks at the output matrix and is to see those of every position.
     """
 
-    def __init__(self, hidden: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor], at_once: bool):
-        self.hidden, self.make = hidden, make
-        self.made = make(hidden) if at_once or has_global_hook() else None
+    hidden: torch.Tensor
+    make: Callable[[torch.Tensor], torch.Tensor]
+    made: torch.Tensor | None
 
     def __getitem__(self, index: slice | int | tuple) -> torch.Tensor:
         """float32 [..., vocab_size], of the positions that `hidden[index]` has."""

@@ -50,8 +50,8 @@ class Split(Packable):
 class Linear(Split):
     """A matrix to multiply with, [out_features, in_features] or this rank's part of it."""
 
-    def packed(self, x: torch.Tensor) -> Pack | None:
-        """The pack that x is to be multiplied with; None where it takes the plain weight, which is back then.
+    def leave_pack(self, x: torch.Tensor) -> Pack | None:
+        """Unpacks, where the pack does not serve x, and returns None; a quantised matrix stays in its pack.
 
         A matrix that is packed with others and called alone (one of them has a hook, or was exchanged) leaves the pack:
         the product of all would be computed for each.
@@ -59,15 +59,11 @@ class Linear(Split):
         Raises:
             RuntimeError: a gradient is wanted through a quantised matrix.
         """
-        pack = self.pack
-        if pack is None or (len(pack.rows) == 1 and pack.serves(x)):
-            return pack
-        if not pack.quantized:
-            self.unpack()
-            return None
+        if not self.pack.quantized:
+            return self.unpack()
         if _needs_gradient(x):
             raise RuntimeError(self._refusal("has no gradient"))
-        return pack
+        return self.pack
 
 
 def multiply_together(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -103,7 +99,10 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
-        if (pack := self.packed(x)) is not None:
+        pack = self.pack
+        if pack is not None and (len(pack.rows) > 1 or not pack.serves(x)):
+            pack = self.leave_pack(x)
+        if pack is not None:
             y = pack.layout(x) if len(pack.rows) == 1 else pack.layout(x)[..., self.rows]
         elif self.world_size > 1 and _needs_gradient(x, self.weight):
             return super().forward(x)  # fairscale's collectives carry gradients
@@ -133,7 +132,10 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
-        if (pack := self.packed(x)) is not None:
+        pack = self.pack
+        if pack is not None and (len(pack.rows) > 1 or not pack.serves(x)):
+            pack = self.leave_pack(x)
+        if pack is not None:
             y = pack.layout(x)
             return y if self.world_size == 1 else sum_over_ranks(y, self.group)
         if self.world_size > 1 and _needs_gradient(x, self.weight):

@@ -40,8 +40,12 @@ def pack(model: nn.Module) -> bool:
     """
     if not getattr(model, "packable", True):
         return False
-    state = _state(model)
-    if not state.is_due():
+    state = vars(model).get("_packing")
+    if state is None:
+        state = vars(model)["_packing"] = PackingState()
+    state.age += 1
+    state.wait -= not state.complete
+    if state.complete or state.wait >= 0:
         return state.complete
     with LOCK, torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
         holders = _Holders(model)
@@ -114,13 +118,6 @@ class PackingState:
         self.wait = 0  # steps until the next try
         self.after_touch = FIRST_WAIT
 
-    def is_due(self) -> bool:
-        self.age += 1
-        if self.complete:
-            return False
-        self.wait -= 1
-        return self.wait < 0
-
     def tried(self, complete: bool) -> None:
         self.complete = complete
         self.wait = 0 if complete else RETRY_AFTER
@@ -136,10 +133,6 @@ class PackingState:
 
     def __reduce__(self) -> tuple:
         return PackingState, ()  # a copy of a model is plain
-
-
-def _state(model: nn.Module) -> PackingState:
-    return vars(model).setdefault("_packing", PackingState())
 
 
 class _Holders:

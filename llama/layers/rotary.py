@@ -35,15 +35,18 @@ def rotary_table(n_positions: int, head_dim: int, theta: float, scale_factor: fl
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (0, 1), (2, 3), … of each head by the angles of their position.
+def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turns the pairs (0, 1), (2, 3), … of each head of queries and keys by the angles of their position.
 
     Args:
-        x: [B, T, n_heads, head_dim].
-        rotary: cos and sin, [T or B, T, head_dim / 2, 2], or the same as complex numbers, [T or B, T, head_dim / 2].
+        xq, xk: [B, T, n_heads, head_dim] and [B, T, n_kv_heads, head_dim].
+        freqs_cis: cos and sin, [T or B, T, head_dim / 2, 2], or the same as complex numbers, [T or B, T, head_dim / 2].
     """
-    rotary = torch.view_as_real(rotary) if rotary.is_complex() else rotary
+    rotary = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
     cos, sin = rotary.unsqueeze(-3).unbind(-1)  # [.., T, 1, head_dim / 2], for every head
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).type_as(x)
+    turned = []
+    for x in (xq, xk):
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        turned.append(pairs.flatten(-2).type_as(x))
+    return turned[0], turned[1]

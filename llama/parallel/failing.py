@@ -1,4 +1,4 @@
-"""When one rank of a run fails, the others fail with it, by its message. Knows nothing of what they compute."""
+"""When one rank of a run fails, the others fail too, with its message. Knows nothing of what they compute."""
 
 import contextlib
 import os

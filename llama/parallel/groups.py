@@ -118,7 +118,7 @@ def gather_from_replicas(part: list) -> list[list]:
 
 @functools.cache
 def _gloo_group() -> dist.ProcessGroup:
-    """The ranks that hold the same part of each replica's model, over gloo, which sleeps while it waits, for ever."""
+    """The ranks that hold the same part of each replica's model, over gloo, which sleeps while it waits."""
     size, world_size = fairscale_groups.get_model_parallel_world_size(), dist.get_world_size()
     groups = [list(range(i, world_size, size)) for i in range(size)]
     made = [dist.new_group(ranks, backend="gloo", timeout=timedelta(days=365)) for ranks in groups]

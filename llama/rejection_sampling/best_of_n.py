@@ -81,7 +81,7 @@ class Summary:
 
     @property
     def curve(self) -> list[tuple[int, float, float, int]]:
-        """As `curve`; of a selection there is none.
+        """As the function `curve`; empty for a selection.
 
         Where answers were drawn until one was good enough, only the first n count: the others would bend the curve.
         """

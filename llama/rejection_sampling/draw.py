@@ -194,9 +194,9 @@ def rejection_sample(
         while waiting or jobs.n_open:
             while waiting and jobs.has_room:
                 jobs.add(*waiting.popleft().next_jobs())
-            for done, answers in jobs.step():
+            for done in jobs.step():
                 drawing = done.key
-                if (more := drawing.go_on(done, answers)) is None:
+                if (more := drawing.go_on(done, jobs.answers(done))) is None:
                     results[drawing.job.key] = plan.result(drawing.answers)
                     bar.update()
                 for job in more or ():

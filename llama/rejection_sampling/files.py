@@ -160,7 +160,7 @@ class _Sampling(Run):
         return {"row": _prompt_of(row.fields), "options": self.with_seed(options, row)}
 
     def _task_of_template(self, row: Row, template: TaskTemplate) -> Task:
-        """What a template asks of a row, all of whose fields the scorer finds in its `metadata`."""
+        """What a template asks of a row; the scorer finds all of the row's fields in its `metadata`."""
         taken = {*template.fields, template.gold, self.template.column}  # a right answer is no option
         given = {name: value for name, value in row.fields.items() if name in SAMPLED and name not in taken}
         data = {name: value for name, value in row.fields.items() if name not in given}
@@ -189,7 +189,7 @@ class _Sampling(Run):
 
 
 class _Rescoring(Run):
-    """No job, and the scores of the answers that a row has."""
+    """Runs no job: scores the answers that each row has."""
 
     as_json = ("answers", "scores", "n_drawn", "turns", "seed", *PROMPT_KEYS[1:], *ANSWER_KEYS[2:])
 
@@ -202,7 +202,7 @@ class _Rescoring(Run):
     ):
         super().__init__()
         self.llama = llama
-        # What a function of the caller's reads, nobody knows.
+        # Nobody knows what a caller's function reads.
         self.reads_prompt = getattr(scorer, "reads_prompt", isinstance(scorer, (Logprob, Reward, Judge)))
         self.scorer, self.plan, self.prompts = scorer, plan, prompts
         self.asked: dict[str, dict] = {}  # the rows of `prompts` by their ids
@@ -246,7 +246,7 @@ def _prompt_of(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt_of_answers(record: dict[str, Any], asked: dict[str, Any] | None) -> dict[str, Any]:
-    """As `_prompt_of`, of the row that a record's answers answer: `asked`, if that is there, or the record.
+    """As `_prompt_of`, of the row whose answers a record holds: `asked` if it is given, else the record itself.
 
     Raises:
         ValueError: the dialog has open turns, and the record does not say how they were filled.

@@ -169,7 +169,7 @@ def _scores(scorer: Scorer, row: Row, answers: Answers) -> list[tuple[float | No
         if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
             raise TypeError(f"the scorer returned {values!r}: expected a list with a number for each answer")
         values = list(values)
-        if len(values) != len(answers):  # nobody knows whose they are, also if it is asked again
+        if len(values) != len(answers):  # nobody can tell which answers they belong to
             found = f"{len(values)} score{'s' * (len(values) != 1)} for {len(answers)} answers"
             return [(None, f"{found}: expected one for each")] * len(answers)
         scores = [_as_score(value) for value in values]
@@ -257,7 +257,7 @@ def named_scorer(scorer: Any, llama: Llama | None) -> Scorer:
             raise ValueError(f"scorer {scorer!r} needs a model: expected a function, such as load_scorer(…) returns")
         return function
     with parallel.fail_together():
-        size = dist.get_world_size(llama.group)
+        size = dist.get_world_size() // parallel.n_replicas()
         return load_scorer(scorer, llama, tokenizer=llama.tokenizer, model_parallel_size=size)
 
 

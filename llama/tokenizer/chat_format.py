@@ -61,9 +61,9 @@ class ChatFormat:
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         """Ids of a dialog, up to where the assistant's answer begins. Raises ValueError as `check` does."""
         self.check(dialog)
-        if self.template is not None:
-            return self.template.ids(dialog, self.tokenizer)
-        return self._built_in_prompt(dialog)
+        if self.tokenizer.chat_template is None or self.template is None:
+            return self._built_in_prompt(dialog)
+        return self.template.ids(dialog, self.tokenizer)
 
     def encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
         """Ids of a dialog with its answer, up to the end of the answer's turn. Raises as `encode_dialog_prompt`."""

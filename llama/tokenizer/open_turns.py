@@ -23,7 +23,7 @@ class OpenDialog:
     """
 
     def __init__(self, dialog: Dialog | str, formatter: ChatFormat):
-        dialog = as_dialog(dialog)
+        dialog = as_dialog(dialog) if isinstance(dialog, str) else dialog
         formatter.check_messages(dialog)
         self.messages, self._open, self.is_done = list(dialog), [], False
         for index, message in enumerate(self.messages):

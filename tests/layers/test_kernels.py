@@ -9,6 +9,7 @@ from llama import Llama
 from llama.checkpoint.convert import quantize as write_quantised
 from llama.layers import kernels
 from llama.layers.layouts import Rounded, lay_out
+from llama.layers.packing import groups
 from llama.layers.quantization import KINDS, Blocks, quantize
 
 needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=f"no kernels here: {kernels.missing()}")
@@ -144,7 +145,7 @@ def test_a_directory_is_mapped_and_used_as_it_lies(kind, write_checkpoint, tmp_p
     write_quantised(write_checkpoint(dim=128, dtype=torch.bfloat16), tmp_path / "saved", kind)
     model = Llama.build(tmp_path / "saved", max_seq_len=64, max_batch_size=2, device="cpu").model
     assert "mapped: read from the file when first used" in capsys.readouterr().out
-    for group in model.matrices():
+    for group in groups(model):
         for blocks in group[0].layout.product.blocks:
             assert not blocks.untyped_storage().resizable()  # the file's memory, and not PyTorch's
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector, parametrize, prune
 
 from llama.layers import packing
 from llama.layers.layouts import Packed
-from llama.layers.packing import FIRST_WAIT, RETRY_AFTER, pack, signature, unpack
+from llama.layers.packing import FIRST_WAIT, RETRY_AFTER, groups, pack, signature, unpack
 from llama.model import Transformer
 
 TOKENS = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def packed_model(**changes) -> Transformer:
 
 
 def n_packed(model: Transformer) -> int:
-    return sum(linear.pack is not None for group in model.matrices() for linear in group)
+    return sum(linear.pack is not None for group in groups(model) for linear in group)
 
 
 def in_steps(model: Transformer, n: int = 200) -> bool:
@@ -49,7 +49,7 @@ def test_packed_matrices_give_the_same_logits_and_the_same_bits_back(dtype, tied
     expected, state = model(TOKENS), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     assert pack(model)
-    layouts = {id(linear.layout) for linears in model.matrices() for linear in linears}
+    layouts = {id(linear.layout) for linears in groups(model) for linear in linears}
     assert len(layouts) == 4 * model.args.n_layers + 1  # q, k and v are one product, and so are w1 and w3
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(model(TOKENS), expected, atol=tolerance, rtol=0)
@@ -440,7 +440,7 @@ print(json.dumps([weights, packed, most, private() - before]))
 def test_one_copy_is_in_memory_packed_or_plain(write_checkpoint):
     folder = write_checkpoint(dim=512, n_layers=8, multiple_of=256, vocab_size=2048, n_heads=8, n_kv_heads=4)
     # What is freed is given back to the system, so that it can be measured.
-    result = run_python(MEMORY_SCRIPT, folder, MALLOC_MMAP_THRESHOLD_="65536")
+    result = run_python(MEMORY_SCRIPT, folder, is_forked=False, MALLOC_MMAP_THRESHOLD_="65536")
     assert result.returncode == 0, result.stderr
     weights, packed, most, plain = json.loads(result.stdout.splitlines()[-1])
     assert weights > 80e6
