@@ -1,4 +1,4 @@
-"""What several test files need: places, small random checkpoints, and real processes under torchrun."""
+"""What several test files need: places, small random checkpoints, and real processes, alone and as ranks of a run."""
 
 import base64
 import functools
@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 import torch
+import torch.distributed as dist
 
 import llama.engine
 from llama import Llama, ModelArgs, Transformer, parallel
@@ -113,8 +115,21 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def ranks(n_processes: int, *words: object, input: str = "", timeout: float = 120) -> subprocess.CompletedProcess:
+    """Runs `python WORDS` as n real processes, each of one thread, on the CPU: forks, told what torchrun tells ranks.
+
+    They share one standard input, with `input` in it.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(n_processes), "LOCAL_WORLD_SIZE": str(n_processes)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "GROUP_RANK": "0"}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    runs = [(list(words), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n_processes)]
+    return forks.run_all(runs, input, timeout)
+
+
 def torchrun(n_processes: int, script: Path, *args: object, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs a script on n real processes, each of one thread, on the CPU."""
+    """As `ranks`, by torchrun itself, which takes seconds to start."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     return subprocess.run(
@@ -122,9 +137,16 @@ def torchrun(n_processes: int, script: Path, *args: object, timeout: float = 120
     )
 
 
-def run_python(code: str, *args: object, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess:
-    """Runs a piece of Python in a plain process of its own, with further environment variables."""
+def run_python(
+    code: str, *args: object, timeout: float = 120, is_forked: bool = True, **variables: str
+) -> subprocess.CompletedProcess:
+    """Runs a piece of Python in a process of its own, with further environment variables.
+
+    `is_forked` says whether that is a fork of one that has imported the package (`forks`), or started by itself.
+    """
     env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    if is_forked:
+        return forks.run(["-c", code, *args], env, timeout=timeout)
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import torchrun
+from conftest import ranks
 from torch._dynamo.utils import counters
 
 from llama import Llama
@@ -78,7 +78,7 @@ print(json.dumps([plain, answers(Llama.build(sys.argv[1], **build, compile=True)
 def test_two_processes_compile_their_shares(write_checkpoint, tmp_path, request):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    run = torchrun(2, script, write_checkpoint(), request.path.parent)
+    run = ranks(2, script, write_checkpoint(), request.path.parent)
     assert run.returncode == 0, run.stderr
     plain, compiled = json.loads(run.stdout.splitlines()[-1])
     assert compiled == plain

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import torchrun
+from conftest import ranks
 from tqdm import tqdm
 
 from llama import GenerationError, Llama
@@ -109,7 +109,7 @@ def test_two_processes_give_the_same_tokens_split_or_as_replicas(make, tmp_path,
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "script.py").write_text(SCRIPT)
     arguments = [llama.folder, model_parallel_size, tmp_path / "prompts.json", tmp_path / "out"]
-    result = torchrun(2, tmp_path / "script.py", *arguments)
+    result = ranks(2, tmp_path / "script.py", *arguments)
     assert result.returncode == 0, result.stderr
     for rank in range(2):  # every rank has all the answers
         assert json.loads((tmp_path / f"out.{rank}").read_text()) == expected

@@ -3,20 +3,17 @@
 import os
 import re
 import subprocess
-import sys
 
+import forks
 import pytest
-from conftest import ROOT, torchrun
+from conftest import ROOT, ranks, torchrun
 
 CHAT, TEXT = ROOT / "example_chat_completion.py", ROOT / "example_text_completion.py"
 SAMPLING = ROOT / "example_rejection_sampling.py"
 
 
 def run(script, *args: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(script), *args], env=env, capture_output=True, text=True, timeout=120, check=False
-    )
+    return forks.run([script, *args], {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 LINE = "\n\n==================================\n\n"
@@ -38,11 +35,11 @@ def test_the_chat_example_prints_four_dialogs_and_answers_as_metas_does():
     assert roles[3] == [("", "System"), ("", "User"), ("> ", "Assistant")]
 
 
-@pytest.mark.parametrize(("script", "n_processes"), [(TEXT, 1), (TEXT, 2), (TEXT, 4), (CHAT, 2)])
-def test_the_examples_run_under_torchrun_as_in_a_plain_python(script, n_processes):
+@pytest.mark.parametrize(("script", "n_processes", "start"), [(TEXT, 1, ranks), (TEXT, 4, ranks), (CHAT, 2, torchrun)])
+def test_the_examples_run_under_torchrun_as_in_a_plain_python(script, n_processes, start):
     plain = run(script, "--temperature", "0", "--max_gen_len", "12")
     assert plain.returncode == 0 and plain.stdout.count("\n> ") == plain.stdout.count(LINE) == 4, plain.stderr
-    parallel = torchrun(n_processes, script, "--temperature", "0", "--max_gen_len", "12")
+    parallel = start(n_processes, script, "--temperature", "0", "--max_gen_len", "12")
     assert parallel.returncode == 0, parallel.stderr
     assert parallel.stdout.count("\n> ") == 4  # rank 0 alone prints
     if n_processes == 1:
@@ -52,7 +49,7 @@ def test_the_examples_run_under_torchrun_as_in_a_plain_python(script, n_processe
 @pytest.mark.parametrize("n_processes", [1, 2])
 def test_the_rejection_sampling_example_draws_a_rising_curve(n_processes):
     args = ("--n", "8", "--n_prompts", "12")
-    result = run(SAMPLING, *args) if n_processes == 1 else torchrun(n_processes, SAMPLING, "-n", *args[1:])
+    result = run(SAMPLING, *args) if n_processes == 1 else ranks(n_processes, SAMPLING, "-n", *args[1:])
     assert result.returncode == 0, result.stderr
     curve = [float(value) for value in re.findall(r"^ +[1248] \| ([\d.]+) ±", result.stdout, re.M)]
     assert len(curve) == 4 and curve == sorted(curve) and curve[0] < 0.75 < curve[-1]

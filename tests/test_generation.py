@@ -258,7 +258,7 @@ for _ in range(2):
     print(llama.generate([[1, 2, 3]], 4, temperature=0.7, seed=0))
 assert state() == before
 """
-    result = run_python(code, folder)
+    result = run_python(code, folder, is_forked=False)
     assert result.returncode == 0, result.stderr
     loaded, first, loaded_again, second = result.stdout.splitlines()
     assert first == second

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, torchrun, write_byte_tokenizer
+from conftest import random_model, ranks, write_byte_tokenizer
 from test_model import transformers_model
 
 from llama import Llama, ModelArgs, Tokenizer
@@ -116,7 +116,7 @@ def test_two_processes_give_the_tokens_of_one(write_directory, tmp_path):
         [[1, 5, 9], [7]], max_gen_len=20, temperature=0
     )[0]
     (tmp_path / "script.py").write_text(SCRIPT)
-    result = torchrun(2, tmp_path / "script.py", folder)
+    result = ranks(2, tmp_path / "script.py", folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(expected)
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import ROOT, split_checkpoint
@@ -18,8 +19,7 @@ from llama.checkpoint.inspect import family, info, memory, parse_size, verify
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "llama", *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return forks.run(["-m", "llama", *arguments], dict(os.environ), cwd=ROOT)
 
 
 def write_checklist(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, run_python, split_checkpoint, torchrun
+from conftest import random_model, ranks, run_python, split_checkpoint, torchrun
 
 from llama import Llama
 from llama.checkpoint import loading
@@ -57,7 +57,7 @@ def test_any_number_of_shards_on_any_number_of_processes(split_stories, stories,
     expected = json.loads((stories / "expected.json").read_text())
     script = tmp_path / "reshard.py"
     script.write_text(RESHARD_SCRIPT)
-    run = torchrun(n_ranks, script, split_stories, stories / "expected.json", n_new)
+    run = ranks(n_ranks, script, split_stories, stories / "expected.json", n_new)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.split("FOUND")[1])
     assert sorted(found) == sorted(f"{n}-{cut}" for n in (1, 2, 4, 8) for cut in ("rows", "columns"))
@@ -140,7 +140,7 @@ Path(results, f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
 
 def test_weights_used_as_they_lie_take_no_memory(medium, tmp_path):
-    run = run_python(MEMORY_SCRIPT, "float32", tmp_path, medium)
+    run = run_python(MEMORY_SCRIPT, "float32", tmp_path, medium, is_forked=False)
     assert run.returncode == 0, run.stderr
     [found] = json.loads((tmp_path / "0.json").read_text())
     assert found["mapped"] == found["weights"] > 100e6
@@ -148,7 +148,7 @@ def test_weights_used_as_they_lie_take_no_memory(medium, tmp_path):
 
 
 def test_another_dtype_is_held_once(medium, tmp_path):
-    run = run_python(MEMORY_SCRIPT, "bfloat16", tmp_path, medium)
+    run = run_python(MEMORY_SCRIPT, "bfloat16", tmp_path, medium, is_forked=False)
     assert run.returncode == 0, run.stderr
     [found] = json.loads((tmp_path / "0.json").read_text())
     assert found["mapped"] == 0
@@ -356,7 +356,7 @@ def test_broken_directories_are_one_clear_error_on_every_rank(write_checkpoint, 
     write_bad_directories(source, tmp_path / "bad")
     script = tmp_path / "bad.py"
     script.write_text(BAD_SCRIPT)
-    run = torchrun(2, script, tmp_path / "bad", tmp_path)
+    run = ranks(2, script, tmp_path / "bad", tmp_path)
     assert run.returncode == 0, run.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for messages in found:

@@ -8,16 +8,16 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import forks
 import pytest
 import tyro
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, ranks
 
 from llama import DecodingOptions, Llama, __version__, cli
 from llama.cli import arguments, commands
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LLAMA = [sys.executable, "-m", "llama"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llama"]
 
 # The options of a single answer, which can be shown while it is decided; `batch` has more, none of them code.
 STREAMED = {
@@ -41,8 +41,8 @@ def nothing_is_loaded(monkeypatch) -> None:
 
 
 def run(command: list, stdin: str = "") -> subprocess.CompletedProcess:
-    command = list(map(str, command))
-    return subprocess.run(command, env=ENV, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    """In a process of its own, a fork."""
+    return forks.run(command[1:], ENV, stdin)
 
 
 def help_of(capsys, *command: str) -> str:
@@ -77,7 +77,7 @@ def test_complete_streams_what_text_completion_gives(small, tmp_path, capfd):
 
 def test_score_shows_each_token_once_on_two_processes(small, tmp_path):
     (score,), (perplexity,) = small.score(["Hello"]), small.perplexity(["Hello"])
-    result = run([*TORCHRUN, "score", "Hello", "--ckpt_dir", tmp_path / "ckpt", "--device", "cpu"])
+    result = ranks(2, "-m", "llama", "score", "Hello", "--ckpt_dir", tmp_path / "ckpt", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     *tokens, summary = result.stdout.partition("least certain:\n")[0].splitlines()
     assert [line.split()[1] for line in tokens] == [repr(letter) for letter in "Hello"]
@@ -293,13 +293,14 @@ def test_an_empty_text_has_no_score(write_checkpoint, capfd):
 
 
 def test_a_mistake_in_a_real_process():
-    result = run([*LLAMA, "complete", "x", "--top_p", "0"])
+    command = [*LLAMA, "complete", "x", "--top_p", "0"]
+    result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "llama: --top_p = 0.0: expected a number of at least 1e-30\n"
 
 
 def test_of_two_processes_one_explains_the_line():
-    result = run([*TORCHRUN, "chat", "--tempratur", "1"])
+    result = ranks(2, "-m", "llama", "chat", "--tempratur", "1")
     assert result.returncode != 0 and result.stderr.count("Perhaps you meant") == 1
 
 
@@ -319,28 +320,30 @@ def test_without_the_embedded_checkpoint_it_says_what_to_pass(monkeypatch, capsy
     ],
     ids=lambda command: command[0],
 )
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command):
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command, tmp_path):
     reader, writer = os.pipe()
-    env = ENV | {"PYTHONUNBUFFERED": ""}  # with the buffer that users have
-    with subprocess.Popen([*LLAMA, *command], env=env, stdout=writer, stderr=subprocess.PIPE) as process:
-        os.close(writer)
-        os.close(reader)
-        shown = process.communicate(timeout=180)[1].decode()
-    assert process.returncode == 0
-    assert re.fullmatch(r"(Loaded .*\n)?", shown)
+    os.close(reader)
+    with (tmp_path / "shown").open("w") as shown, open(os.devnull) as nothing:
+        streams = [nothing.fileno(), writer, shown.fileno()]
+        process = forks.parent().start(["-m", "llama", *command], streams, ENV, None)
+    os.close(writer)
+    assert process.wait() == 0
+    assert re.fullmatch(r"(Loaded .*\n)?", (tmp_path / "shown").read_text())
 
 
-def test_ctrl_c_ends_a_command_with_130_and_no_traceback():
-    command = [*LLAMA, "complete", "One day", "--logit_bias", "{97: 1e9}", "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # A shell that starts the tests in the background has SIGINT ignored.
-    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    with subprocess.Popen([*command, "--max_seq_len", "100000"], env=ENV, **pipes, **default) as process:
-        assert process.stdout.read(1)
+def test_ctrl_c_ends_a_command_with_130_and_no_traceback(tmp_path):
+    command = ["-m", "llama", "complete", "One day", "--logit_bias", "{97: 1e9}", "--device", "cpu"]
+    reader, writer = os.pipe()
+    with (tmp_path / "shown").open("w") as shown, open(os.devnull) as nothing:
+        streams = [nothing.fileno(), writer, shown.fileno()]
+        process = forks.parent().start([*command, "--max_seq_len", "100000"], streams, ENV, None)
+    os.close(writer)
+    with open(reader) as printed:
+        assert printed.read(1)
         process.send_signal(signal.SIGINT)
-        shown = process.communicate(timeout=180)[1].decode()
-        assert process.returncode == 130
-    assert re.fullmatch(r"Loaded .*\n", shown)
+        printed.read()
+    assert process.wait() == 130
+    assert re.fullmatch(r"Loaded .*\n", (tmp_path / "shown").read_text())
 
 
 # Help

@@ -3,13 +3,12 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, torchrun
+from conftest import DEMO, ranks, run_python
 
 from llama import Llama
 from llama.checkpoint.convert import convert
@@ -177,7 +176,7 @@ def test_the_command_under_torchrun_gives_the_same_metrics(folder, theirs, tmp_p
     (tmp_path / "command.py").write_text("from llama.cli.lm_eval import main\nmain()\n")
     arguments = ["--model", "llama", "--model_args", f"ckpt_dir={DEMO},dtype=float32,max_length=128", "--device", "cpu"]
     arguments += ["--include_path", folder / "tasks", "--tasks", ",".join(f"local_{name}" for name in TASKS)]
-    result = torchrun(2, tmp_path / "command.py", *arguments, "--batch_size", 4, "--output_path", tmp_path / "out")
+    result = ranks(2, tmp_path / "command.py", *arguments, "--batch_size", 4, "--output_path", tmp_path / "out")
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("|local_choice") == 1  # the table, once
     (written,) = (tmp_path / "out").rglob("results_*.json")
@@ -188,8 +187,7 @@ def test_the_command_under_torchrun_gives_the_same_metrics(folder, theirs, tmp_p
 
 def test_without_the_harness_the_error_says_what_to_install():
     code = "import sys; sys.modules['lm_eval'] = None; import llama.cli.lm_eval"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    result = run_python(code)
     assert "pip install '.[eval]'" in result.stderr.splitlines()[-1]
 
 

@@ -15,8 +15,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ranks
 
 from llama import Llama
 from llama.cli.chat import Conversation
@@ -210,8 +211,7 @@ def test_a_terminal_gets_no_control_characters_from_a_model(monkeypatch, capsys)
 
 
 def run(command: list[str], stdin: str = "", **variables: object) -> subprocess.CompletedProcess:
-    command, env = list(map(str, command)), ENV | {name: str(value) for name, value in variables.items()}
-    return subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    return forks.run(command[1:], ENV | {name: str(value) for name, value in variables.items()}, stdin)
 
 
 def test_two_processes_hold_the_conversation_of_one(small, write_checkpoint, tmp_path):
@@ -225,7 +225,7 @@ def test_two_processes_hold_the_conversation_of_one(small, write_checkpoint, tmp
             expected += f"({error})\n"
     (tmp_path / "talk.json").unlink()
     options = ["--temperature", 0, "--max_gen_len", 30, "--max_seq_len", 256, "--device", "cpu"]
-    result = run([*TORCHRUN, "chat", "--ckpt_dir", tmp_path / "ckpt", *options], "\n".join(lines))
+    result = ranks(2, "-m", "llama", "chat", "--ckpt_dir", tmp_path / "ckpt", *options, input="\n".join(lines))
     assert result.returncode == 0, result.stderr
     assert result.stdout == expected
     assert "is forgotten" in expected and "expected at most 255" in expected and "saved 3" in expected

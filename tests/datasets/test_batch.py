@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import pytest
-from conftest import run_python, torchrun
+from conftest import ranks, run_python
 
 from benchmarks import kill_batch
 from llama import Llama
@@ -350,7 +350,7 @@ for record in run_batch(llama, ({"prompt": "a", "max_gen_len": 3} for _ in range
 
 def test_while_a_replica_is_busy_with_one_line_the_other_answers_all_others(write_checkpoint, tmp_path):
     (tmp_path / "script.py").write_text(SLOW)
-    result = torchrun(2, tmp_path / "script.py", write_checkpoint(), tmp_path)
+    result = ranks(2, tmp_path / "script.py", write_checkpoint(), tmp_path)
     assert result.returncode == 0, result.stderr
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["40", "0"]
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import run_python, torchrun
+from conftest import ranks, run_python
 
 from llama import GenerationError, Llama
 
@@ -299,7 +299,7 @@ print(problems)
 def test_on_two_ranks_a_call_from_a_second_thread_is_refused(make, tmp_path):
     llama = make()
     (tmp_path / "script.py").write_text(TWO_RANKS)
-    result = torchrun(2, tmp_path / "script.py", llama.folder)
+    result = ranks(2, tmp_path / "script.py", llama.folder)
     assert result.returncode == 0, result.stderr
     assert (
         "a call from a second thread, 'second', in a run of 2 processes: expected calls from one thread"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, SMALL, random_model, torchrun, write_byte_tokenizer
+from conftest import DEMO, SMALL, random_model, ranks, write_byte_tokenizer
 from test_engine import prompts_of_every_length
 from test_sampling import chi_square_is_plausible
 
@@ -448,7 +448,7 @@ def test_two_processes_give_the_same_tokens_split_or_as_replicas(build, folders,
     odd = write(tmp_path / "odd", random_model(0, **SMALL | {"n_heads": 1, "n_kv_heads": 1}))
     drafts = [folders.get(kind, kind), odd]
     arguments = [folders["target"], *drafts, model_parallel_size, tmp_path / "prompts.json", tmp_path / "out"]
-    result = torchrun(2, tmp_path / "script.py", *arguments)
+    result = ranks(2, tmp_path / "script.py", *arguments)
     assert result.returncode == 0, result.stderr
     for rank in range(2):
         answers, accepted, stopped, refused = json.loads((tmp_path / f"out.{rank}").read_text())

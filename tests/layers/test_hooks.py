@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, random_model, split_checkpoint, torchrun
+from conftest import SMALL, random_model, ranks, split_checkpoint
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear as FairscaleLinear
 from torch import nn
 
@@ -288,7 +288,7 @@ def test_each_rank_loads_its_shard_of_metas_as_a_state_dict(write_checkpoint, tm
     folder = write_checkpoint()
     split = split_checkpoint(folder, tmp_path / "split", 2, embedding=embedding)
     (tmp_path / "script.py").write_text(SHARDS)
-    result = torchrun(2, tmp_path / "script.py", split, SMALL)
+    result = ranks(2, tmp_path / "script.py", split, SMALL)
     assert result.returncode == 0, result.stderr
     assert "missing_keys=[], unexpected_keys=['rope.freqs']" in result.stdout
     whole = Transformer(ModelArgs(**SMALL))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import DEMO, random_model, run_python, split_checkpoint, torchrun
+from conftest import DEMO, random_model, ranks, run_python, split_checkpoint
 
 from llama import Llama
 from llama.checkpoint.convert import convert, quantize
@@ -84,7 +84,7 @@ def test_any_number_of_processes_gives_nearly_the_same(stories, tmp_path, n_rank
     arguments = [folders[0], "int8", folders[0], "int4", folders[1], "-", folders[2], "-"]
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    alone, split = (torchrun(n, script, *arguments) for n in (1, n_ranks))
+    alone, split = (ranks(n, script, *arguments) for n in (1, n_ranks))
     assert alone.returncode == 0 and split.returncode == 0, alone.stderr + split.stderr
     expected, found = (json.loads(run.stdout.splitlines()[-1]) for run in (alone, split))
     for which, perplexity in expected.items():
@@ -123,7 +123,9 @@ def test_the_model_is_never_there_in_bfloat16(write_checkpoint, tmp_path, kind, 
     folder = split_checkpoint(write_checkpoint(dtype=torch.bfloat16, **shape), tmp_path / "split", 2)
     small = write_checkpoint("small", dtype=torch.bfloat16, **shape | {"n_layers": 1})
     n_bytes = sum(2 * p.numel() for p in random_model(**shape).parameters())
-    result = run_python(MEMORY, small, folder, kind, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed is given back
+    result = run_python(
+        MEMORY, small, folder, kind, is_forked=False, MALLOC_MMAP_THRESHOLD_="65536"
+    )  # what is freed is given back
     assert result.returncode == 0, result.stderr
     peak, left = json.loads(result.stdout.splitlines()[-1])
     assert n_bytes > 90e6

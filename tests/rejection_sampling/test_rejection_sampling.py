@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from conftest import DEMO, ROOT, torchrun
+from conftest import DEMO, ROOT, ranks
 
 sys.path.insert(0, str(ROOT))
 from benchmarks.best_of_n import compare
@@ -161,7 +161,7 @@ print(json.dumps(rejection_sample(llama, rows, Logprob(llama), n=3, keep=2, max_
 @pytest.mark.parametrize(("n_processes", "model_parallel_size"), [(2, 1), (2, 2)])
 def test_replicas_and_model_parallel_ranks_give_the_same(tmp_path, demo, n_processes, model_parallel_size):
     (tmp_path / "script.py").write_text(SCRIPT)
-    ran = torchrun(n_processes, tmp_path / "script.py", DEMO, model_parallel_size)
+    ran = ranks(n_processes, tmp_path / "script.py", DEMO, model_parallel_size)
     assert ran.returncode == 0, ran.stderr
     results = json.loads(ran.stdout.splitlines()[-1])
     rows = [f"One day, the {animal}" for animal in ("fox", "cat", "dog")]

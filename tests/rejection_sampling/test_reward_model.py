@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import DEMO, random_model, shared, torchrun, write_byte_tokenizer
+from conftest import DEMO, random_model, ranks, shared, write_byte_tokenizer
 from test_huggingface import SHAPE, VARIANTS, change_config
 from test_model import transformers_model
 
@@ -108,7 +108,7 @@ def test_the_scores_on_any_number_of_processes_are_those_of_transformers(tmp_pat
     theirs, rows = write_reward_model(tmp_path / "rm", max_seq_len=256), texts()
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    result = torchrun(n_processes, script, tmp_path / "rm", json.dumps(rows))
+    result = ranks(n_processes, script, tmp_path / "rm", json.dumps(rows))
     assert result.returncode == 0, result.stderr
     every = json.loads(result.stdout)
     assert len(every) == n_processes and all(scores == every[0] for scores in every)  # the same bits on each rank

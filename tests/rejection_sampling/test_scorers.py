@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEMO, random_model, torchrun, write_byte_tokenizer
+from conftest import DEMO, random_model, ranks, write_byte_tokenizer
 from test_huggingface import SHAPE
 
 from llama import Tokenizer
@@ -259,7 +259,7 @@ print(json.dumps(every))
 
 def test_the_ranks_of_a_model_agree_on_the_scores_whatever_the_scorer_does(tmp_path, demo):
     (tmp_path / "script.py").write_text(SCRIPT)
-    result = torchrun(2, tmp_path / "script.py", DEMO)
+    result = ranks(2, tmp_path / "script.py", DEMO)
     assert result.returncode == 0, result.stderr
     first, second = json.loads(result.stdout.splitlines()[-1])
     assert first == second and first[0] == [[0.0, None]] * 3
