@@ -24,20 +24,15 @@ GIVEN_UP = 75  # seconds after the failure
 PORT = 29561
 CAUSE = "no room left"  # what the rank that raises says
 
-# Of four ranks the last fails, in the way and at the place that the arguments say.
-SCRIPT = """
+# How a script begins whose ranks fail in the way and at the place that its arguments say.
+FAILING = """
 import os, signal, sys, time
 from pathlib import Path
 import torch.distributed as dist
 from llama import Llama
 from llama.checkpoint import meta as checkpoint
-from llama.parallel import groups, lifeline
 
 ckpt_dir, folder, place, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-if sys.argv[5] == "nobody":
-    groups.failing.connect = lambda: None
-elif sys.argv[5] != "lifeline":  # probes that tests can wait for
-    lifeline.PROBE_AFTER, lifeline.GIVE_UP_AFTER = 2, int(sys.argv[5])
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 (folder / f"{rank}.pid").write_text(str(os.getpid()))
 
@@ -56,6 +51,15 @@ def wrap(owner, name, action):
         action(n_calls)
         return original(*args, **kwargs)
     setattr(owner, name, wrapped)
+"""
+# Of four ranks the last fails.
+SCRIPT = """
+from llama.parallel import groups, lifeline
+
+if sys.argv[5] == "nobody":
+    groups.failing.connect = lambda: None
+elif sys.argv[5] != "lifeline":  # probes that tests can wait for
+    lifeline.PROBE_AFTER, lifeline.GIVE_UP_AFTER = 2, int(sys.argv[5])
 
 def while_loading(n_calls):
     if place == "loading":
@@ -125,7 +129,7 @@ class Run:
 
     def __init__(self, folder: Path, ckpt_dir: Path, place: str, way: str, hosts: Hosts | None, watch: str):
         self.folder = folder
-        (folder / "script.py").write_text(SCRIPT)
+        (folder / "script.py").write_text(FAILING + SCRIPT)
         arguments = [str(folder / "script.py"), str(ckpt_dir), str(folder), place, way, watch]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.agents = []

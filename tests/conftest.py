@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import forks
@@ -113,6 +113,26 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of its own, of a size such as "52k". The test is skipped where that is not allowed."""
+    folder = tmp_path / "disk"
+    is_mounted = False
+
+    def mount(size: str) -> Path:
+        nonlocal is_mounted
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small file system is not allowed here")
+        is_mounted = True
+        return folder
+
+    yield mount
+    if is_mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def ranks(n_processes: int, *words: object, input: str = "", timeout: float = 120) -> subprocess.CompletedProcess:

@@ -305,21 +305,10 @@ def test_a_failed_write_leaves_nothing(write_checkpoint, tmp_path):
     assert names(tmp_path) == ["ckpt"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own with 2.3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2300k", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small file system is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("known_before", [True, False])
 @pytest.mark.parametrize("to", ["hf", "meta"])
-def test_a_full_disk_leaves_nothing(write_checkpoint, small_disk, to, known_before):
+def test_a_full_disk_leaves_nothing(write_checkpoint, mount_disk, to, known_before):
+    small_disk = mount_disk("2300k")
     src = write_checkpoint(dim=256 if known_before else 128)
     if not known_before:  # room for the weights, and for nothing beside them
         n_bytes = sum(tensor.nbytes for tensor in load(src).values())

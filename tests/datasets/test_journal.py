@@ -294,18 +294,6 @@ with Journal(sys.argv[2], Rows(sys.argv[1]), {}) as journal:
 """
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 52 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=52k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def check_that_a_full_disk_stops_a_run_that_then_goes_on(rows, folder, limit, make_room) -> None:
     out = folder / "out.jsonl"
     result = run_python(FILL, rows.path, out, limit)
@@ -317,7 +305,9 @@ def check_that_a_full_disk_stops_a_run_that_then_goes_on(rows, folder, limit, ma
     assert lines(out) == [1, 2, 3, 4, 5]
 
 
-def test_a_full_disk_stops_the_run_with_whole_lines_and_it_can_go_on(rows, small_disk):
+def test_a_full_disk_stops_the_run_with_whole_lines_and_it_can_go_on(rows, mount_disk):
+    small_disk = mount_disk("52k")
+
     def make_room() -> None:
         subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
 

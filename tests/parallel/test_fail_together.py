@@ -17,34 +17,8 @@ from llama.parallel import lifeline
 # Ends within this many seconds of the failure; gloo alone would wait for half an hour where nothing else tells it.
 LIMIT = 15
 
-# One rank, the last, fails in the way and at the place that the arguments say.
+# The last rank fails.
 SCRIPT = """
-import os, signal, sys, time
-from pathlib import Path
-import torch.distributed as dist
-from llama import Llama
-from llama.checkpoint import meta as checkpoint
-
-ckpt_dir, folder, place, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-(folder / f"{rank}.pid").write_text(str(os.getpid()))
-
-def fail():
-    (folder / "failed").write_text(str(time.time()))
-    if way == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if way == "raises":
-        raise MemoryError("no room left")
-
-def wrap(owner, name, action):
-    original, n_calls = getattr(owner, name), 0
-    def wrapped(*args, **kwargs):
-        nonlocal n_calls
-        n_calls += 1
-        action(n_calls)
-        return original(*args, **kwargs)
-    setattr(owner, name, wrapped)
-
 def while_loading(n_calls):
     if place == "loading":
         time.sleep(0.05)
@@ -87,7 +61,7 @@ class Run:
     def __init__(self, folder: Path, ckpt_dir: Path, place: str, way: str, n_ranks: int):
         self.folder, self.n_ranks = folder, n_ranks
         script = folder / "script.py"
-        script.write_text(SCRIPT)
+        script.write_text(failures.FAILING + SCRIPT)
         arguments = [str(script), str(ckpt_dir), str(folder), place, way]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         port = 20000 + os.getpid() * 7 % 9000 + abs(hash((place, way))) % 1000

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -145,21 +144,10 @@ def test_a_full_disk_leaves_the_last_save_whole_and_nothing_else(tmp_path, small
     assert torch.equal(module.weight, expected)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own with 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_run_on_a_disk_that_becomes_full_goes_on_from_its_last_save(
-    write_checkpoint, tmp_path, small_disk, monkeypatch
+    write_checkpoint, tmp_path, mount_disk, monkeypatch
 ):
+    small_disk = mount_disk("3m")
     ckpt, data = write_checkpoint(n_layers=1), write_rows(tmp_path / "rows.jsonl", n=40)
     options = {"steps": 6, "save_every": 2, "lora_rank": 16}
     run(data, tmp_path / "whole", ckpt, **options)
