@@ -95,7 +95,7 @@ def test_other_data_or_parameters_do_not_go_on_with_a_run(write_checkpoint, tmp_
         run(data, tmp_path / "out", ckpt, steps=2)
     assert saves.newest(tmp_path / "out.training") == 2
     for changed, message in [
-        ((data, ckpt, {"lr": 2e-3}), r"started otherwise: lr was 0.001 and is 0.002. Start it so, or pass --force"),
+        ((data, ckpt, {"lr": 2e-3}), r"differently: lr was 0.001 and is 0.002. Start it so, or pass --force"),
         ((other_data, ckpt, {}), "data was '119 examples, "),
         ((data, other_ckpt, {}), "base was "),
         ((data, ckpt, {"lora_rank": 2}), "lora_rank was None and is 2"),

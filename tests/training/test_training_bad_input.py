@@ -70,7 +70,7 @@ def test_a_rollout_is_learned_as_it_went_and_open_turns_are_none(read):
     texts = [learned(e, tokenizer) for e in examples]
     assert texts == ["yes<|eot_id|>no<|eot_id|>", "yes<|eot_id|>no", "yes<|eot_id|>"]
     assert "PLACEHOLDER" not in tokenizer.decode(examples[0].documents[0].ids)
-    assert skipped[0] == "1 row has open turns: expected what was answered in their places (the first is line 4)"
+    assert skipped[0] == "1 row has open turns: expected answers in their places (the first is line 4)"
     assert skipped[1].startswith("1 row is broken (the first is line 5: found 'text', 'finish_reason': expected")
 
 
@@ -96,7 +96,7 @@ def test_dialogs_are_learned_in_the_format_of_the_checkpoints_own_template(write
     tokenizer.chat_template = ChatTemplate(TEMPLATE.replace("assistant:", "assistant:<think>"), Path("x"), {})
     reader = Reader(tokenizer, 100)
     assert not reader.read(map(row_of, [1], [{"messages": [USER, ANSWER]}]))
-    assert reader.skipped.lines()[0].startswith("1 row has an answer that the chat template writes otherwise")
+    assert reader.skipped.lines()[0].startswith("1 row has an answer that the chat template does not write after")
 
 
 def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted(read):
@@ -112,7 +112,7 @@ def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted
     assert [len(e.documents[0].ids) for e in examples] == [60]
     assert [line.split(" (")[0] for line in skipped] == [
         "1 row is longer than max_seq_len = 60: cut",
-        "1 row is longer than max_seq_len = 60, and nothing learned is in their beginning: skipped",
+        "1 row is longer than max_seq_len = 60, with nothing to learn before the cut: skipped",
     ]
     _, skipped, _ = read({"messages": [USER], "answers": [{"text": "a", "score": 0.2}]}, threshold=0.5)
     assert skipped[0].startswith("1 row has no answer with a score of at least 0.5")
@@ -137,7 +137,7 @@ def test_a_data_set_with_nothing_to_learn_from_is_refused(write_checkpoint, tmp_
         run(write(tmp_path / "empty.jsonl"), tmp_path / "out", ckpt)
     with pytest.raises(ValueError, match="nothing to learn from: 1 row has no turn of the assistant"):
         run(write(tmp_path / "users.jsonl", {"messages": [USER]}), tmp_path / "out", ckpt)
-    with pytest.raises(ValueError, match=r"epochs = 0.01 of 3 examples is not one example"):
+    with pytest.raises(ValueError, match=r"epochs = 0.01 of 3 examples is less than one example"):
         run(write(tmp_path / "few.jsonl", *[{"text": "a"}] * 3), tmp_path / "out", ckpt, epochs=0.01)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
 
