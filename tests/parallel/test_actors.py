@@ -108,7 +108,7 @@ def test_replicas_that_differ_are_refused(start):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"n": 3}, "the cluster has 2 CPU cores: 3 replicas of 1 rank need 3, one for each rank at least"),
+        ({"n": 3}, "the cluster has 2 CPU cores: 3 replicas of 1 rank need 3, at least one for each rank"),
         ({"n": 1, "size": 4}, "the cluster has 2 CPU cores: 1 replica of 4 ranks need 4"),
         ({"n": 1, "device": "cuda"}, "the cluster has 0 GPUs: 1 replica of 1 rank need 1, one for each rank"),
         ({"n": 0}, "replicas = 0: expected an integer of at least 1"),
