@@ -3,9 +3,9 @@
     git worktree add ../before OLD_COMMIT
     python -m benchmarks.before_and_after --before ../before [--rounds 5] [--shape llama-3.2-1b]
 
-Each checkout has a process of its own that keeps its model; they measure in turn. Printed are the medians and the ratio
-of every figure: decoding at one and at eight rows, prefill, a batch of unequal prompts through `generate`, and memory.
-At last hooks are put on every block of the second, and it measures again, from the first answer on.
+Each checkout has its own process, which keeps its model; they measure in turn. Prints medians and ratios of decoding at
+one and at eight rows, prefill, a batch of unequal prompts through `generate`, and memory. At the end the second puts
+hooks on every block and measures once more.
 """
 
 import json
@@ -20,8 +20,8 @@ from benchmarks.shapes import default_folder, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Uses nothing but `Llama.build` and `generate`, which every version has. Measures once for each line it is sent; for
-# the line "hooks" it puts these on first, of which versions before this one may know nothing.
+# Uses only `Llama.build` and `generate`, which every version has. Measures once for each line on stdin; for the line
+# "hooks" it puts hooks on first, which older versions may not support.
 WORKER = """
 import json, random, sys, time
 from llama import Llama
@@ -66,7 +66,7 @@ def main(
 
     Args:
         before: the other checkout.
-        rounds: how often each takes its turn.
+        rounds: how many turns each has.
         shape: of the model, random weights.
         dtype, quantize: as in `Llama.build`; "none" for no quantisation.
     """

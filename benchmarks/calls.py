@@ -2,8 +2,8 @@
 
     python -m benchmarks.calls --list    # Python 3.11 or newer
 
-Counted by `sys.setprofile` on the embedded checkpoint, built and warm: functions whose code lies in `llama/`, by file
-and qualified name (so the lambdas of one function count once), and the most of them that are on the stack at once.
+`sys.setprofile` counts the functions in `llama/` on the embedded checkpoint, after a first call, by file and qualified
+name (so the lambdas of one function count once), and the most of them on the stack at once.
 """
 
 import argparse
@@ -19,7 +19,7 @@ DEMO = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
 
 
 def count(call) -> tuple[dict[tuple[str, str], int], list[str]]:
-    """How often each function of the package is entered by call(), and the deepest stack of them."""
+    """How often call() enters each function of the package, and the deepest stack of them."""
     entered: dict[tuple[str, str], int] = {}  # by file and name
     deepest: list[str] = []
 
