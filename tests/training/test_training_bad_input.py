@@ -1,4 +1,4 @@
-"""What a user can get wrong: each is refused before the first step, or counted, and says what was found."""
+"""A user's mistakes are refused before the first step, or counted, with what was found."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def learned(example, tokenizer) -> str:
     return tokenizer.decode([i for i, ok in zip(document.ids, document.learned) if ok])
 
 
-def test_each_form_of_a_row_is_learned_as_it_says(read):
+def test_from_each_form_of_a_row_the_right_tokens_are_learned(read):
     dialog = [USER, ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "no"}, USER]
     answers = [{"text": "a", "score": 0.2}, {"text": "b", "score": 0.9}, {"text": "c", "score": None}]
     rows = [{"messages": dialog}, {"prompt": "one", "completion": " two"}, {"text": "three"}]
@@ -60,12 +60,12 @@ def test_each_form_of_a_row_is_learned_as_it_says(read):
     assert all(not document.learned[0] for e in examples for document in e.documents)
 
 
-def test_a_rollout_is_learned_as_it_went_and_open_turns_are_none(read):
+def test_a_whole_rollout_is_learned_and_a_row_with_open_turns_is_skipped(read):
     asked = [USER, {"role": "assistant", "content": "<PLACEHOLDER>"}, {"role": "user", "content": "and?"}]
     drawn = [USER, ANSWER, asked[2], {"role": "assistant", "content": "no"}]
     best, broken_off = ({"text": "no", "score": 1, "messages": drawn, "finish_reason": f} for f in ("stop", "length"))
     rows = [{"messages": asked, "answers": [best]}, {"messages": asked, "answers": [broken_off]}]
-    rows += [{"messages": "hi", "answers": [{"text": "yes", "score": 1}]}]  # as `sample` takes it
+    rows += [{"messages": "hi", "answers": [{"text": "yes", "score": 1}]}]  # a dialog of one turn, as in `sample`
     examples, skipped, tokenizer = read(*rows, {"messages": [*asked, ANSWER]}, {"text": "yes", "finish_reason": "stop"})
     texts = [learned(e, tokenizer) for e in examples]
     assert texts == ["yes<|eot_id|>no<|eot_id|>", "yes<|eot_id|>no", "yes<|eot_id|>"]
@@ -78,7 +78,7 @@ TEMPLATE = """{% for m in messages %}{{ '<|start_header_id|>' + m.role + ':' + m
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant:' }}{% endif %}"""
 
 
-def test_dialogs_are_learned_in_the_format_of_the_checkpoints_own_template(write_checkpoint):
+def test_dialogs_are_learned_in_the_format_of_the_checkpoints_template(write_checkpoint):
     tokenizer = Tokenizer(write_checkpoint() / "tokenizer.model")
     tokenizer.chat_template = ChatTemplate(TEMPLATE, Path("tokenizer_config.json"), {})
     reader = Reader(tokenizer, 100)
@@ -92,7 +92,7 @@ def test_dialogs_are_learned_in_the_format_of_the_checkpoints_own_template(write
         map(row_of, [1], [{"messages": [USER], "chosen": "yes", "rejected": "no"}])
     )
     assert pair.documents[0].ids == sampled.documents[0].ids
-    # A template that opens an answer with what it does not write in a whole dialog: nothing learned would be drawn.
+    # This template opens an answer with text that is not in a whole dialog: the model would never draw what it learned.
     tokenizer.chat_template = ChatTemplate(TEMPLATE.replace("assistant:", "assistant:<think>"), Path("x"), {})
     reader = Reader(tokenizer, 100)
     assert not reader.read(map(row_of, [1], [{"messages": [USER, ANSWER]}]))
@@ -202,7 +202,7 @@ def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_c
             run(data, adapter, rounded)
         with pytest.raises(ValueError, match="rounded matrices cannot learn"):
             Llama.build(rounded, max_seq_len=64, train=True)
-        # The adapter learns nearly the same as on the plain weights: the gradients through the codes are right.
+        # The adapter learns nearly the same as on the plain weights, so the gradients through the codes are right.
         log = run(data, adapter, rounded, **options)
         assert max(abs(a["loss"] - b["loss"]) for a, b in zip(log, plain)) < tolerance
         check_an_adapter_beside_codes(rounded, kind, adapter)
@@ -214,10 +214,10 @@ def check_an_adapter_beside_codes(rounded: Path, kind: str, adapter: Path) -> No
     with torch.inference_mode():
         assert (beside.model(ids) - without.model(ids)).abs().max() > 0.1
     copied = copy.deepcopy(beside.model)
-    assert torch.equal(copied(ids), beside.model(ids))  # nothing in it wants gradients
+    assert torch.equal(copied(ids), beside.model(ids))  # none of its parameters requires gradients
     with pytest.raises(ValueError, match="compile = True with an adapter beside quantised weights"):
         Llama.build(rounded, max_seq_len=64, adapter=adapter, compile=True)
-    assert fingerprint(beside) != fingerprint(without)  # no file of answers goes on with the other
+    assert fingerprint(beside) != fingerprint(without)  # so no journal goes on with the other
     with pytest.raises(ValueError, match=f"the weights are in {kind}: expected a model that was built without"):
         without.save(rounded.with_name("saved"))
 
@@ -232,7 +232,7 @@ def test_a_forward_pass_that_would_need_gradients_of_codes_is_an_error(write_che
         model(ids)
 
 
-def test_a_file_where_the_result_should_go_or_no_data_is_refused_first(write_checkpoint, tmp_path):
+def test_an_existing_result_or_missing_data_is_refused_before_anything_runs(write_checkpoint, tmp_path):
     ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         finetune(tmp_path / "none.jsonl", tmp_path / "out", ckpt, Options())
