@@ -46,9 +46,9 @@ def everything(out: str = "benchmarks", shape: str = "llama-3.2-1b", **decode: s
     with (Path(out) / "RESULTS.md").open("a") as results:
         for title, (module, *arguments) in PARTS.items():
             run = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
-            said = run.stdout or f"(ended with {run.returncode})\n"
+            printed = run.stdout or f"(ended with {run.returncode})\n"
             results.write(f"\n## {title}\n\n    python -m {' '.join([module, *arguments])}\n\n")
-            results.write("".join(f"    {line}\n" for line in said.splitlines()))
+            results.write("".join(f"    {line}\n" for line in printed.splitlines()))
             results.flush()
 
 

@@ -73,7 +73,7 @@ def make_model(kind: str | None) -> Transformer:
     with unchecked:
         for group in list(model.matrices()):
             lay_out_together({linear: linear.weight for linear in group}, kind, torch.bfloat16)
-    layouts._compiled_int8_product = lambda: layouts._int8_product  # a kernel of its own needs a card's driver
+    layouts._compiled_int8_product = lambda: layouts._int8_product  # the compiled kernel needs a card's driver
     return model
 
 

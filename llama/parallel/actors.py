@@ -319,7 +319,7 @@ class _Replica:
 
 
 class _Rank:
-    """One rank of a replica, in a process of its own."""
+    """One rank of a replica, in its own process."""
 
     def __init__(self, rank: int, paths: list[str]):
         self.rank = rank

@@ -168,17 +168,13 @@ class Writer:
     def __init__(self, llama: Llama, prepared: Prepared, model: str, is_chat: bool, include_usage: bool = False):
         self._prepared, self._is_chat, self._include_usage = prepared, is_chat, include_usage
         self._choices = [Choice(llama, prepared, index) for index in range(len(prepared.ticket.sequences))]
-        kind = "chat.completion" if is_chat else "text_completion"
         self._head: Object = {
             "id": ("chatcmpl-" if is_chat else "cmpl-") + uuid.uuid4().hex,
-            "object": kind,
+            "object": "chat.completion" if is_chat else "text_completion",
             "created": int(time.time()),
             "model": model,
         }
-        if is_chat:
-            self._chunk_head = self._head | {"object": "chat.completion.chunk"}
-        else:
-            self._chunk_head = self._head
+        self._chunk_head = self._head | ({"object": "chat.completion.chunk"} if is_chat else {})
 
     @property
     def usage(self) -> Object:

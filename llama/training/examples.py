@@ -67,7 +67,7 @@ class Skipped:
 
 
 class NothingToLearn(ValueError):
-    """A row in a known form has nothing to learn; the message is the reason that it is counted under."""
+    """A row has a right form, but nothing to learn; the message is the reason under which it is counted."""
 
 
 class Reader:

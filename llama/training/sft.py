@@ -140,10 +140,10 @@ def describe(options: Options, base: Base, examples: list[Example]) -> dict[str,
             digest.update(repr((document.ids, document.learned)).encode())
     layout = {"processes": dist.get_world_size(), "replicas": parallel.n_replicas()}
     model = {name: value for name, value in vars(base.checkpoint.args).items() if name != "max_batch_size"}
-    known = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
-    asked = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
-    del asked["to"]  # the format of the result may still change
-    return json.loads(json.dumps(known | asked | layout))
+    sources = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
+    chosen = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
+    del chosen["to"]  # the format of the result may still change
+    return json.loads(json.dumps(sources | chosen | layout))
 
 
 def prepare_trainer(base: Base, options: Options, n_steps: int, device: torch.device) -> Trainer:
