@@ -1,12 +1,11 @@
-"""Batches of unequal prompts: useful tokens/s of ours, of Meta's way of batching, and of Transformers' `generate`.
+"""Batches of unequal prompts: useful tokens/s of `Llama`, of Meta's way of batching, and of Transformers' `generate`.
 
     python -m benchmarks.batching [--rounds 3] [--n_prompts 32] [--rows 8]
 
-Random float32 weights of a 110M shape; prompts of 16 to 256 tokens, each wanting 16 to 128 new ones (greedy, no stop
-tokens), 8 rows at a time. Useful tokens are those that were wanted. The three take turns; medians are printed.
+Random float32 weights of a 110M shape; prompts of 16 to 256 tokens, each asking for 16 to 128 new ones (greedy, no stop
+tokens), 8 rows at a time. Useful tokens are those asked for. The three take turns; medians are printed.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -15,21 +14,11 @@ from pathlib import Path
 import fire
 import torch
 
-from benchmarks.shapes import write_tokenizer
-from llama import Llama, ModelArgs, Transformer, parallel
+from benchmarks.shapes import write_small_checkpoint
+from llama import Llama
 from llama.checkpoint.convert import convert
 
 SHAPE = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32_000, "multiple_of": 256}
-
-
-def write_checkpoint(folder: Path) -> None:
-    """A directory as Meta's with random float32 weights of SHAPE."""
-    parallel.initialize(device=torch.device("cpu"))
-    model = Transformer(ModelArgs(**SHAPE))
-    model.init_weights(generator=torch.Generator().manual_seed(0))
-    torch.save(dict(model.state_dict()), folder / "consolidated.00.pth")
-    (folder / "params.json").write_text(json.dumps(SHAPE))
-    write_tokenizer(folder / "tokenizer.model", SHAPE["vocab_size"] - 256)
 
 
 def workload(n_prompts: int) -> tuple[list[list[int]], list[int]]:
@@ -45,9 +34,9 @@ def run_ours(llama: Llama, prompts: list[list[int]], wanted: list[int], rows: in
 
 @torch.inference_mode()
 def run_metas_way(llama: Llama, prompts: list[list[int]], wanted: list[int], rows: int) -> list[list[int]]:
-    """`rows` prompts at a time: the shortest is prefilled, then all go on token by token, to the longest budget.
+    """`rows` prompts at a time: the length of the shortest is prefilled, then all go token by token to the longest.
 
-    With PyTorch's plain matrix product, as in Meta's code.
+    The matrix products are PyTorch's own, as in Meta's code.
     """
     answers = []
     for first in range(0, len(prompts), rows):
@@ -87,14 +76,14 @@ def main(rounds: int = 3, n_prompts: int = 32, rows: int = 8) -> None:
     """Prints a table.
 
     Args:
-        rounds: how often each takes its turn.
+        rounds: how many turns each has.
         n_prompts: how many prompts.
         rows: sequences at a time.
     """
     prompts, wanted = workload(n_prompts)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_checkpoint(folder)
+        write_small_checkpoint(folder, SHAPE)
         llama = Llama.build(folder, max_seq_len=512, max_batch_size=rows, device="cpu")
         llama.tokenizer.stop_tokens = set()
         plain = Llama.build(folder, max_seq_len=512, max_batch_size=rows, device="cpu")  # never packed for decoding
@@ -105,7 +94,7 @@ def main(rounds: int = 3, n_prompts: int = 32, rows: int = 8) -> None:
             convert(folder, folder / "hf", "hf")
             runs["Transformers"] = (run_transformers, LlamaForCausalLM.from_pretrained(folder / "hf"))
         except ImportError:
-            print("Transformers is not there: pip install transformers safetensors to compare with it")
+            print("Transformers is not installed: pip install transformers safetensors to compare with it")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     answers = {}
     for _ in range(rounds):

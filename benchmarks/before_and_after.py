@@ -21,8 +21,8 @@ from benchmarks.shapes import default_folder, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Uses nothing but `Llama.build` and `generate`, which every version has. Measures once for each line it is sent; for
-# the line "hooks" it puts these on first, of which versions before this one may know nothing.
+# Uses only `Llama.build` and `generate`, which every version has. Measures once for each line on stdin; for the line
+# "hooks" it puts hooks on first, which older versions may not support.
 WORKER = """
 import json, random, sys, time
 from llama import Llama

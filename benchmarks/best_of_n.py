@@ -2,9 +2,8 @@
 
     python -m benchmarks.best_of_n [--n_prompts 40] [--n_samples 64] [--temperature 1.9]
 
-The estimate is from one set of answers to each sum, the brute force from another, drawn afresh and cut into groups of
-n, of each of which the best is taken. Their difference is measured sum by sum; its standard error is that of the mean
-over the sums.
+The estimate uses one set of answers to each sum. The brute force divides another set into groups of n and takes the
+best of each group. The difference is computed for each sum; its standard error is that of the mean over the sums.
 """
 
 import math

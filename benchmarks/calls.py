@@ -2,9 +2,9 @@
 
     python -m benchmarks.calls --list
 
-Counted by `sys.setprofile` on the embedded checkpoint, built and warm: functions whose code lies in `llama/`, by file
-and qualified name (so the lambdas of one function count once), and the most of them that are on the stack at once. A
-comprehension is part of its function, as it is for Python from 3.12 on.
+`sys.setprofile` counts the functions in `llama/` on the embedded checkpoint, after a first call, by file and qualified
+name (so the lambdas of one function count once), and the most of them on the stack at once. A comprehension is part of
+its function, as it is for Python from 3.12 on.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def name_of(frame: FrameType) -> str:
 
 
 def count(call) -> tuple[dict[tuple[str, str], int], list[str]]:
-    """How often each function of the package is entered by call(), and the deepest stack of them."""
+    """How often call() enters each function of the package, and the deepest stack of them."""
     entered: dict[tuple[str, str], int] = {}  # by file and name
     deepest: list[str] = []
 

@@ -1,10 +1,10 @@
-"""Those that `benchmarks.decode` compares, each in a process of its own: ours in its forms, Transformers, llama.cpp.
+"""The contestants of `benchmarks.decode`, each in its own process: `Llama` in several forms, Transformers, llama.cpp.
 
     python -m benchmarks.contestants NAME FOLDER DEVICE ROOM
 
-loads the checkpoint and then answers a line of JSON on stdin with one on stdout, so that the driver can let them take
-turns: {"batch": B, "context": L, "tokens": n} gives {"seconds": of each step}, and {"prompt": n} {"seconds": of one
-prefill}. ROOM is how many positions there are for each batch size, as JSON.
+loads the checkpoint and then answers each line of JSON on stdin with one on stdout, so that the driver can let the
+contestants take turns: {"batch": B, "context": L, "tokens": n} gives {"seconds": of each step}, and {"prompt": n} gives
+{"seconds": of one prefill}. ROOM has the number of positions for each batch size, as JSON.
 """
 
 import ctypes
@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-# Keys and values of longer contexts than this are random numbers, which take as long to read as those of a prompt.
+# In longer contexts than this the keys and values are random numbers, which take as long to read as a prompt's.
 LONGEST_PREFILL = 4096
 
 
 class Ours:
-    """Through the engine, as `generate` does it; the keys of the context are kept from one turn to the next."""
+    """Runs the engine as `generate` does; the keys of the context stay in the cache from one turn to the next."""
 
     def __init__(self, folder: Path, device: str, room: dict[int, int], **build: Any):
         from llama import Llama
 
         llama = Llama.build(
-            # Some slots more than rows, in which the long contexts stay.
+            # More slots than rows, so that the long contexts stay in the cache.
             *(folder, None, max(room.values()), max(room) + 3),
             **{"device": device, **build},
         )
@@ -49,7 +49,7 @@ class Ours:
         return self._run(batch, context, n_tokens)[-n_tokens:]
 
     def _run(self, batch: int, context: int, n_tokens: int) -> list[float]:
-        """Seconds of each step of the engine; the last n_tokens are those in which every row decodes."""
+        """Seconds of each step of the engine; in the last n_tokens steps every row decodes."""
         from llama.options import DecodingOptions
         from llama.sampling import RandomStream
         from llama.sequence import Sequence
@@ -72,7 +72,7 @@ class Ours:
         return seconds
 
     def _fill(self, ids: list[int]) -> None:
-        """Puts keys and values of some ids into the cache, unless they are there."""
+        """Fills the cache with random keys and values for some ids, unless it has them."""
         slots = self.engine.slots
         if slots.find(ids, len(ids))[1] == len(ids):
             return
@@ -83,7 +83,7 @@ class Ours:
 
 
 class Transformers:
-    """`generate`, greedy, with its default cache; the times are of its steps."""
+    """Runs `generate`, greedy, with its default cache, and times its steps."""
 
     def __init__(self, folder: Path, device: str, room: dict[int, int]):
         from transformers import AutoModelForCausalLM
@@ -122,7 +122,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """Through its C interface, with as many threads as there are cores."""
+    """Runs llama.cpp through its C interface, with as many threads as PyTorch."""
 
     def __init__(self, folder: Path, device: str, room: dict[int, int], kind: str = "bf16"):
         import llama_cpp as c
@@ -138,7 +138,7 @@ class LlamaCpp:
         self.context, self.key = None, None
 
     def _open(self, batch: int, positions: int) -> None:
-        """A context with room for so many rows and positions."""
+        """Makes a context with room for `batch` rows and `positions` positions."""
         c = self.c
         if self.key == (batch, positions):
             return
@@ -153,7 +153,7 @@ class LlamaCpp:
         self.batch = c.llama_batch_init(512, 0, batch)
 
     def _decode(self, tokens: list[tuple[int, int, list[int], bool]]) -> None:
-        """Runs (id, position, rows, whether its logits are wanted)."""
+        """Runs tokens, each as (id, position, rows, whether to compute its logits)."""
         for i, (token, position, rows, wanted) in enumerate(tokens):
             self.batch.token[i], self.batch.pos[i], self.batch.n_seq_id[i] = token, position, len(rows)
             for j, row in enumerate(rows):
@@ -216,7 +216,7 @@ CONTESTANTS = {
 
 
 def token_ids(n: int) -> list[int]:
-    """Ids of a prompt; those of different lengths begin differently, so that each keeps its own keys in the cache."""
+    """Ids of a prompt; prompts of different lengths begin differently, so that each keeps its own keys in the cache."""
     return [1 + (n + 7 * i) % 1000 for i in range(n)]
 
 
@@ -236,7 +236,7 @@ def hugging_face_copy(folder: Path) -> Path:
 
 
 def gguf_with_words(folder: Path, words: list[str]) -> Path:
-    """The checkpoint as llama.cpp's file with a vocabulary, for its server, which takes texts: each word is a token."""
+    """The checkpoint as a GGUF file with a vocabulary in which each word is a token, for llama.cpp's server."""
     path = folder.with_name(folder.name + "-words.gguf")
     if not path.is_file():
         _write_gguf(folder, path, words)
@@ -244,7 +244,7 @@ def gguf_with_words(folder: Path, words: list[str]) -> Path:
 
 
 def gguf_copy(folder: Path, kind: str) -> Path:
-    """The checkpoint as llama.cpp's file, made once; the quantised ones by llama.cpp itself, with its defaults."""
+    """The checkpoint as a GGUF file, made once; llama.cpp itself quantises it, with its defaults."""
     import llama_cpp as c
 
     plain, path = folder.with_name(folder.name + "-bf16.gguf"), folder.with_name(f"{folder.name}-{kind}.gguf")
@@ -261,7 +261,7 @@ def gguf_copy(folder: Path, kind: str) -> Path:
 
 
 def _write_gguf(folder: Path, path: Path, words: list[str] | None = None) -> None:
-    """Format: github.com/ggml-org/ggml, docs/gguf.md, by its own package."""
+    """Writes a GGUF file with its own package. Format: github.com/ggml-org/ggml, docs/gguf.md."""
     import gguf
 
     from llama.checkpoint.open import open_checkpoint
@@ -305,8 +305,8 @@ def _write_gguf(folder: Path, path: Path, words: list[str] | None = None) -> Non
 
 
 def _add_words(writer: Any, words: list[str], vocab_size: int) -> None:
-    """A vocabulary as SentencePiece's: bytes, the words, letter by letter, and fillers."""
-    pieces = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}  # and gguf's types
+    """Adds a vocabulary like SentencePiece's: bytes, the words with all their prefixes, and fillers."""
+    pieces = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}  # with GGUF's types
     for word in ("\u2581" + word for word in words):
         pieces |= dict.fromkeys([*word, *(word[:end] for end in range(2, len(word) + 1))], 1)
     pieces |= {f" w{i}": 1 for i in range(vocab_size - len(pieces))}
@@ -320,7 +320,7 @@ def _add_words(writer: Any, words: list[str], vocab_size: int) -> None:
 
 
 def main(name: str, folder: str, device: str, room: str) -> None:
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not an answer
+    out, sys.stdout = sys.stdout, sys.stderr  # stdout is for answers alone; libraries print too
     torch.zeros(1, device=device)
     started = time.perf_counter()
     contestant = CONTESTANTS[name](Path(folder), device, {int(b): n for b, n in json.loads(room).items()})

@@ -1,12 +1,12 @@
-"""Decoding and prefill, ours beside Transformers and llama.cpp and what the machine can do: `make bench`.
+"""Decoding and prefill beside Transformers, llama.cpp and the limits of the machine: `make bench`.
 
     python -m benchmarks.decode [--shape llama-3.2-1b] [--rounds 3] [--only "ours,Transformers"] [--out benchmarks]
 
-Writes a checkpoint of random bfloat16 numbers in the shape, starts a process for each contestant, and lets them take
-turns in each round; medians over the rounds are printed, and the ratios between them against their bars. Long contexts
-are measured first, with two processes of ours. Beside the table, in --out: decode.json, decode.png and RESULTS.md
-(`benchmarks.results` adds loading and drafts to it). llama.cpp takes part where llama-cpp-python and gguf are installed
-(pip install llama-cpp-python gguf), the plot needs matplotlib; on CUDA, llama.cpp is left out.
+Writes a checkpoint of random bfloat16 numbers, starts a process for each contestant, and lets them take turns in each
+round. Prints medians over the rounds, and compares their ratios with the bars. Long contexts are measured first, by our
+own two contestants. Writes decode.json, decode.png and RESULTS.md into --out (`benchmarks.results` adds loading and
+drafts to the latter). llama.cpp takes part on a CPU if llama-cpp-python and gguf are installed (pip install
+llama-cpp-python gguf); the plot needs matplotlib.
 """
 
 import importlib.util
@@ -28,9 +28,9 @@ from benchmarks.scaling import token
 from benchmarks.shapes import PARAMS, default_folder, write_random_checkpoint
 from llama.model import ModelArgs
 
-Speeds = dict[str, dict[str, list[float]]]  # tokens/s by contestant and by what it did, one figure a round
+Speeds = dict[str, dict[str, list[float]]]  # tokens/s by contestant and by place, one figure a round
 
-# (what is compared, with what, where, at least): the bars, ratios of tokens/s within one run; on a CPU, and on a GPU.
+# The bars: contestant, peer, place, and the least ratio of their tokens/s in one run; on a CPU, and on a GPU.
 BARS = [
     *(("ours int4", "llama.cpp Q4_0", f"decode {rows} @ 128", 1.1) for rows in (1, 8, 32)),
     *(("ours int4", "llama.cpp Q4_0", f"prefill {n}", 1.0) for n in (512, 2048)),
@@ -50,18 +50,18 @@ GPU_BARS = [
     ("ours int8", "ours", "decode 1 @ 128", 1.6),
     ("ours", "Transformers", "prefill 4096", 1.0),
 ]
-LONG_BAR = 0.95  # long contexts by default / compiled, at one row and eight
-LONGER_BARS = {"ours": 1.2, "ours compiled": 1.35}  # time of a token at 4,096 / at 128, at most
-PREFILL_GROWTH_BAR = 1.3  # time of the longest prompt / of 512, at most so many times the ratio of the operations
-# At least so many percent of the measured bandwidth, decoding one row.
+LONG_BAR = 0.95  # long contexts: least ratio of default / compiled, at one row and eight
+LONGER_BARS = {"ours": 1.2, "ours compiled": 1.35}  # most time of a token at 4,096 / at 128
+PREFILL_GROWTH_BAR = 1.3  # most growth of the time per operation, from a prompt of 512 to the longest
+# The least percentage of the measured bandwidth, decoding one row.
 BANDWIDTH_BARS = {"cpu": {"ours compiled": 65}, "cuda": {"ours compiled": 85, "ours": 75}}
-# At least so many times one row's tokens/s.
+# The least ratio to one row's tokens/s.
 BATCH_BARS = {"cpu": {"decode 8 @ 128": 4}, "cuda": {"decode 64 @ 128": 20}}
 PREFILL_BAR = 60  # percent of the measured matmul rate, 4,096 tokens on a GPU
 
 
 class Process:
-    """A contestant in its process."""
+    """A contestant in its own process."""
 
     def __init__(self, name: str, folder: Path, device: str, room: dict[int, int]):
         command = [sys.executable, "-m", "benchmarks.contestants", name, str(folder), device, json.dumps(room)]
@@ -87,7 +87,7 @@ class Process:
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes/s: of reading 1 GB by `sum` on a CPU; of a copy, read and written, on CUDA."""
+    """Bytes/s: on a CPU of reading 1 GB by `sum`, on CUDA of a copy, counted as read and written."""
     numbers = torch.ones(1 << 28, device=device)
     other = torch.empty_like(numbers) if device != "cpu" else None
     seconds = _least_seconds(lambda: numbers.sum() if other is None else other.copy_(numbers), device)
@@ -95,7 +95,7 @@ def read_bandwidth(device: str) -> float:
 
 
 def matmul_rate(device: str) -> float:
-    """Operations/s of a bfloat16 product of square matrices."""
+    """Operations/s of a product of square bfloat16 matrices."""
     n = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     return 2 * n**3 / _least_seconds(lambda: a @ b, device)
@@ -132,13 +132,13 @@ def main(
         rounds: how many turns each has.
         only: names of contestants, separated by commas; all that can take part when None.
         device: "cpu" or "cuda".
-        out: where the results are written.
+        out: the folder for the results.
         folder: where the checkpoint is or will be; /tmp/llama-benchmarks/SHAPE when None.
         batches: numbers of rows that decode together, after 128 tokens of context each.
-        contexts: long ones, at one row and at eight, ours by default and compiled alone; "" leaves them out.
-        prompts: lengths that are prefilled.
-        long_prompt: one more of them, beside 512, by default alone; 0 leaves it out.
-        tokens: steps to a turn.
+        contexts: long contexts, at one row and at eight, for "ours" and "ours compiled" alone; "" leaves them out.
+        prompts: lengths of the prompts to prefill.
+        long_prompt: a long prompt to prefill beside 512, for "ours" alone; 0 leaves it out.
+        tokens: how many steps a turn has.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch_sizes, lengths, prompt_lengths = (_numbers(text) for text in (batches, contexts, prompts))
@@ -147,7 +147,7 @@ def main(
     names = [name.strip() for name in only.split(",")] if only else list(CONTESTANTS)
     has_llama_cpp = device == "cpu" and all(map(importlib.util.find_spec, ("llama_cpp", "gguf")))
     names = [name for name in names if has_llama_cpp or not name.startswith("llama.cpp")]
-    for name in names:  # what they read is made before any of them is timed
+    for name in names:  # makes the contestants' files before any of them is timed
         if name == "Transformers":
             hugging_face_copy(path)
         elif name.startswith("llama.cpp"):
@@ -157,7 +157,7 @@ def main(
     results["command"] = f"python -m benchmarks.decode {shlex.join(sys.argv[1:])}"
 
     def finished(phase: str, speeds: Speeds) -> None:
-        """Writes after each round: a run that is ended early is not lost."""
+        """Writes after each round, so that a run that ends early is not lost."""
         results[phase] = speeds
         (Path(out) / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
 
@@ -184,7 +184,7 @@ def _measure(
     phase: str,
     finished: Callable[[str, Speeds], None],
 ) -> None:
-    """Lets contestants take turns at places (rows, tokens of context) and prompts; `results` gets what they did."""
+    """Lets contestants take turns at places (rows, tokens of context) and prompts; adds the speeds to `results`."""
     device, speeds = results["device"], {name: {} for name in names}
     room = {rows: 0 for rows, _ in places} | {1: max(prompts, default=0)}
     for rows, length in places:
@@ -194,8 +194,8 @@ def _measure(
         for name in names:
             print(f"starting {name}", file=sys.stderr)
             processes.append(Process(name, path, device, room))
-        for round_ in range(-1, results["rounds"]):  # the first is for warming up
-            # Place by place, so that those that are compared are timed within seconds of each other.
+        for round_ in range(-1, results["rounds"]):  # the first warms up
+            # Place by place, so that the figures that are compared are measured within seconds of each other.
             for rows, context in places:
                 results["read_bytes_per_second"].append(read_bandwidth(device))
                 for process in processes:
@@ -205,7 +205,7 @@ def _measure(
             for n in prompts:
                 results["matmul_per_second"].append(matmul_rate(device))
                 for process in processes:
-                    if not process.name.endswith("compiled"):  # whose prefill is that of the default
+                    if not process.name.endswith("compiled"):  # compiling does not change the prefill
                         seconds = process.ask(prompt=n)["seconds"]
                         speeds[process.name].setdefault(f"prefill {n}", []).append(n / seconds[0])
             print(f"round {round_ + 1} of {results['rounds']}", file=sys.stderr)
@@ -221,7 +221,7 @@ def _measure(
 
 
 def _table(speeds: Speeds, started: dict[str, dict] | None) -> list[str]:
-    """Medians; with what each took to start."""
+    """A table of medians, and of how long each contestant took to start."""
     places = list(dict.fromkeys(what for by_place in speeds.values() for what in by_place))
     more = ["loaded, s", "first token, s", "peak, GB"] if started else []
     lines = [f"| | {' | '.join(places + more)} |", "|---|" + "---|" * len(places + more)]
@@ -235,12 +235,12 @@ def _table(speeds: Speeds, started: dict[str, dict] | None) -> list[str]:
 
 
 def report(results: dict) -> str:
-    """The tables, as text that is Markdown too."""
+    """The tables, in Markdown."""
     args, device = ModelArgs(**PARAMS[results["shape"]]), results["device"]
     bandwidth = statistics.median(results["read_bytes_per_second"])
     rate = statistics.median(results["matmul_per_second"])
     cost = token(args)
-    read, operations = 2 * cost["weights"], 2 * cost["layers"]  # a token's, decoding and in a prompt
+    read, operations = 2 * cost["weights"], 2 * cost["layers"]  # per token: bytes in decoding, operations in a prompt
     speeds, long = results["tokens_per_second"], results.get("long", {})
     lines = [
         f"{results['shape']}: {results['weights_bytes'] / 1e9:.2f} GB in bfloat16. The machine reads "
@@ -255,7 +255,7 @@ def report(results: dict) -> str:
     lines += ["", "| ratio | measured | bar |", "|---|---|---|"]
 
     def ratio(of: Speeds, name: str, place: str, other: str, other_place: str) -> float | None:
-        """Turn by turn, so that a slow spell of the machine falls on both; None if one of them was not measured."""
+        """The median of the rounds' ratios, so that a slow spell of the machine slows both; None if not measured."""
         by_round = [of.get(n, {}).get(p) for n, p in ((name, place), (other, other_place))]
         return statistics.median(a / b for a, b in zip(*by_round)) if all(by_round) else None
 
@@ -278,7 +278,7 @@ def report(results: dict) -> str:
         n = max(prompts)
         found = ratio(long, "ours", "prefill 512", "ours", f"prefill {n}")  # of tokens/s
 
-        def per_token(n: int) -> float:  # the keys before it, on average half of them, twice: for scores and for sums
+        def per_token(n: int) -> float:  # attention reads half the keys on average, twice: for scores and for sums
             return operations + 2 * args.n_layers * args.dim * n
 
         growth = None if found is None else found * per_token(512) / per_token(n)
@@ -298,8 +298,8 @@ def report(results: dict) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {"ours": "tab:blue", "Transformers": "tab:green", "llama.cpp": "tab:orange"}  # of a program
-KINDS = {  # a panel each: bytes of a weight, and who has it
+COLOURS = {"ours": "tab:blue", "Transformers": "tab:green", "llama.cpp": "tab:orange"}
+KINDS = {  # the panels: bytes of a weight, and the contestants
     "bfloat16": (2.0, ("ours", "Transformers", "llama.cpp bf16")),
     "8 bits": (1.0, ("ours int8", "llama.cpp Q8_0")),
     "4 bits": (0.5, ("ours int4", "llama.cpp Q4_0")),
@@ -307,7 +307,7 @@ KINDS = {  # a panel each: bytes of a weight, and who has it
 
 
 def plot(results: dict, path: Path) -> None:
-    """Tokens/s against rows, a panel for each kind of weights, and against the context; grey: the memory."""
+    """Plots tokens/s against rows, a panel for each kind of weights, and against the context; the limit is grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -317,7 +317,7 @@ def plot(results: dict, path: Path) -> None:
     figure, panels = pyplot.subplots(1, 4, figsize=(16, 4.2))
 
     def line(axes, speeds: Speeds, name: str, rows: int | None, width: float | None = None) -> None:
-        """Against rows, or at so many rows against the context; a compiled step has hollow marks."""
+        """Draws tokens/s against rows, or for a number of `rows` against the context; hollow marks mean compiled."""
         points = {tuple(map(int, w.split()[1::2])): statistics.median(v) for w, v in speeds.items() if "@" in w}
         kept = {(context if rows else n): v for (n, context), v in points.items() if rows in (None, n)}
         program = next(p for p in COLOURS if name.startswith(p))

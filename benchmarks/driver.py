@@ -1,11 +1,11 @@
-"""What one driver of replicas can do, without a model that would be in its way.
+"""How much one driver of replicas can do, measured without a model.
 
     python -m benchmarks.driver rate [--n 30000]      # rows/s read, handed out, and written, if workers answer at once
-    python -m benchmarks.driver resume [--n 1000000]  # seconds until a run that is half done goes on, and memory
+    python -m benchmarks.driver resume [--n 1000000]  # seconds until a half-done run goes on, and memory
     python -m benchmarks.driver busy [--n 200]        # how busy workers are that sleep as long as an answer takes
 
-Everything is real but the answers: the rows are those of `llama batch`, the workers are Ray's actors, and the records
-go through the journal.
+Only the answers are fake: the rows are those of `llama batch`, the workers are Ray's actors, and the records go through
+the journal.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import Any
 
 import fire
 
-from benchmarks.kill_batch import write_checkpoint
+from benchmarks.shapes import write_small_checkpoint
 from llama import Llama
 from llama.datasets.batch import _Batch
 from llama.datasets.journal import Journal
@@ -48,7 +48,7 @@ class AtOnce(_Batch):
 
     @classmethod
     def on(cls, model: RemoteModel) -> "AtOnce":
-        """The run on a driver."""
+        """A run on the driver."""
         run = cls(model, None, False, {})
         run.remote = functools.partial(AtOnce, template=None, logprobs=False, options={})
         return run
@@ -67,7 +67,7 @@ def write_rows(path: Path, n: int) -> None:
 
 
 def peak_memory() -> float:
-    """The most MB that this process has had."""
+    """The most memory that this process has used, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1.024
 
 
@@ -75,7 +75,7 @@ def rate(n: int = 30_000, replicas: int = 2) -> None:
     """Prints how many rows a second are handed out and written."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_checkpoint(folder)
+        write_small_checkpoint(folder)
         write_rows(folder / "in.jsonl", n)
         with RemoteModel(functools.partial(small_model, name), replicas, device="cpu") as model:
             run, started = AtOnce.on(model), time.perf_counter()
@@ -86,7 +86,7 @@ def rate(n: int = 30_000, replicas: int = 2) -> None:
 
 
 class First(Exception):
-    """Ends a run when its first record is there."""
+    """Ends a run at its first record."""
 
 
 class UntilFirst(AtOnce):
@@ -95,11 +95,11 @@ class UntilFirst(AtOnce):
 
 
 def resume(n: int = 1_000_000) -> None:
-    """Prints how long it takes until a run goes on, half of whose rows are done, and the driver's memory."""
+    """Prints how long a run with half of its rows done takes until it goes on, and the driver's memory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, target = folder / "in.jsonl", folder / "out.jsonl"
-        write_checkpoint(folder)
+        write_small_checkpoint(folder)
         write_rows(source, n)
         Journal(target, Rows(source), {}).close()
         record = {"text": TEXT, "finish_reason": "stop", "answer_tokens": 9, "prompt_tokens": 12, "seed": 2**47}
@@ -107,11 +107,11 @@ def resume(n: int = 1_000_000) -> None:
             for number in range(n // 2):
                 file.write(json.dumps({"id": f"row {number}", "line": number + 1, **record}) + "\n")
         command = [sys.executable, "-m", "benchmarks.driver", "resumed", name]
-        subprocess.run(command, check=True)  # whose memory is not that of having made the files
+        subprocess.run(command, check=True)  # a new process, because this one has used memory to make the files
 
 
 def resumed(name: str) -> None:
-    """What `resume` starts."""
+    """The process that `resume` starts."""
     folder = Path(name)
     with RemoteModel(functools.partial(small_model, name), 1, device="cpu") as model:
         run, before, started = UntilFirst.on(model), peak_memory(), time.perf_counter()
@@ -124,7 +124,7 @@ def resumed(name: str) -> None:
 
 
 class Sleeper:
-    """A worker with 8 slots whose answers take 2 to 10 s each, of the time that it is at work."""
+    """A worker with 8 slots; each answer takes 2 to 10 s, counted while the worker is in `work`."""
 
     def __init__(self):
         self.waiting: list[dict[str, Any]] = []
@@ -136,7 +136,7 @@ class Sleeper:
         return {"room": 8}
 
     def open(self, make: Callable) -> None:
-        """Nothing is needed."""
+        """A run needs nothing."""
 
     def work(self, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         started = time.perf_counter()
@@ -156,22 +156,22 @@ class Sleeper:
 
 
 def busy(n: int = 200, seconds: float = 60) -> None:
-    """Prints which part of the time workers are at work, once all of them have begun, and their slots are full.
+    """Prints the share of the time that workers are at work, after all have started and filled their slots.
 
     Args:
         n: how many workers.
-        seconds: for how long this is looked at.
+        seconds: how long to measure.
     """
     import ray
 
-    os.environ |= {"RAY_worker_register_timeout_seconds": "600"}  # they start all at once
+    os.environ |= {"RAY_worker_register_timeout_seconds": "600"}  # because all start at the same time
     ray.cloudpickle.register_pickle_by_value(actors)  # so that 200 processes need not import torch
     ray.init("local", num_cpus=n, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     replicas, first, last = Replicas(Sleeper, n, device="cpu"), {}, {}
     started, n_rows = None, 0
     for result in replicas.results(os.getpid, ({"line": i, "prompt": TEXT} for i in itertools.count())):
         if started is None and replicas.n_alive == n:
-            started = time.time() + 10  # until each has been full once
+            started = time.time() + 10  # by then each has been full once
         if started is not None and result["now"] > started:
             first.setdefault(result["worker"], result)
             last[result["worker"]] = result

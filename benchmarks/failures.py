@@ -1,11 +1,11 @@
-"""The table of failures: one rank of four raises, or is killed, and who ends, after how long, and what stderr says.
+"""A table of failures: one rank of four raises or is killed; which ranks end, after how long, and what is on stderr.
 
     python -m benchmarks.failures [--watch False] [--only "two hosts"]
 
-While loading, while generating, and idle (as when a chat waits for its user); under one torchrun, and under two on two
-hosts, which are network namespaces with a link between them. At last the link is cut. `--watch False` leaves out
-`llama.parallel.lifeline`, and shows what torchrun and gloo do by themselves. A run that has not ended after 75 s is
-killed here. Making namespaces needs root, and `ip` of iproute2.
+The rank fails while it loads, while it generates, or while it is idle (as when a chat waits for its user), under one
+torchrun, and under two on two hosts, which are network namespaces with a link between them. Then the link is cut.
+`--watch False` leaves out `llama.parallel.lifeline`, and shows what torchrun and gloo do alone. A run that has not
+ended after 75 s is killed. Making namespaces needs root, and `ip` of iproute2.
 """
 
 import os
@@ -22,9 +22,9 @@ import fire
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN_UP = 75  # seconds after the failure
 PORT = 29561
-CAUSE = "no room left"  # what the rank that raises says
+CAUSE = "no room left"  # the message of the rank that raises
 
-# How a script begins whose ranks fail in the way and at the place that its arguments say.
+# How a script begins whose ranks fail in the way and at the place that its arguments name.
 FAILING = """
 import os, signal, sys, time
 from pathlib import Path
@@ -65,7 +65,7 @@ def while_loading(n_calls):
     if place == "loading":
         if rank == world_size - 1 and n_calls == 5:
             fail()
-        time.sleep(2 if n_calls > 5 else 0.05)  # the others are at it for half a minute longer
+        time.sleep(2 if n_calls > 5 else 0.05)  # the others load for half a minute longer
 
 def while_generating(n_calls):
     if place == "generating":
@@ -107,7 +107,7 @@ class Hosts:
         return self
 
     def cut(self) -> None:
-        """Nothing arrives any more, and nobody is told, as when a switch has died: each sends to nobody's address."""
+        """Cuts the link silently, as when a switch dies: each host now sends to an address that nobody has."""
         for name, end, other in zip(self.names, self.ends, self.addresses[::-1]):
             nobody = ("lladdr", "02:00:00:00:00:09", "nud", "permanent")
             ip("-n", name, "neighbour", "replace", other, *nobody, "dev", end)
@@ -124,7 +124,7 @@ def ip(*arguments: str) -> None:
 class Run:
     """The script on four ranks: under one torchrun, or under two with two ranks each on two hosts.
 
-    `watch` is "lifeline", or "nobody", or after how many seconds a lifeline gives up a connection.
+    `watch` is "lifeline", "nobody" for none, or the seconds after which a lifeline gives up a connection.
     """
 
     def __init__(self, folder: Path, ckpt_dir: Path, place: str, way: str, hosts: Hosts | None, watch: str):
@@ -153,7 +153,7 @@ class Run:
             time.sleep(0.05)
 
     def ends(self) -> list[float | None]:
-        """For each torchrun, after how many seconds since the failure it and its ranks had ended; None if never."""
+        """For each torchrun, the seconds from the failure until it and its ranks had ended; None for never."""
         failed = float((self.folder / "failed").read_text())
         seconds: list[float | None] = [None] * len(self.agents)
         while None in seconds and time.time() - failed < GIVEN_UP:
@@ -172,7 +172,7 @@ class Run:
         return "".join(path.read_text() for path in sorted(self.folder.glob("*.err")))
 
     def causes(self, number: int) -> list[str]:
-        """The lines on a torchrun's stderr that say why; the line of code in a traceback does not count."""
+        """The lines on a torchrun's stderr that name the cause; the line of code in a traceback does not count."""
         pattern = re.compile(rf"Error: {CAUSE}$|was killed|connection was lost|gloo/transport|Signal 9")
         lines = (self.folder / f"{number}.err").read_text().splitlines()
         return [line for line in lines if pattern.search(line)]
@@ -188,7 +188,7 @@ class Run:
 
 
 def measure(ckpt_dir: Path, place: str, way: str, where: str, watch: str) -> bool:
-    """One row of the table; returns whether all ended in time, with an exit code that is not zero."""
+    """Prints one row of the table; returns whether all ended in time, with a nonzero exit code."""
     with tempfile.TemporaryDirectory() as name:
         hosts = Hosts().__enter__() if where != "one host" else None
         run = Run(Path(name), ckpt_dir, place, "nothing" if where == "cut link" else way, hosts, watch)
@@ -222,10 +222,10 @@ def main(watch: bool = True, only: str | None = None, place: str | None = None) 
         only: "one host", "two hosts" or "cut link"; all of them when None.
         place: "loading", "generating" or "idle"; all of them when None.
     """
-    from benchmarks.kill_batch import write_checkpoint
+    from benchmarks.shapes import write_small_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder))
+        write_small_checkpoint(Path(folder))
         found = [
             measure(Path(folder), at, way, where, "lifeline" if watch else "nobody")
             for where in ("one host", "two hosts", "cut link")

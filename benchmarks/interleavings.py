@@ -1,11 +1,11 @@
-"""Random interleavings of what people do to a model and what they ask it, in float32, against the plain model.
+"""Random interleavings of questions and changes to a model, in float32, compared with a plain model.
 
     python -m benchmarks.interleavings [--n 10000] [--seed 0]
 
 One `Llama` and one plain model (no packing, no cache, no reuse, no batch) have the same weights. Each step does one
-thing to both: answers some prompts, streams an answer (half of it, and runs or asks the model before the rest), runs
-the network, puts a hook on or takes one off, patches a class, edits or loads weights, casts there and back, exchanges a
-module. Every answer must be the plain model's in the same state.
+thing to both: it answers some prompts, streams an answer (sometimes running or asking the model in between), runs the
+network, adds or removes a hook, patches a class, edits or loads weights, casts there and back, or exchanges a module.
+Every answer must equal the plain model's in the same state.
 """
 
 import collections
@@ -33,7 +33,7 @@ WATCHED += [f"layers.{i}{part}" for i in (0, 1) for part in ("", ".attention", "
 
 
 class LowRank(nn.Module):
-    """A matrix and a product of two small ones beside it."""
+    """A matrix plus a product of two small ones."""
 
     def __init__(self, base: nn.Module, seed: int):
         super().__init__()
@@ -46,7 +46,7 @@ class LowRank(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Any module, its output scaled."""
+    """A module whose output is scaled."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -57,7 +57,7 @@ class Scaled(nn.Module):
 
 
 class Interleavings:
-    """The two models, and the things that are done to both."""
+    """The two models, and the steps that change or ask both."""
 
     def __init__(self, seed: int, folder: Path):
         self.random = random.Random(seed)
@@ -74,8 +74,8 @@ class Interleavings:
         self.plain = models[1]
         self.plain.packable = False
         self.llama = Llama(models[0], tokenizer)
-        self.undo: list[Callable[[], None]] = []  # hooks and exchanges that are on
-        self.n_by_position = 0  # of these hooks, those that change the last position of a pass
+        self.undo: list[Callable[[], None]] = []  # each removes a hook, a patch or an exchanged module
+        self.n_by_position = 0  # how many of the hooks change only the last position of a pass
         self.prompts = [[self.random.randrange(self.n_tokens) for _ in range(n)] for n in (1, 5, 20, 24, 30)]
         self.counts: collections.Counter[str] = collections.Counter()
         self.n_answers = self.n_packed = 0
@@ -85,7 +85,7 @@ class Interleavings:
         return self.llama.model, self.plain
 
     def step(self) -> None:
-        """One thing, of those that people do."""
+        """Runs one random action."""
         ask = [self.generate] * 4 + [self.stream, self.forward]
         change = [
             self.hook,
@@ -104,7 +104,7 @@ class Interleavings:
         action()
         self.n_packed += any(linear.pack is not None for group in groups(self.llama.model) for linear in group)
 
-    # What is asked
+    # Questions
 
     def prompt(self) -> list[int]:
         prompt = self.random.choice(self.prompts)
@@ -116,7 +116,7 @@ class Interleavings:
         for _ in range(n):
             if not self.n_by_position:  # the whole text again, without a cache
                 logits = self.plain(torch.tensor([ids]))
-            elif len(ids) == len(prompt):  # the last position is that of each step, so the text comes token by token
+            elif len(ids) == len(prompt):  # a hook changes each pass's last position, so the passes must be the same
                 logits = self.plain(torch.tensor([ids]), 0)
             else:
                 logits = self.plain(torch.tensor([ids[-1:]]), len(ids) - 1)
@@ -139,7 +139,7 @@ class Interleavings:
         self.compare(found, self.llama.tokenizer.decode(self.expected(prompt, 4)))
 
     def forward(self) -> None:
-        """A loop of one's own, with a cache or without."""
+        """Runs the network directly, in one or two pieces."""
         prompt = self.prompt()
         tokens = torch.tensor([prompt])
         with torch.inference_mode():
@@ -157,11 +157,11 @@ class Interleavings:
     def compare(self, found: object, expected: object) -> None:
         if found != expected:
             raise AssertionError(
-                f"{found}, and the plain model gives {expected}, after {sum(self.counts.values())} steps"
+                f"found {found}, but the plain model gives {expected}, after {sum(self.counts.values())} steps"
             )
         self.n_answers += 1
 
-    # What is changed
+    # Changes
 
     def hook(self) -> None:
         if len(self.undo) > 4:
@@ -203,7 +203,7 @@ class Interleavings:
         self.undo.append(remove)
 
     def patch(self) -> None:
-        """Another `forward` in a class, which both models are made of."""
+        """Patches `forward` of a class that both models use."""
         cls, scale = (
             self.random.choice([FeedForward, Attention, RMSNorm, TransformerBlock]),
             self.random.uniform(0.8, 1.2),
@@ -213,7 +213,7 @@ class Interleavings:
         self.undo.append(lambda: setattr(cls, "forward", forward))
 
     def take_off(self) -> None:
-        """Hooks and exchanges, the last first: an exchanged module may hold another."""
+        """Undoes the last hook, patch or exchange: in this order, because an exchanged module may hold another."""
         if self.undo:
             self.undo.pop()()
 
@@ -240,7 +240,7 @@ class Interleavings:
         del weight
 
     def load(self) -> None:
-        """Back to the first weights, so that edits do not add up to infinities; what is exchanged is put back."""
+        """Undoes everything and loads the first weights, so that edits do not add up to infinities."""
         while self.undo:
             self.take_off()
         assign = self.random.random() < 0.3
@@ -275,18 +275,18 @@ class Interleavings:
         self.undo.append(lambda: [back() for back in put_back])
 
     def copy(self) -> None:
-        """A copy takes the model's place."""
+        """Replaces the model with a copy of it."""
         while self.undo:
             self.take_off()
         self.llama.model = copy.deepcopy(self.llama.model)
 
 
 def main(n: int = 10000, seed: int = 0) -> None:
-    """Runs n steps, and prints what was done.
+    """Runs n steps, and prints how often each action was taken.
 
     Args:
         n: steps.
-        seed: of everything that is chosen.
+        seed: for all random choices.
     """
     torch.set_num_threads(1)
     parallel.initialize(device=torch.device("cpu"))

@@ -1,12 +1,11 @@
-"""A batch killed again and again, against one left alone.
+"""A batch killed again and again, compared with one left alone.
 
     python -m benchmarks.kill_batch [--n_lines 2000] [--n_kills 5]
 
-Random float32 weights of a tiny shape; lines of every kind, sampled, some of them broken. Each kill is SIGKILL, when
-the output has a random number of lines: to the one process of a run, or, every third time, beginning with the second,
-to a random one of four (two replicas of two). Then the run is started again with the same command; the last time, four
-processes complete it. In the end every id must be there once, and the lines, sorted, must be those of the run
-left alone.
+Random float32 weights of a tiny shape; lines of every kind, sampled, some of them broken. Each kill is a SIGKILL when
+the output has a random number of lines. It hits the one process of a run; the second kill, and every third after it,
+hits one of four processes (two replicas of two). Then the same command starts the run again; the last time, four
+processes complete it. In the end every id must occur once, and the sorted lines must equal those of the run left alone.
 """
 
 import json
@@ -20,28 +19,15 @@ import time
 from pathlib import Path
 
 import fire
-import torch
 
-from benchmarks.shapes import write_tokenizer
-from llama import ModelArgs, Transformer, parallel
+from benchmarks.shapes import write_small_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "vocab_size": 512}
 OPTIONS = ("--max_seq_len=256", "--max_batch_size=16", "--max_gen_len=6", "--model_parallel_size", "--device=cpu")
 
 
-def write_checkpoint(folder: Path) -> None:
-    """A directory as Meta's with random weights of SHAPE."""
-    parallel.initialize(device=torch.device("cpu"))
-    model = Transformer(ModelArgs(**SHAPE))
-    model.init_weights(generator=torch.Generator().manual_seed(0))
-    torch.save(dict(model.state_dict()), folder / "consolidated.00.pth")
-    (folder / "params.json").write_text(json.dumps(SHAPE))
-    write_tokenizer(folder / "tokenizer.model", SHAPE["vocab_size"] - 256)
-
-
 def write_lines(path: Path, n: int, seed: int = 0, longest: int = 9) -> None:
-    """Texts, ids, dialogs with a turn left open, several answers of at most `longest`, every hundredth line broken."""
+    """Writes texts, ids, dialogs with an open turn, several answers of at most `longest` tokens, and broken lines."""
     chance = random.Random(seed)
     with path.open("w") as file:
         for number in range(n):
@@ -73,9 +59,9 @@ def n_written(out: Path) -> int:
 
 
 def kill_once(folder: Path, out: Path, n_processes: int, after: int, chance: random.Random) -> int:
-    """Starts the run, kills a process of it once the output has so many lines, and waits for the rest to end.
+    """Starts the run, kills one of its processes when the output has `after` lines, and waits for the others to end.
 
-    Returns how many lines there were in the end.
+    Returns how many lines the output has then.
     """
     run = start(folder, out, n_processes)
     while n_written(out) < after:
@@ -89,22 +75,22 @@ def kill_once(folder: Path, out: Path, n_processes: int, after: int, chance: ran
         )
     os.kill(victim, signal.SIGKILL)
     if run.wait(timeout=60) == 0:
-        raise RuntimeError("the run took no notice")
+        raise RuntimeError("the run did not notice the kill")
     return n_written(out)
 
 
 def main(n_lines: int = 2000, n_kills: int = 5, seed: int = 0) -> dict:
-    """Prints what came of it.
+    """Prints the result.
 
     Args:
         n_lines: of the input.
-        n_kills: how many runs are killed; the next one is not.
-        seed: of the moments and victims.
+        n_kills: how many runs are killed, before the one that completes.
+        seed: for the moments and victims.
     """
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_checkpoint(folder)
+        write_small_checkpoint(folder)
         write_lines(folder / "in.jsonl", n_lines)
         started = time.perf_counter()
         finish(folder, folder / "alone.jsonl", 1)
@@ -122,7 +108,7 @@ def main(n_lines: int = 2000, n_kills: int = 5, seed: int = 0) -> dict:
         "ids": len({record["id"] or record["line"] for record in records}),
         "equal": sorted(lines) == sorted(expected),
     }
-    # Random weights say names of control tokens now and then, which as text in the next prompt are thirty tokens each.
+    # Random weights sometimes write the name of a control token, which as text in the next prompt is thirty tokens.
     reasons = {"broken": "not JSON", "too_long": "expected at most max_seq_len"}
     errors = [record["error"] for record in records if "error" in record]
     found |= {name: sum(reason in error for error in errors) for name, reason in reasons.items()}

@@ -1,12 +1,12 @@
-"""A batch on replicas of a Ray cluster, everything of which is killed, against one process left alone.
+"""A batch on replicas of a Ray cluster in which everything is killed, compared with one process left alone.
 
     python -m benchmarks.kill_replicas [--n_lines 2000] [--seed 0]
 
-The lines are those of `benchmarks.kill_batch`, on random float32 weights. A cluster of two nodes on this machine, three
-replicas. While the driver writes, at random numbers of lines and in a random order: the process of each replica is
-killed twice, the raylet of the second node once (a machine gone; another one joins), and the driver once, which is then
-started again. In the end each id must be there once, and the records must be those of one process left alone. Prints
-the time of three replicas left alone, and of those that were killed.
+The lines are those of `benchmarks.kill_batch`, on random float32 weights; the cluster has two nodes on this machine and
+three replicas. At random numbers of lines and in a random order, the process of each replica is killed twice, the
+raylet of the second node once (a machine is gone, another one joins), and the driver once, which is then started again.
+In the end each id must occur once, and the records must equal those of one process left alone. Prints the time of three
+replicas left alone, and of the run with the kills.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ from pathlib import Path
 
 import fire
 
-from benchmarks.kill_batch import OPTIONS, ROOT, finish, n_written, write_checkpoint, write_lines
+from benchmarks.kill_batch import OPTIONS, ROOT, finish, n_written, write_lines
+from benchmarks.shapes import write_small_checkpoint
 
 
 def parent(pid: int) -> int:
@@ -30,22 +31,22 @@ def parent(pid: int) -> int:
 
 
 class Workers:
-    """The processes of replicas, by the title that Ray gives them, and how often each has been killed.
+    """The replicas' processes, found by the title that Ray gives them, and how often each replica has been killed.
 
-    A new process takes the place of one that is gone.
+    A new process counts as the successor of one that is gone.
     """
 
     def __init__(self):
-        self.kills: dict[int, int] = {}  # by the process
-        self.free: list[int] = []  # of those that are gone, and have no successor yet
+        self.kills: dict[int, int] = {}  # by process id
+        self.free: list[int] = []  # the counts of replicas whose process is gone and has no successor yet
 
     def find(self) -> dict[int, int]:
         found = []
         for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended meanwhile
                 if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::_Rank"):
                     raylet = parent(int(folder.name))
-                    found += [int(folder.name)] if parent(raylet) == os.getpid() else []  # of no other cluster
+                    found += [int(folder.name)] if parent(raylet) == os.getpid() else []  # not another cluster's
         self.free = sorted([*self.free, *(self.kills.pop(pid) for pid in set(self.kills) - set(found))])
         for pid in found:
             if pid not in self.kills:
@@ -53,9 +54,9 @@ class Workers:
         return self.kills
 
     def kill(self, chance: random.Random) -> None:
-        """Kills one of those that have been killed least."""
+        """Kills one of the replicas that have been killed least."""
         while not (kills := self.find()) or min(kills.values()) > min(self.free, default=9):
-            time.sleep(0.01)  # until one that is less often killed is there again
+            time.sleep(0.01)  # until the replica that was killed least is back
         victim = chance.choice([pid for pid, n in kills.items() if n == min(kills.values())])
         self.kills[victim] += 1
         os.kill(victim, signal.SIGKILL)
@@ -77,19 +78,19 @@ def wait_for(n_lines: int, driver: subprocess.Popen, out: Path, folder: Path) ->
 
 
 def main(n_lines: int = 2000, seed: int = 0) -> dict:
-    """Prints what came of it.
+    """Prints the result.
 
     Args:
         n_lines: of the input.
-        seed: of the moments and victims.
+        seed: for the moments and victims.
     """
     from ray.cluster_utils import Cluster
 
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_checkpoint(folder)
-        write_lines(folder / "in.jsonl", n_lines, longest=90)  # tokens, as real answers begin to be
+        write_small_checkpoint(folder)
+        write_lines(folder / "in.jsonl", n_lines, longest=90)  # about as long as short real answers
         finish(folder, folder / "alone.jsonl", 1)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         node, seconds, workers = cluster.add_node(num_cpus=2), {}, Workers()

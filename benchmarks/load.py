@@ -1,9 +1,9 @@
 """How long loading takes and what memory it needs: `python -m benchmarks.load --shape llama-3.2-1b`.
 
 In fresh processes, on a checkpoint of random numbers (written once, in --folder): seconds from the end of the imports
-to the first token of an answer, with the files in the page cache; what 16 tokens right after it cost, and later; and
-each process's peak of private memory (RssAnon of /proc/self/status: what no file backs), alone and on 4 processes. The
-same for directories that `llama quantize` makes of it, and for rounding while loading. Linux, CPU.
+to the first token of an answer, with the files in the page cache; seconds of 16 tokens right after it, and of 16 later;
+and each process's peak of private memory (RssAnon of /proc/self/status, which no file backs), alone and on 4 processes.
+The same for directories that `llama quantize` makes, and for rounding while loading. Linux, CPU.
 """
 
 import json
@@ -24,13 +24,13 @@ from llama.layers.quantization import KINDS
 
 
 def main(shape: str = "llama-3.2-1b", folder: str | None = None, repeats: int = 3, n_ranks: int = 4) -> None:
-    """Writes the checkpoint if need be, measures, and prints.
+    """Writes the checkpoint if it is missing, measures, and prints.
 
     Args:
         shape: one of benchmarks.shapes.PARAMS.
         folder: where the checkpoint is or will be, bfloat16; /tmp/llama-benchmarks/SHAPE when None.
-        repeats: how often the one process is measured; the least time counts.
-        n_ranks: of the run on several processes; 0 leaves it out.
+        repeats: how often the run on one process is measured; the least time counts.
+        n_ranks: the number of processes of the last run; 0 leaves it out.
     """
     if shape not in PARAMS:
         raise ValueError(f"shape = {shape!r}: expected one of {', '.join(PARAMS)}")
@@ -70,7 +70,7 @@ def _report(what: str, path: Path, kind: str, repeats: int) -> None:
 
 
 def _measure(path: Path, n_ranks: int, kind: str = "") -> list[dict]:
-    """What each process of a fresh run finds, by rank."""
+    """The results of each process of a fresh run, by rank."""
     with tempfile.TemporaryDirectory() as results:
         launcher = []
         if n_ranks > 1:
@@ -82,7 +82,7 @@ def _measure(path: Path, n_ranks: int, kind: str = "") -> list[dict]:
 
 
 def measure(path: str, results: str, kind: str) -> None:
-    """Loads and answers with one token, in this process; writes what that took to a file named after the rank."""
+    """Loads and generates one token in this process; writes times and memory to a file named after the rank."""
     from llama import Llama
 
     imports, peak, done = _private_bytes(), 0, threading.Event()

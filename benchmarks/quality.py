@@ -1,7 +1,7 @@
 """What int8 and int4 cost in perplexity: `python -m benchmarks.quality`.
 
-On the embedded checkpoint, texts that its generator makes with a fresh seed; on stories260K, where ../shared has it,
-texts that the model itself samples in float32. Perplexity is over all tokens together.
+The embedded checkpoint reads texts that the generator of its training data makes with a new seed. stories260K, if
+../shared has it, reads texts that it samples itself in float32. Perplexity is over all tokens together.
 """
 
 import itertools
@@ -17,11 +17,11 @@ from llama.training.examples import Reader
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
 STORIES = ROOT.parent / "shared" / "checkpoints" / "stories260K"
-SEED = 2_000_000_011  # not of the training's chunks
+SEED = 2_000_000_011  # no seed of the training data
 
 
 def demo_texts(n: int) -> list[list[int]]:
-    """Documents as the embedded checkpoint was trained on, as ids."""
+    """Ids of documents like those that the embedded checkpoint was trained on."""
     reader = Reader(Tokenizer(DEMO / "tokenizer.model"), max_seq_len=256)
     drawn = corpus.documents(SEED)
     texts = ((reader.text(d) if isinstance(d, str) else reader.dialog(d)).ids for d in drawn)

@@ -1,10 +1,10 @@
-"""What a second replica saves: one replica of one thread against two of one thread each, the same rows, by `run_batch`.
+"""How much time a second replica saves: `run_batch` on one replica of one thread, and on two, with the same rows.
 
     python -m benchmarks.replicas [--rounds 2] [--n_rows 128]
 
-Sampled texts of the embedded checkpoint in float32, on replicas that Ray starts here; times are of the run, without the
-loading, in seconds, in turn. At last a replica of two ranks answers the same. All answers are compared with those of
-this process.
+Samples texts of the embedded checkpoint in float32, on replicas that Ray starts on this machine. The two take turns;
+times are in seconds, without the loading. At the end a replica of two ranks answers the same rows. All answers are
+compared with those of this process.
 """
 
 import functools
@@ -30,7 +30,7 @@ def build(size: int = 1) -> Llama:
 
 
 def answers(model: Llama | RemoteModel, rows: list[dict]) -> tuple[float, dict[int, list[int]]]:
-    """How long the rows take, and what is answered."""
+    """How long the rows take, and the answers."""
     started = time.perf_counter()
     found = {record["line"]: record["token_ids"] for record in run_batch(model, rows, seed=0)}
     return time.perf_counter() - started, found
@@ -40,7 +40,7 @@ def main(rounds: int = 2, n_rows: int = 128) -> None:
     """Prints the median times and their ratio.
 
     Args:
-        rounds: how often each takes its turn, with two runs each.
+        rounds: how many turns each has, of two runs each.
         n_rows: prompts of 11 to 50 tokens, 100 new tokens each.
     """
     rows = [{"tokens": [1, *range(100 + i, 110 + i + i % 40)], "max_gen_len": 100} for i in range(n_rows)]

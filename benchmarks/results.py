@@ -1,7 +1,7 @@
-"""Everything in RESULTS.md by one command, on a quiet machine: `python -m benchmarks.results`, some 15 minutes.
+"""Makes all of RESULTS.md on a quiet machine, in some 15 minutes: `python -m benchmarks.results`.
 
-Decoding and prefill beside the peers (`benchmarks.decode`), loading (`benchmarks.load`), compiled starts, and drafts
-(`benchmarks.speculative speed`), one after the other; what each prints becomes a part of benchmarks/RESULTS.md.
+Runs decoding and prefill beside the peers (`benchmarks.decode`), loading (`benchmarks.load`), compiled starts, and
+drafts (`benchmarks.speculative speed`), one after the other. What each prints becomes a part of benchmarks/RESULTS.md.
 """
 
 import os
@@ -39,21 +39,21 @@ def everything(out: str = "benchmarks", shape: str = "llama-3.2-1b", **decode: s
     Args:
         out: where decode.json, decode.png and RESULTS.md are written.
         shape: one of benchmarks.shapes.PARAMS.
-        decode: what `benchmarks.decode` takes besides; two rounds unless it says more.
+        decode: other options of `benchmarks.decode`; two rounds by default.
     """
     options = [f"--{name}={value}" for name, value in {"shape": shape, "out": out, "rounds": 2, **decode}.items()]
     subprocess.run([sys.executable, "-m", "benchmarks.decode", *options], check=True)
     with (Path(out) / "RESULTS.md").open("a") as results:
         for title, (module, *arguments) in PARTS.items():
             run = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
-            said = run.stdout or f"(ended with {run.returncode})\n"
+            printed = run.stdout or f"(ended with {run.returncode})\n"
             results.write(f"\n## {title}\n\n    python -m {' '.join([module, *arguments])}\n\n")
-            results.write("".join(f"    {line}\n" for line in said.splitlines()))
+            results.write("".join(f"    {line}\n" for line in printed.splitlines()))
             results.flush()
 
 
 def starts(shape: str = "llama-3.2-1b") -> None:
-    """Seconds of a compiled start, the first on a machine and the second, which finds what the first has kept.
+    """Prints the seconds of a compiled start: of the first on a machine, and of the second, which finds its cache.
 
     Args:
         shape: one of benchmarks.shapes.PARAMS.

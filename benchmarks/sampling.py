@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampling [--rows 8] [--top_p 0.9] [--rounds 30]
 
-The logits fall off as a language model's do: the i-th most likely token has a probability like 1 / i (Zipf), squared.
+The logits fall off like a language model's: the probability of the i-th most likely token is about 1 / i² (Zipf).
 """
 
 import statistics
@@ -26,7 +26,7 @@ def median_ms(run, rounds: int) -> float:
 def main(
     rows: int = 8, vocab_size: int = 128_256, top_p: float = 0.9, temperature: float = 0.6, rounds: int = 30
 ) -> None:
-    """Prints milliseconds, medians."""
+    """Prints medians in milliseconds."""
     generator = torch.Generator().manual_seed(0)
     ranks = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(rows)]) + 1
     logits = -2 * ranks.float().log() + 0.1 * torch.randn(rows, vocab_size, generator=generator)

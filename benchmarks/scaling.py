@@ -1,6 +1,6 @@
-"""What a token costs on paper, from the shapes alone: `python -m benchmarks.scaling`, the tables of docs/scaling.md.
+"""What a token costs on paper, from the shapes alone. `python -m benchmarks.scaling` prints docs/scaling.md's tables.
 
-With a decode.json of `benchmarks.decode` (--measured), also how its points lie on the line.
+With a decode.json of `benchmarks.decode` (--measured), it also compares the measured points with the estimate.
 """
 
 import json
@@ -13,28 +13,28 @@ from benchmarks.shapes import PARAMS, TIED
 from llama.model import ModelArgs
 
 SHAPES = {"llama-3.2-1b": "1B", "llama-3.1-8b": "8B", "llama-3.1-70b": "70B", "llama-3.1-405b": "405B"}
-# NVIDIA's data sheet of the H100 SXM: memory, bytes/s; dense bfloat16 operations/s; memory there is.
+# NVIDIA's data sheet of the H100 SXM: memory bandwidth, bytes/s; dense bfloat16 operations/s; bytes of memory.
 H100_READ, H100_MULTIPLY, H100_BYTES = 3.35e12, 989e12, 80e9
-# A sum over ranks of some kilobytes is all latency: about so long over NVLink, and over a network between machines.
+# A sum of some kilobytes over ranks is all latency. By number of ranks: 8 over NVLink, 16 over a network.
 SECONDS_PER_SUM = {1: 0.0, 8: 10e-6, 16: 30e-6}
-READS, MULTIPLIES = 0.85, 0.60  # the shares of these limits that are aimed at
+READS, MULTIPLIES = 0.85, 0.60  # the shares of these limits that we aim at
 
 
 def token(args: ModelArgs) -> dict[str, float]:
-    """Of one token: weights read, those of the layers, bytes of keys and values, sums over ranks, bytes of each."""
+    """For one token: weights read, those of the layers, bytes of keys and values, sums over ranks, bytes of each."""
     kv_dim = args.n_kv_heads * args.head_dim
     layer = 2 * args.dim * args.dim + 2 * args.dim * kv_dim + 3 * args.dim * args.hidden_dim
     return {
         "weights": args.n_layers * layer + args.vocab_size * args.dim,  # the embedding is looked up
-        "layers": args.n_layers * layer,  # all that most tokens of a prompt pass: only the last one needs logits
+        "layers": args.n_layers * layer,  # the tokens of a prompt use only these: only the last one needs logits
         "kv_bytes": args.n_layers * 2 * kv_dim * 2,
-        "sums": 2 * args.n_layers + 1,  # after wo and w2 of each layer, and of the embedding
+        "sums": 2 * args.n_layers + 1,  # after wo and w2 of each layer, and after the embedding
         "sum_bytes": args.dim * 2,
     }
 
 
 def main(measured: str = "benchmarks/decode.json") -> None:
-    """Prints the tables; MEASURED is what `benchmarks.decode` has written."""
+    """Prints the tables; MEASURED is a file that `benchmarks.decode` has written."""
     print("| bfloat16 | read per token | operations | keys and values per token | sums over ranks | bytes of each |")
     print("|---|---|---|---|---|---|")
     for name, short in SHAPES.items():
@@ -55,7 +55,7 @@ def main(measured: str = "benchmarks/decode.json") -> None:
                 continue
             reading = 2 * cost["weights"] / n_ranks / (READS * H100_READ)
             cells.append(f"{1 / (reading + (cost['sums'] + 1) * seconds):.0f}")  # one more for the logits
-        # Of sums of thousands of positions the bytes count; at 400 GB/s they are a tenth of the time and left out here.
+        # The sums of thousands of positions are left out: at 400 GB/s their bytes take a tenth of the time.
         prefill = MULTIPLIES * 8 * H100_MULTIPLY / (2 * cost["layers"])
         print(f"| {short} | {' | '.join(cells)} | {prefill:,.0f} |")
     if not Path(measured).is_file():

@@ -1,8 +1,8 @@
-"""What the tests of the server check in small, at full size: `python -m benchmarks.server_checks`.
+"""The server's random tests at full size: `python -m benchmarks.server_checks`.
 
-Requests that schemathesis makes up from a server's OpenAPI document, half of them against it: none may be answered with
-a 500. And generated JSON schemas on the embedded checkpoint at temperature 1: every answer that ended by itself
-must be valid. Needs the extras `test`.
+schemathesis makes up requests from a server's OpenAPI document, half of which violate it: none may get a 500. And the
+embedded checkpoint answers with generated JSON schemas at temperature 1: every answer that ends by itself must be
+valid. Needs the extra `test`.
 
     python -m benchmarks.server_checks --requests 1000 --schemas 2000
 """
@@ -83,7 +83,7 @@ def check_schemas(llama: Llama, n: int) -> int:
 
 
 def check_greedy(llama: Llama, n: int) -> int:
-    """Compares greedy answers to n schemas with those of trying every token; how many tokens. Raises AssertionError."""
+    """Compares greedy answers with those of trying every token; returns the number of tokens. Raises AssertionError."""
     prompt = llama.formatter.encode_dialog_prompt(SUM)
     grammars, n_tokens = Grammars(llama.tokenizer, llama.args.vocab_size), 0
     for schema in schemas(n):
@@ -106,12 +106,12 @@ def check_greedy(llama: Llama, n: int) -> int:
 
 
 def _mend(path: str, body: dict) -> None:
-    """Puts right what a made-up request nearly always has wrong, so that the rest of it is looked at."""
+    """Corrects what is nearly always wrong in a made-up request, so that the server looks at the rest of it."""
     body.pop("model", None)
     if "/v1/" in path:
         body["max_tokens"] = 2  # long answers are tested elsewhere
     if isinstance(messages := body.get("messages"), list):
-        messages += SUM  # the last is to be the user's
+        messages += SUM  # the last message must be the user's
         if "/v1/" not in path and len(messages) % 2:
             body.pop("prompt", None)
     if isinstance(tokens := body.get("tokens"), list) and len(tokens) % 2:
@@ -119,7 +119,7 @@ def _mend(path: str, body: dict) -> None:
 
 
 def check_requests(url: str, n: int) -> dict[int, int]:
-    """Sends about n made-up requests; how many had each status. Raises AssertionError if one is 500 or above."""
+    """Sends about n made-up requests; returns the count of each status. AssertionError if one is 500 or above."""
     import httpx2
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
@@ -160,9 +160,9 @@ def main(requests: int = 1000, schemas: int = 2000, greedy: int = 100) -> None:
     """Checks and prints.
 
     Args:
-        requests: how many are made up.
+        requests: how many requests to make up.
         schemas: how many answers with a schema.
-        greedy: how many of these are compared, greedily, with trying every token.
+        greedy: how many schemas to answer greedily too, and by trying every token.
     """
     command = [sys.executable, "-m", "llama", "serve", "--port", "0", "--device", "cpu", "--no_web"]
     started = time.perf_counter()

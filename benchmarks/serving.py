@@ -1,10 +1,10 @@
 """The server under load: `python -m benchmarks.serving --shape llama-3.2-1b`.
 
-Clients send one request after another, streamed, over real HTTP; each answer has a fixed number of tokens. For 1, 8 and
-32 clients: tokens/s, and the median and 99th percentile of the time to the first token and of the time between tokens.
-Beside it the engine alone, before and after, in a process of its own with as many sequences always running; and,
-where they are installed, llama-cpp-python's server on the same weights (pip install 'llama-cpp-python[server]' gguf),
-which takes texts alone. `--minutes 2` keeps 32 clients at it and prints the memory after each half minute.
+Clients send one request after another, streamed, over real HTTP; each answer has a fixed number of tokens. Prints for
+1, 8 and 32 clients tokens/s, and the median and 99th percentile of the time to the first token and between tokens. For
+comparison, the engine runs alone before and after, with as many sequences; and so does llama-cpp-python's server on the
+same weights if it is installed (pip install 'llama-cpp-python[server]' gguf), which takes only texts. `--minutes 2`
+keeps 32 clients sending and prints the memory after each half minute.
 
     python -m benchmarks.serving --clients 8 --requests 3
     python -m benchmarks.serving --mask     # what the mask of a JSON schema costs of a step
@@ -33,14 +33,14 @@ WORDS = ["the", "of", "and", "to", "in", "is", "was", "he", "for", "it", "with",
 
 @dataclass
 class Load:
-    """What some clients have seen.
+    """What some clients have measured.
 
     Attributes:
         first: seconds to each first token.
         between: seconds between the tokens of each answer.
-        n_tokens: of all answers.
+        n_tokens: tokens of all answers.
         n_errors: requests that failed.
-        seconds: in all.
+        seconds: the whole time.
     """
 
     first: list[float] = field(default_factory=list)
@@ -59,14 +59,14 @@ class Load:
 
 
 def percentile(values: list[float], p: float) -> float:
-    """The smallest value that at least p percent of them do not exceed."""
+    """The smallest value that at least p percent of the values do not exceed."""
     return sorted(values)[max(0, -(-len(values) * p // 100).__int__() - 1)] if values else float("nan")
 
 
 async def load(
     url: str, model: str, n_clients: int, n_requests: int, n_tokens: int, seconds: float = 0.0, as_text: bool = False
 ) -> Load:
-    """Lets clients send requests, n_requests each or as many as they can in `seconds`; of ids, or of as many words."""
+    """Clients send requests, n_requests each or as many as they can in `seconds`, with prompts of ids or of words."""
     import httpx2
 
     result = Load()
@@ -86,7 +86,7 @@ async def load(
 
     async def one(body: dict) -> None:
         begun = last = time.perf_counter()
-        n, n_told = 0, None
+        n, n_reported = 0, None
         async with http.stream("POST", url + "/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
@@ -95,16 +95,16 @@ async def load(
                     if "error" in chunk:
                         raise ValueError(chunk["error"]["message"])
                     if not chunk["choices"]:
-                        n_told = chunk["usage"]["completion_tokens"]
+                        n_reported = chunk["usage"]["completion_tokens"]
                     if not chunk["choices"] or not chunk["choices"][0]["text"]:
                         continue
                     (result.first if n == 0 else result.between).append(now - (begun if n == 0 else last))
                     last, n = now, n + 1
-        if n == 0 and n_told is None:
+        if n == 0 and n_reported is None:
             raise ValueError("no token")
-        result.n_tokens += n if n_told is None else n_told
+        result.n_tokens += n if n_reported is None else n_reported
 
-    # One pool of connections, for each would read the certificates of the whole world first.
+    # One pool of connections, because each would read all certificates first.
     async with httpx2.AsyncClient(timeout=600, limits=httpx2.Limits(max_connections=None)) as http:
         started = time.perf_counter()
         await asyncio.gather(*map(client, range(n_clients)))
@@ -113,7 +113,7 @@ async def load(
 
 
 class Server:
-    """A process that serves; ready once the `with` is entered."""
+    """A server process; ready once the `with` is entered."""
 
     def __init__(self, command: list[str], url: str = ""):
         self.url = url
@@ -137,13 +137,13 @@ class Server:
         self.process.wait(60)
 
     def memory(self) -> float:
-        """Resident, MB."""
+        """Resident memory, MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1000
 
 
 def offline(folder: str, n_rows: int, n_tokens: int, n_requests: int) -> None:
-    """The engine alone: the same prompts, as many at a time as there are clients."""
+    """Runs the engine alone on the same prompts, as many at a time as there are clients."""
     from llama import Llama
 
     llama = Llama.build(folder, None, 512, n_rows, device="cpu")
@@ -161,7 +161,7 @@ def offline(folder: str, n_rows: int, n_tokens: int, n_requests: int) -> None:
 
 
 def mask(folder: str, n_steps: int = 200) -> None:
-    """What a mask costs beside a step of one row."""
+    """Prints the time of a mask beside that of a step of one row."""
     import torch
 
     from llama import Llama
@@ -214,9 +214,9 @@ def main(
         shape: one of benchmarks.shapes.PARAMS.
         folder: where the checkpoint is or will be; /tmp/llama-benchmarks/SHAPE when left out.
         clients: how many at a time, one number or several.
-        requests: of each client.
-        tokens: of each answer.
-        minutes: keeps 32 clients at it for so long.
+        requests: how many requests each client sends.
+        tokens: how many tokens each answer has.
+        minutes: how long 32 clients keep sending.
         mask: measures the mask of a JSON schema instead.
         beside: measures llama-cpp-python's server too, if it is there.
     """
@@ -252,13 +252,13 @@ def main(
 
 
 def _llama_cpp(path: str, n_clients: int, n_requests: int, n_tokens: int) -> Load:
-    """The same of llama-cpp-python's server."""
+    """The same load on llama-cpp-python's server."""
     from benchmarks.contestants import gguf_with_words
 
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf_with_words(Path(path), WORDS))]
     threads = str(os.cpu_count())
     command += ["--n_threads", threads, "--n_threads_batch", threads, "--n_ctx", "512", "--port", "8977"]
-    command += ["--interrupt_requests", "False"]  # or else each request breaks off the one that runs
+    command += ["--interrupt_requests", "False"]  # else each request interrupts the one that runs
     with Server(command) as server:
         asyncio.run(load(server.url, "m", 1, 1, 4, as_text=True))
         return asyncio.run(load(server.url, "m", n_clients, n_requests, n_tokens, as_text=True))
@@ -271,7 +271,7 @@ def _alone(path: str, n_rows: int, n_tokens: int, n_requests: int) -> float:
 
 
 def _self(what: str, *args: object, capture: bool = False) -> str:
-    """Runs a function of this file in a process of its own."""
+    """Runs a function of this file in a new process."""
     code = f"from benchmarks.serving import {what}; {what}(*{args!r})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=capture, text=True)
     return run.stdout

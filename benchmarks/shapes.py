@@ -1,4 +1,4 @@
-"""The shapes of published models, and directories of random numbers in those shapes, to measure with."""
+"""The shapes of published models, and checkpoints of random numbers in those shapes, to measure with."""
 
 import base64
 import hashlib
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from llama import Transformer, parallel
 from llama.checkpoint.meta import full_shapes, partition_dim, slice_of_rank
 from llama.checkpoint.writer import PthFile
 from llama.model import ModelArgs
 
 LLAMA_3 = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": True}
-# What Meta's params.json says of each.
+# From Meta's params.json of each.
 PARAMS = {
     "llama-3.2-1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5, "multiple_of": 256},
     "llama-3.2-3b": {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0, "multiple_of": 256},
@@ -22,22 +23,34 @@ PARAMS = {
     "llama-3.1-70b": {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096},
     "llama-3.1-405b": {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096},
 }
-# As many bytes, in matrices as wide, as one of eight processes holds of the 70B.
+# As many bytes, in matrices as wide, as one of eight processes has with the 70B.
 PARAMS["llama-3.1-70b-eighth"] = PARAMS["llama-3.1-70b"] | {"n_layers": 10}
-# To try a program of this folder in seconds; its figures mean nothing.
+# For trying a program of this folder in seconds; its figures mean nothing.
 PARAMS["tiny"] = {"dim": 256, "n_layers": 2, "n_heads": 8, "multiple_of": 256}
 PARAMS = {name: params | LLAMA_3 for name, params in PARAMS.items()}
 TIED = ("llama-3.2-1b", "llama-3.2-3b")  # their files have no output.weight
+# For programs that compare answers, and not speeds.
+SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "vocab_size": 512}
 N_RANKS = 128000  # of the tokenizer, before its 256 special tokens
 
 
+def write_small_checkpoint(folder: Path, shape: dict[str, int] = SMALL, std: float = 0.02) -> None:
+    """Writes a Meta directory with random float32 weights and a made-up tokenizer."""
+    parallel.initialize(device=torch.device("cpu"))
+    model = Transformer(ModelArgs(**shape))
+    model.init_weights(std, torch.Generator().manual_seed(0))
+    torch.save(dict(model.state_dict()), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(shape))
+    write_tokenizer(folder / "tokenizer.model", shape["vocab_size"] - 256)
+
+
 def write_random_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, n_shards: int = 1) -> int:
-    """Writes a directory as Meta's with random weights and a made-up tokenizer, if it is not there yet.
+    """Writes a Meta directory with random weights and a made-up tokenizer, unless it exists.
 
     The matrices repeat one block of N(0, 0.02²) numbers; norms are 1.
 
     Args:
-        folder: the directory to make; what a broken-off run has left of it is replaced.
+        folder: the directory to make; one that an interrupted run has left is replaced.
         shape: a name of PARAMS.
         dtype, n_shards: of the files.
 
@@ -70,13 +83,13 @@ def write_random_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch
 
 
 def _repeat(block: torch.Tensor, n_numbers: int):
-    """The bytes of so many numbers, piece by piece."""
+    """The bytes of n_numbers numbers, piece by piece."""
     for start in range(0, n_numbers, len(block)):
         yield memoryview(block[: n_numbers - start].view(torch.uint8).numpy())
 
 
 def write_tokenizer(path: Path, n_ranks: int) -> None:
-    """A tiktoken file: all bytes, then made-up words of 3 to 8 bytes, as many and about as long as Llama 3's."""
+    """Writes a tiktoken file: all bytes, then made-up words of 2 to 8 bytes, about as long as Llama 3's."""
     words = {bytes([i]): None for i in range(256)}
     i = 0
     while len(words) < n_ranks:

@@ -3,13 +3,13 @@
     python -m benchmarks.speculative acceptance
     python -m benchmarks.speculative speed [--rounds 2] [--acceptance 0.8,0]
 
-`acceptance`: drafts that are the first layers of the embedded checkpoint with its last norm and output, and n-grams on
-repetitive text. Beside the tokens a step: how probable it is, at a position of the answers, that the draft's token is
-accepted, and that it would be by the rule of Leviathan et al. (sum(min(p, q))), both worked out from the distributions.
+`acceptance`: the drafts are the first layers of the embedded checkpoint with its last norm and output, and n-grams on
+repetitive text. Besides tokens per step it prints the probability that the draft's token is accepted, and what it would
+be by the rule of Leviathan et al. (sum(min(p, q))), both computed from the distributions at the answers' positions.
 
-`speed`: random float32 weights; the draft runs for its cost, and each of its proposals is then replaced by the token
-that the target is known to choose, with the probability asked for, else by another. Three ways take turns: without
-proposals, with them while they pay (as `Llama.build(draft=…)` does it), and with them always.
+`speed`: random float32 weights. The draft runs, so that its cost counts; then each of its proposals is replaced by the
+token that the target is known to choose, with the given probability, else by another. Three ways take turns: without
+proposals, with proposals while they pay (like `Llama.build(draft=…)`), and always with proposals.
 """
 
 import json
@@ -34,7 +34,7 @@ SETTINGS = {"greedy": {"temperature": 0}, "temperature 0.8, top_p 0.95": {"tempe
 
 
 def write_first_layers(folder: Path, n_layers: int) -> Path:
-    """The embedded checkpoint without its last layers, as a directory of its own."""
+    """Writes the embedded checkpoint without its last layers to a directory."""
     folder.mkdir()
     state = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
     last = {f"layers.{i}." for i in range(n_layers)}
@@ -47,7 +47,7 @@ def write_first_layers(folder: Path, n_layers: int) -> Path:
 
 
 def both_acceptances(target: Llama, draft: Transformer, texts: list[list[int]], starts: list[int], options: dict):
-    """The mean probability of acceptance over the positions from `starts` on: coupled, and sum(min(p, q))."""
+    """The mean probability of acceptance at the positions from `starts` on: of the coupled race, and sum(min(p, q))."""
     coupled, best = [], []
     cache, target.model.cache = target.model.cache, None
     draft_cache, draft.cache = draft.cache, None
@@ -55,7 +55,7 @@ def both_acceptances(target: Llama, draft: Transformer, texts: list[list[int]], 
         tokens = torch.tensor([ids])
         p, q = (_distributions(m(tokens)[0, start - 1 : -1], options) for m in (target.model, draft))
         best.append(torch.minimum(p, q).sum(-1))
-        # Both races are won by i where no j arrives before: 1 / sum_j max(p_j / p_i, q_j / q_i).
+        # i wins both races if no j arrives before it: probability 1 / sum_j max(p_j / p_i, q_j / q_i).
         for row_p, row_q in zip(p, q):
             both = ((row_p > 0) & (row_q > 0)).nonzero()
             slower = torch.maximum(row_p[None] / row_p[both], row_q[None] / row_q[both]).sum(-1)
@@ -65,7 +65,7 @@ def both_acceptances(target: Llama, draft: Transformer, texts: list[list[int]], 
 
 
 def _distributions(logits: torch.Tensor, options: dict) -> torch.Tensor:
-    """What is drawn from, [T, vocab_size] float64."""
+    """The probabilities that a token is drawn from, [T, vocab_size] float64."""
     if options["temperature"] == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     probs = torch.softmax(logits / options["temperature"], -1)
@@ -77,10 +77,10 @@ def _distributions(logits: torch.Tensor, options: dict) -> torch.Tensor:
 
 @torch.inference_mode()
 def acceptance(max_gen_len: int = 100) -> None:
-    """Tokens a step and acceptance on the embedded checkpoint.
+    """Prints tokens per step and acceptance on the embedded checkpoint.
 
     Args:
-        max_gen_len: tokens of each answer.
+        max_gen_len: how many tokens each answer has.
     """
     size = {"max_seq_len": 256, "max_batch_size": 8, "device": "cpu", "dtype": "float32"}
     with tempfile.TemporaryDirectory() as name:
@@ -89,7 +89,7 @@ def acceptance(max_gen_len: int = 100) -> None:
         plain.tokenizer.stop_tokens = set()
         prompts = [plain.tokenizer.encode(text, bos=True) for text in OPENINGS * 4]
         stories, _ = plain.generate(prompts[:8], 20, temperature=0)
-        repeating = [p[:1] + 3 * (p[1:] + s) + p[1:] for p, s in zip(prompts, stories)]  # a beginning, three times
+        repeating = [p[:1] + 3 * (p[1:] + s) + p[1:] for p, s in zip(prompts, stories)]  # a beginning three times
         for label, texts, proposers in (
             ("stories", prompts, drafts | {"n-grams": "ngram"}),
             ("repetitive text", repeating * 4, {"n-grams": "ngram"}),
@@ -98,7 +98,7 @@ def acceptance(max_gen_len: int = 100) -> None:
                 expected, _ = plain.generate(texts, max_gen_len, seed=1, **options)
                 for what, draft in proposers.items():
                     llama = Llama.build(DEMO, draft=draft, **size)
-                    llama._engine.payoff.clock = lambda: 0.0  # proposals whatever they cost
+                    llama._engine.payoff.clock = lambda: 0.0  # so that no proposal seems too slow
                     llama.tokenizer.stop_tokens = set()
                     same = llama.generate(texts, max_gen_len, seed=1, **options)[0] == expected
                     counters, counts = llama._engine.counters, llama._engine.counters.speculation
@@ -113,7 +113,7 @@ def acceptance(max_gen_len: int = 100) -> None:
 
 
 class KnownAnswer:
-    """Runs a draft, and puts the known answer of each sequence in place of its proposals with some probability."""
+    """Runs a draft, but proposes the known answer of each sequence with some probability, else wrong tokens."""
 
     def __init__(self, draft: Transformer, probability: float, vocab_size: int):
         self.draft = DraftModel(draft)
@@ -138,12 +138,12 @@ def _parameters(model: Transformer) -> int:
 
 
 def speed(rounds: int = 2, acceptance: str = "0.8,0", new_tokens: int = 128) -> None:
-    """Tokens/s with proposals that are right with known probabilities, beside none.
+    """Prints tokens/s without proposals, and with proposals that are right with a known probability.
 
     Args:
-        rounds: how often each takes its turn.
+        rounds: how many turns each has.
         acceptance: the probabilities that a proposed token is right, separated by commas.
-        new_tokens: tokens of each answer.
+        new_tokens: how many tokens each answer has.
     """
     parallel.initialize(device=torch.device("cpu"))
     common = {"vocab_size": 8_192, "multiple_of": 64, "max_seq_len": 256}
@@ -159,7 +159,7 @@ def speed(rounds: int = 2, acceptance: str = "0.8,0", new_tokens: int = 128) -> 
         for model in (target, draft):
             model.init_weights(generator=generator)
             model.requires_grad_(False)
-        sizes = [_parameters(model) / 1e6 for model in (target, draft)]  # packed for products, they hold less
+        sizes = [_parameters(model) / 1e6 for model in (target, draft)]  # before packing, which empties parameters
         prompts = torch.randint(0, 7_000, (rows, 16), generator=generator).tolist()
         without = Llama(target, tokenizer)
         answers, _ = without.generate(prompts, new_tokens, temperature=0)
@@ -183,7 +183,7 @@ def speed(rounds: int = 2, acceptance: str = "0.8,0", new_tokens: int = 128) -> 
 def _rates(ways: dict[str, Llama], prompts: list[list[int]], answers: list, rounds: int) -> dict[str, float]:
     """Tokens/s of each way, medians of rounds in which they take turns."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds + 1):  # the first to warm up
+    for turn in range(rounds + 1):  # the first warms up
         for way, llama in ways.items():
             llama._engine.counters = Counters()
             llama._engine.slots.forget()

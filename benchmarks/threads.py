@@ -1,13 +1,12 @@
-"""One `Llama`, six threads: the same answers as one call after the other, and how much sooner.
+"""One `Llama` with six threads: the same answers as one call after the other, and how much faster.
 
     python -m benchmarks.threads [--n_threads 6] [--n_calls 200] [--shape llama-3.2-1b] [--rounds 3]
 
-First `n_calls` calls of each thread, greedy, sampled, beam, scoring and streams, on a small random float32 model: each
-answer is compared with that of the same call alone. Then a few calls of each kind on a model of `shape` with 8 slots:
-tokens/s of all threads together and of the same calls one after the other, turn about; medians are printed.
+First each thread makes `n_calls` calls (greedy, sampled, beam, scoring, streams) on a small random float32 model; each
+answer is compared with that of the same call alone. Then a few calls of each kind run on a model of `shape` with 8
+slots, in threads and one after the other, in turn. Prints the medians of their tokens/s.
 """
 
-import json
 import random
 import statistics
 import tempfile
@@ -16,26 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fire
-import torch
 
-from benchmarks.shapes import default_folder, write_random_checkpoint, write_tokenizer
-from llama import Llama, ModelArgs, Transformer, parallel
+from benchmarks.shapes import default_folder, write_random_checkpoint, write_small_checkpoint
+from llama import Llama
 
-SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "vocab_size": 512}
 KINDS = ("greedy", "sampled", "beam", "scoring", "stream")
 
 
-def write_small_checkpoint(folder: Path) -> None:
-    parallel.initialize(device=torch.device("cpu"))
-    model = Transformer(ModelArgs(**SMALL))
-    model.init_weights(0.1, torch.Generator().manual_seed(0))
-    torch.save(dict(model.state_dict()), folder / "consolidated.00.pth")
-    (folder / "params.json").write_text(json.dumps(SMALL))
-    write_tokenizer(folder / "tokenizer.model", 256)
-
-
 def call(llama: Llama, n: int, most_new: int) -> tuple[object, int]:
-    """The n-th of a fixed list of calls: what it returns, and how many tokens it has decided or scored."""
+    """Makes the n-th of a fixed list of calls. Returns its result, and how many tokens it generated or scored."""
     draw = random.Random(n)
     kind = KINDS[n % len(KINDS)]
     prompt = [draw.randrange(97, 123) for _ in range(draw.randint(4, 60))]
@@ -75,11 +63,11 @@ def main(
         n_threads: callers at a time.
         n_calls: of each thread, on the small model.
         shape: of the large model; "none" leaves the speed out.
-        rounds: how often the two take their turn.
+        rounds: how many turns each of the two has.
         dtype: of the large model.
     """
     with tempfile.TemporaryDirectory() as name:
-        write_small_checkpoint(Path(name))
+        write_small_checkpoint(Path(name), std=0.1)
         alone, shared = (Llama.build(name, None, 256, 8, device="cpu", dtype="float32") for _ in range(2))
         expected = one_after_the_other(alone, n_threads * n_calls, 12)
         found = in_threads(shared, n_threads * n_calls, 12, n_threads)
@@ -91,7 +79,7 @@ def main(
     llama = Llama.build(default_folder(shape), None, 512, 8, dtype=dtype)
     llama.tokenizer.stop_tokens = set()
     n, most_new = 5 * n_threads, 24
-    call(llama, 0, 4)  # matrices are packed
+    call(llama, 0, 4)  # packs the matrices
     speeds: dict[str, list[float]] = {"one after the other": [], f"{n_threads} threads": []}
     for _ in range(rounds):
         for way, run in zip(speeds, (one_after_the_other, lambda *a: in_threads(*a, n_threads))):
@@ -106,7 +94,7 @@ def main(
 
 
 def near(a: object, b: object) -> bool:
-    """Equal, log-probabilities up to how sums are rounded in another batch."""
+    """Whether two results are equal; log-probabilities may differ by the rounding of sums in another batch."""
     if isinstance(a, list) and a and isinstance(a[0], float):
         return len(a) == len(b) and all(abs(x - y) < 2e-3 for x, y in zip(a, b))
     return a == b

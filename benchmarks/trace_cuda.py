@@ -1,11 +1,11 @@
-"""What a card would be given, without one: the network traced on fake CUDA tensors, and its step's kernels for sm_90.
+"""Checks the CUDA code without a card: traces the network on fake CUDA tensors, and compiles its step's kernels.
 
     python -m benchmarks.trace_cuda [--architecture 90]
 
-needs PyTorch's CUDA build (pip install torch, in an environment of its own: some 6 GB) and no card. For weights of 16,
-8 and 4 bits: prefill, ragged prefill and the decoding step run on tensors that have shapes and devices and no numbers,
-so a tensor of the wrong device raises; then TorchInductor writes the compiled step, and Triton compiles each of its
-kernels for the architecture. Values, graphs, copies and the engine are tests/test_cuda.py's. Nothing is timed.
+needs PyTorch's CUDA build (pip install torch, in a separate environment: some 6 GB) and no card. For weights of 16, 8
+and 4 bits, prefill, ragged prefill and the decoding step run on tensors that have shapes and devices but no numbers, so
+a tensor on the wrong device raises. Then TorchInductor writes the compiled step, and Triton compiles each of its
+kernels for the architecture. tests/test_cuda.py checks values, graphs, copies and the engine. Nothing is timed.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ SHAPE = {"dim": 256, "n_layers": 1, "n_heads": 8, "n_kv_heads": 4, "vocab_size":
 
 
 class Captured(Exception):
-    """The code of a step is there; it is not run."""
+    """Raised when the code of a step is written, so that it does not run."""
 
 
 def main(architecture: int = 90) -> None:
     """Prints two lines for each kind of weights.
 
     Args:
-        architecture: of the card: 90 is an H100, 80 an A100.
+        architecture: the card's: 90 is an H100, 80 an A100.
     """
     if torch.version.cuda is None:
         print("this PyTorch has no CUDA build: nothing was traced", file=sys.stderr)
@@ -68,12 +68,12 @@ def make_model(kind: str | None) -> Transformer:
     if kind is None:
         pack(model)
         return model
-    # Whether numbers are finite cannot be asked of tensors without any.
+    # Tensors without numbers cannot be checked for finite ones.
     unchecked = mock.patch.object(quantization, "_checked", lambda s: s.clamp(min=1e-12).bfloat16().float())
     with unchecked:
         for group in list(groups(model)):
             lay_out_together({linear: linear.weight for linear in group}, kind, torch.bfloat16)
-    layouts._compiled_int8_product = lambda: layouts._int8_product  # a kernel of its own needs a card's driver
+    layouts._compiled_int8_product = lambda: layouts._int8_product  # the compiled kernel needs a card's driver
     return model
 
 
@@ -84,7 +84,7 @@ def assert_on_card(tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def described_card(architecture: int) -> Iterator[None]:
-    """What TorchInductor and Triton ask a driver, answered for an H100's sizes."""
+    """Answers what TorchInductor and Triton ask the CUDA driver, with the sizes of an H100."""
     from torch._inductor.runtime.hints import DeviceProperties
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -109,7 +109,7 @@ def described_card(architecture: int) -> Iterator[None]:
 
 
 def code_of_step(model: Transformer, arguments: tuple[torch.Tensor, ...], architecture: int) -> str:
-    """What TorchInductor makes of the step."""
+    """The code that TorchInductor writes for the step."""
     import torch._inductor.config as config
     from torch._inductor.graph import GraphLowering
 
@@ -134,7 +134,7 @@ def code_of_step(model: Transformer, arguments: tuple[torch.Tensor, ...], archit
 
 
 def compile_kernels(code: str, architecture: int) -> int:
-    """Compiles the Triton kernels in `code_of_step`'s code, with the first of their settings; how many there are."""
+    """Compiles the Triton kernels in `code_of_step`'s code, each with its first settings; returns their number."""
     from torch._inductor.codecache import PyCodeCache
 
     found = re.findall(r"async_compile\.triton\('(\w+)', '{3}(.*?)'{3}", code, re.S)

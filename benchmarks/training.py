@@ -1,13 +1,13 @@
-"""Tokens/s of fine-tuning beside a plain loop with Transformers: the same batches, optimizer and precision, in one run.
+"""Tokens/s of fine-tuning, and of a plain loop with Transformers on the same batches, optimizer and precision.
 
     python -m benchmarks.training                       # a shape of 110 million parameters, random weights
     python -m benchmarks.training --shape llama-3.2-1b --dtypes bfloat16 --device cuda
     python -m benchmarks.training --shape llama-3.1-8b --dtypes bfloat16 --device cuda --lora_rank 16
 
-Both take turns, step by step, so that what else the machine does is shared out. The batches hold texts of unequal
-lengths, all of whose tokens are learned: for Transformers padded as its collator does, here padded too ("padded") and
-packed. Tokens are those of the texts, without padding. Memory is what the weights that learn, their gradients, the
-optimizer's state and a step's activations take of it at most; the other model waits beside, and does not count.
+The two take turns, step by step, so that other load on the machine hits both. The batches have texts of unequal lengths
+in which all tokens are learned. For Transformers they are padded as by its collator; here they are padded ("padded") or
+packed. Tokens are those of the texts, without padding. Memory is the peak of the weights that learn, their gradients,
+the optimizer's state and a step's activations; the other model, which waits, does not count.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ SHAPES = {
 
 
 def documents(n_tokens: int, longest: int, vocab_size: int, seed: int) -> list[Example]:
-    """Texts of unequal lengths, as answers are: most are short, a few are `longest`."""
+    """Texts of unequal lengths, like answers: most are short, a few have `longest` tokens."""
     rng, found, left = random.Random(seed), [], n_tokens
     while left > 1:
         length = max(2, min(left, longest, round(rng.lognormvariate(4.4, 0.9))))
@@ -97,14 +97,14 @@ def theirs(
 
 
 def n_bytes_kept(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """What lies in memory from one step to the next."""
+    """Bytes of parameters, buffers and optimizer state, which stay in memory between steps."""
     kept = {*model.parameters(), *model.buffers()}
     state = [value for values in optimizer.state.values() for value in values.values()]
     return sum(tensor.nbytes for tensor in [*kept, *state] if isinstance(tensor, torch.Tensor))
 
 
 class Growth:
-    """By how many bytes this process grew at most inside a `with`; on CUDA, what PyTorch allocated there."""
+    """The most bytes by which this process grew inside a `with`; on CUDA, by which PyTorch's allocations grew."""
 
     def __init__(self, device: torch.device):
         self.device, self.n_bytes = device, 0
@@ -113,7 +113,7 @@ class Growth:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
-        else:  # gives back what was freed, and lets the kernel forget the highest mark: proc_pid_clear_refs(5)
+        else:  # returns freed memory, and resets the kernel's peak: proc_pid_clear_refs(5)
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self._before = self._highest()
@@ -140,13 +140,13 @@ def main(
     """Prints tokens/s of each, by the median step, and how they compare.
 
     Args:
-        shape: of SHAPES.
+        shape: a name of SHAPES.
         dtypes: of the computation; weights that learn are float32.
         device: "cpu" or "cuda".
-        batch_tokens: of a step, in one pass.
+        batch_tokens: tokens of a step, in one pass.
         longest: tokens of the longest text, and of a packed row.
-        steps: timed, after one that is not.
-        lora_rank: trains an adapter in place of all weights.
+        steps: how many steps are timed, after one that is not.
+        lora_rank: trains an adapter of this rank instead of all weights.
     """
     where = parallel.pick_device(device)
     parallel.initialize(1, where)
@@ -172,7 +172,7 @@ def main(
                     if where.type == "cuda":
                         torch.cuda.synchronize()
                     seconds[run].append(time.perf_counter() - started)
-                if i == 0:  # the optimizer's state was made in it, which is kept
+                if i == 0:  # the first step makes the optimizer's state, which `n_bytes_kept` counts
                     growth[run].n_bytes = 0
         kept = {run: (trainer.model, trainer.optimizers[0]) if "llama" in run else kept_by_theirs for run in runs}
         gigabytes = {run: (n_bytes_kept(*kept[run]) + growth[run].n_bytes) / 1e9 for run in runs}

@@ -210,7 +210,7 @@ class Engine:
         for sequence in self.running:
             tokens.append(sequence.tokens[-1])
             positions.append(len(sequence.prompt) + len(sequence.tokens) - 1)
-        step = self.decode_step.of_the_model_as_it_is() if packed and self.model_is_held else self.decode_step
+        step = self.decode_step.for_changed_model() if packed and self.model_is_held else self.decode_step
         self.decode_step = step or self.decode_step
         logits = self.decode_step(tokens, positions, self.slots.spare_position, not packed or step is None)
         for slot, (token, position) in enumerate(zip(tokens, positions)):

@@ -1,6 +1,6 @@
-"""Logits to the next token: pure tensor functions, and where their random numbers come from.
+"""From logits to the next token: pure tensor functions, and the random numbers that they use.
 
-Knows nothing of models, caches or text. A row's result depends on that row alone.
+A row's result depends on that row alone. Knows nothing of models, caches or text.
 """
 
 import hashlib
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 
 import torch
 
-# What top_p leaves of a language model's distribution is nearly always among its first few hundred tokens. Selecting
-# this many costs a tenth of sorting a vocabulary of 128,256; only a row that needs more is sorted whole.
+# The tokens that top_p keeps are nearly always among the few hundred most likely. Selecting this many costs a tenth of
+# sorting a vocabulary of 128,256; only a row that needs more is sorted whole.
 N_CANDIDATES = 512
 
 
 class RandomStream:
-    """The random numbers of one sampled answer, each a function of what identifies the answer, a position and a token.
+    """The random numbers of one sampled answer: a function of the arguments, a position and a token.
 
     Counter-based: nothing is drawn in sequence, so it does not matter which other answers were drawn before, in which
-    batch, or on how many processes, and each model-parallel rank draws the same without being told.
+    batch, or on how many processes. Each model-parallel rank draws the same numbers without communication.
 
     Args:
         seed: the caller's.
         prompt: the ids of the prompt.
         occurrence: how many equal prompts came before this one in the call.
-        sample: which of the answers to this prompt.
+        sample: the index of the answer among those to this prompt.
     """
 
     def __init__(self, seed: int, prompt: Sequence[int], occurrence: int = 0, sample: int = 0):
@@ -32,18 +32,18 @@ class RandomStream:
         self._key = hashlib.blake2b(source.encode(), digest_size=32).digest()
 
     def seed(self, position: int) -> int:
-        """The seed, a signed 64-bit number, of the random numbers that choose the token at a position."""
+        """The seed, a signed 64-bit number, for the choice of the token at a position."""
         digest = hashlib.blake2b(struct.pack("<q", position), key=self._key, digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
 
 def call_seed(seed: int, number: int) -> int:
-    """The seed of a call that has none of its own: of a model's seed, and which such call it is, from 1."""
+    """The seed of a call without one: a function of the model's seed and of the number of such calls, this included."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "little")
 
 
 def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """A random number in (0, 1) for each seed and token: SplitMix64 (Steele et al. 2014, OOPSLA), by its index.
+    """A random number in (0, 1) for each seed and token: the output of SplitMix64 (Steele et al. 2014) at index id.
 
     `seeds` int64 [B, 1] and `ids` int64 [B or 1, n] give float64 [B, n], the same on every device.
     """
@@ -58,7 +58,7 @@ def uniforms(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def filtered(
     probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What top_k, then top_p of what is left, then min_p leave of each row, most likely first, ties by id.
+    """Filters each row by top_k, then top_p, then min_p. Sorts it by probability, ties by id.
 
     Args:
         probs: [B, vocab_size].
@@ -67,13 +67,13 @@ def filtered(
         min_p: [B or 1], 0 for all.
 
     Returns:
-        weights [B, n] float64, 0 for what is filtered out, not renormalised; ids [B, n] int64.
+        weights [B, n] float64, 0 for filtered tokens, not renormalised; ids [B, n] int64.
     """
     batch_size, vocab_size = probs.shape
     n = min(N_CANDIDATES, vocab_size)
     values, ids = probs.topk(n, dim=-1)
     weights, ids = _filter_sorted(*_sort(values, ids), top_k, top_p, min_p)
-    # Exact if every token kept beats the last candidate: of those that tie with that one, topk has left some out.
+    # Exact if every token kept beats the last candidate: topk may have left out tokens that tie with it.
     unsure = ((weights > 0) & (weights <= values[:, -1:])).any(dim=-1) | (top_k > n)
     rows = unsure.nonzero().squeeze(-1)
     if n == vocab_size or len(rows) == 0:
@@ -96,13 +96,13 @@ def _sort(values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
 def _filter_sorted(
     values: torch.Tensor, ids: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`filtered` of rows that are sorted already."""
+    """`filtered` for sorted rows."""
     weights = values.double()
     k = torch.where(top_k > 0, top_k, values.shape[-1]).long().clamp(max=values.shape[-1])
     kth = weights.gather(-1, k[:, None].expand(len(values), 1) - 1)
     weights = weights.masked_fill(weights < kth, 0)
     sums = weights.cumsum(dim=-1)
-    # Of all the probability, which is 1, or of what top_k has left.
+    # top_p is a share of all probability, which is 1, or of what top_k has kept.
     total = torch.where((top_k > 0)[:, None], sums[:, -1:], 1.0)
     outside = (sums - weights >= top_p[:, None] * total) & (top_p[:, None] < 1)
     outside |= weights < min_p[:, None] * weights[:, :1]
@@ -112,11 +112,11 @@ def _filter_sorted(
 def race(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Index i with probability weights[i] / sum(weights), by one random number for each.
 
-    Each i arrives after an exponential time of rate weights[i], and the first wins (the Gumbel-max trick). Rounding
-    matters only when two arrive together: in the running sum of the usual inversion, an error of one weight moves all
-    that come after, and answers would change with the shape of the batch.
+    Each i arrives after an exponential time of rate weights[i], and the first one wins (the Gumbel-max trick). Rounding
+    matters only if two arrive at nearly the same time. In the usual inversion of a running sum, an error in one weight
+    shifts all that follow, so answers would change with the shape of the batch.
 
-    `weights` [B, n] are at least 0, some of each row above; `uniform` float64 [B, n] in (0, 1). Returns int64 [B].
+    `weights` [B, n] are at least 0, and not all 0 in a row; `uniform` float64 [B, n] in (0, 1). Returns int64 [B].
     """
     return (-uniform.log() / weights).argmin(dim=-1)
 
@@ -129,11 +129,11 @@ def next_tokens(
     top_p: torch.Tensor,
     min_p: torch.Tensor,
 ) -> torch.Tensor:
-    """One token a row: the most likely where temperature is 0, else drawn from what the filters leave.
+    """One token for each row: the most likely if its temperature is 0, else drawn from what the filters keep.
 
     Args:
         logits: float32 [B, vocab_size].
-        seeds: int64 [B], of the rows' random numbers.
+        seeds: int64 [B], for each row's random numbers.
         temperature, top_k, top_p, min_p: float64 [B]; 0, 1 and 0 turn a filter off.
 
     Returns:
@@ -146,11 +146,11 @@ def next_tokens(
         rows = is_group.nonzero().squeeze(-1)
         if len(rows) == 0:
             continue
-        group = logits if len(rows) == len(logits) else logits[rows]  # a copy is as slow as the sampling
+        group = logits if len(rows) == len(logits) else logits[rows]  # a copy would be as slow as the sampling
         if greedy[rows[0]]:
             tokens[rows] = group.argmax(dim=-1)
             continue
-        # Measured from the peak, and by no temperature that float32 takes for 0, so that nothing overflows.
+        # The peak is subtracted, and the temperature is not 0 in float32, so that nothing overflows.
         scaled = (group - group.amax(-1, keepdim=True)).div_(temperature[rows, None].float().clamp(min=1e-30))
         weights = torch.softmax(scaled, dim=-1, out=scaled)
         ids = torch.arange(logits.shape[-1], device=logits.device)[None]

@@ -1,7 +1,7 @@
-"""A prompt and its answer so far: what the engine runs, and how it gets its next token.
+"""A prompt and its answer so far, which is what the engine runs, and how it gets its next token.
 
-Knows nothing of models, slots or text. A sequence is filled in place while it runs; whoever added it to the engine
-reads it once it has ended.
+The engine fills a sequence in place while it runs; the caller that added it reads it once it has ended. Knows nothing
+of models, slots or text.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from llama.options import DecodingOptions
 from llama.sampling import RandomStream, next_tokens, token_logprobs, top_logprobs
 
-# Logits of a prompt's positions are made this many at a time: 256 x 128,256 float32 are 131 MB.
+# The logits of a prompt are computed for this many positions at a time: 256 x 128,256 float32 are 131 MB.
 LOGITS_CHUNK = 256
 UNUSABLE_LOGITS = "the model's logits are NaN or infinite: look for damaged weights with `llama verify`"
 
@@ -24,18 +24,18 @@ class Speculation:
     """How often proposed tokens were right (`llama.decoding.speculative`); all 0 without a draft."""
 
     steps: int = 0  # passes of the model after the prefill, counted for each sequence
-    proposed: int = 0  # tokens proposed to it,
-    accepted: int = 0  # and those of them that it chose too
+    proposed: int = 0  # tokens proposed to the model
+    accepted: int = 0  # proposed tokens that the model chose too
 
 
 @dataclass
 class Counters:
-    """What the engine has run, in tokens."""
+    """How many tokens the engine has run."""
 
-    prefilled: int = 0  # of prompts,
-    reused: int = 0  # of prompts, found in the cache instead,
-    decoded: int = 0  # and of answers
-    speculation: Speculation = field(default_factory=Speculation)  # of all sequences
+    prefilled: int = 0  # prompt tokens
+    reused: int = 0  # prompt tokens that were found in the cache instead
+    decoded: int = 0  # answer tokens
+    speculation: Speculation = field(default_factory=Speculation)  # summed over all sequences
 
 
 @dataclass(eq=False)
@@ -44,27 +44,27 @@ class Sequence:
 
     prompt: list[int]  # the ids to continue, at least one
     max_new_tokens: int  # the answer's budget; with 0 the prompt is only scored
-    options: DecodingOptions  # how the tokens are chosen; what changes the logits for it is `process`
-    random: RandomStream | None = None  # where the random numbers come from
-    stop_tokens: frozenset[int] = frozenset()  # ids that end the answer, and are not part of it
+    options: DecodingOptions  # how the tokens are chosen; those that change the logits act through `process`
+    random: RandomStream | None = None  # the random numbers
+    stop_tokens: frozenset[int] = frozenset()  # ids that end the answer and are not part of it
     should_stop: Callable[[list[int]], bool] | None = None  # called with the answer after each token; True ends it
     logprobs: bool = False  # whether to keep the log-probability of each token of the answer
-    score_from: int | None = None  # from which token on the prompt itself is scored; None: not at all
-    search: "Search | None" = None  # who chooses the tokens, where that is not the engine: a beam search
+    score_from: int | None = None  # the index of the first prompt token to score; None: the prompt is not scored
+    search: "Search | None" = None  # a beam search that chooses the tokens; None: the engine chooses
     process: Callable[..., torch.Tensor] | None = None  # changes logits [vocab_size], given them and the answer so far
-    n_prefill: int = field(init=False)  # how many tokens of the prompt the model must see,
-    n_reusable: int = field(init=False)  # and of how many the keys may come from the cache
-    # What comes of it:
+    n_prefill: int = field(init=False)  # how many prompt tokens the model must run
+    n_reusable: int = field(init=False)  # how many of the prompt's keys may come from the cache
+    # Results:
     tokens: list[int] = field(default_factory=list)  # the answer
     token_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    prompt_token_logprobs: list[float] = field(default_factory=list)  # from score_from on; 0 for a prompt's first token
+    prompt_token_logprobs: list[float] = field(default_factory=list)  # from score_from on; 0 for the prompt's first
     prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     n_cached: int = 0  # how many of the prompt's keys were in the cache already
     prompt_is_greedy: bool = True  # whether greedy decoding would have chosen every scored token of the prompt
     finish_reason: str | None = None  # "stop", "length" or "error" once it has ended
-    error: str | None = None  # what went wrong,
-    cause: BaseException | None = None  # and the exception of the caller's own code behind it
+    error: str | None = None  # what went wrong
+    cause: BaseException | None = None  # the exception of the caller's own code behind the error
     speculation: Speculation = field(default_factory=Speculation)
 
     def __post_init__(self):
@@ -80,7 +80,7 @@ class Sequence:
 
     @property
     def n_slots(self) -> int:
-        """How many rows of the cache it needs at most."""
+        """The most slots it needs."""
         return 1 if self.search is None else self.search.n_slots
 
     def append(self, token: int) -> bool:
@@ -106,24 +106,24 @@ class Search(Protocol):
 
     sequence: Sequence  # the prompt's; it ends with the search
     n_slots: int  # the most beams
-    beams: list[Sequence]  # those that run, each with this search, best first; at first the prompt's sequence alone
+    beams: list[Sequence]  # the running beams, best first; each has this search; at first only the prompt's sequence
 
     def advance(self, logprobs: torch.Tensor) -> list[int]:
-        """Puts the beams that go on in place of those that have run; none are left once the search has ended.
+        """Replaces the beams with those that go on; no beams are left once the search has ended.
 
-        `logprobs` are of the token after each beam, float32 [len(beams), vocab_size]. Returns, for each new beam, the
-        index of the one that it continues.
+        `logprobs` are those of the token after each beam, float32 [len(beams), vocab_size]. Returns, for each new beam,
+        the index of the old beam that it continues.
         """
 
 
 def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
-    """Gives each sequence its next token by its options, and returns them all, also those that ended an answer.
+    """Gives each sequence its next token by its options. Returns all tokens, also those that ended an answer.
 
     A sequence whose logits cannot be used, or whose `process` raises ValueError, fails; the others go on.
 
-    `logits` are those after the last token of each, float32 [B, vocab_size].
+    `logits` are those after the last token of each sequence, float32 [B, vocab_size].
     """
-    if logits.device.type == "mps":  # which has no float64
+    if logits.device.type == "mps":  # MPS has no float64
         logits = logits.cpu()
     peaks = logits.amax(dim=-1).tolist()
     chosen_from, wants_logprobs = logits, False
@@ -140,7 +140,7 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
                     raise ValueError(f"{sequence.process} left {left}, after {len(sequence.tokens)} tokens")
         except ValueError as error:
             sequence.fail(error)
-            processed = torch.zeros_like(logits[row])  # for a token that is not kept
+            processed = torch.zeros_like(logits[row])  # any token can be drawn from these; it is not kept
         if processed is not None:
             chosen_from = logits.clone() if chosen_from is logits else chosen_from
             chosen_from[row] = processed
@@ -156,10 +156,10 @@ def choose(sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
 
 
 def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
-    """One token for each sequence, by its options and the random numbers of its next position, or one `ahead` of that.
+    """One token for each sequence, by its options and the random numbers of the token's position.
 
-    `logits` float32 [B, vocab_size] are those after the penalties; `ahead` tokens, not yet in the sequences, come
-    before. Returns ids, int64 [B].
+    That is the next position, or `ahead` positions later, after tokens that are not in the sequences yet. `logits`
+    float32 [B, vocab_size] are those after the penalties. Returns ids, int64 [B].
     """
     seeds, settings = [], []
     for sequence in sequences:
@@ -173,9 +173,9 @@ def draw(sequences: list[Sequence], logits: torch.Tensor, ahead: int = 0) -> tor
 
 
 def score_prompt(sequence: Sequence, logits_of: Callable[[int, int], torch.Tensor], stop: int) -> None:
-    """Scores the tokens of a prompt that follow the positions before `stop`, which have run, and have no score yet.
+    """Scores the tokens of a prompt up to index `stop` that have no score yet; the positions before `stop` have run.
 
-    `logits_of(a, b)` are the logits [b - a, vocab_size] after the positions [a, b).
+    `logits_of(a, b)` returns the logits [b - a, vocab_size] at the positions [a, b).
     """
     first = sequence.score_from + len(sequence.prompt_token_logprobs)
     n_targets = len(sequence.prompt[first : stop + 1])

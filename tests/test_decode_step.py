@@ -46,7 +46,7 @@ def test_the_compiled_step_gives_the_same_tokens_and_is_compiled_once(write_chec
     capsys.readouterr()
     assert answers(compiled) == expected
     said = ["one sequence", "several sequences"]
-    assert re.findall(r"Compiled the step of (.*) in \d", capsys.readouterr().err) in (said, said[::-1])
+    assert re.findall(r"Compiled the step for (.*) in \d", capsys.readouterr().err) in (said, said[::-1])
     assert counters["stats"]["unique_graphs"] == len(said)  # for every length and number of rows
 
 

@@ -1,6 +1,6 @@
 """The ranks of a run: their process groups, their devices, their replicas, and how they fail together.
 
-Knows nothing of Llama, or of what is computed.
+Knows nothing of Llama, or of what the ranks compute.
 """
 
 from llama.parallel.devices import dtype_by_name, pick_device, pick_dtype

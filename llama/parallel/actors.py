@@ -1,7 +1,7 @@
-"""Replicas on a Ray cluster: actors that do tasks, each as it has room, and are started again when they die.
+"""Replicas on a Ray cluster: actors that take tasks when they have room, and are started again when they die.
 
-Where processes run, that they start, and the news that one has died are Ray's. Knows nothing of models, or of what a
-task is besides its `line`.
+Ray places the processes, starts them, and reports when one dies. Knows nothing of models, or of a task besides its
+`line`.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import Any, Protocol
 
 OLDEST = (2, 40)  # of Ray
-MOST_DEATHS = 3  # of the workers of one task: then the task is the cause
-MOST_FAILED_STARTS = 3  # of one replica, one after the other
-AHEAD = 2  # tasks that a replica has beside those in its slots, so that a slot never waits for the driver
+MOST_DEATHS = 3  # a task whose worker died this often gets an error
+MOST_FAILED_STARTS = 3  # a replica that failed to start this often in a row is given up
+AHEAD = 2  # tasks that a replica holds besides those in its slots, so that a slot never waits for the driver
 POLL_SECONDS = 1.0  # how often the driver looks whether the cluster has grown
-PATIENCE = 30.0  # seconds without a replica, after which the driver says what it waits for
+PATIENCE = 30.0  # seconds without a replica, after which the driver prints what the cluster has free
 HINT = "pip install '.[ray]'"
 
 Task = dict[str, Any]  # with its number as `line`
@@ -28,16 +28,16 @@ Result = dict[str, Any]  # with the `line` of its task
 
 
 class Worker(Protocol):
-    """What runs in each rank's process. All ranks of a replica get the same calls, in the same order."""
+    """The code in each rank's process. All ranks of a replica get the same calls, in the same order."""
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same on every replica, and `room`: how many tasks one takes at a time."""
+        """Facts that must be the same on every replica, and `room`: how many tasks it takes at a time."""
 
     def open(self, make: Callable) -> None:
-        """Begins a run; `make` makes what the run needs there. What the run before left undone is dropped."""
+        """Begins a run, and drops unfinished tasks of the last one. `make` makes what the run needs in this process."""
 
     def work(self, tasks: list[Task]) -> list[Result]:
-        """Takes more tasks, and works until some of those it has are done; [] if it has none."""
+        """Takes more tasks, and runs until some of its tasks are done; returns [] if it has none."""
 
 
 class ReplicaFailed(RuntimeError):
@@ -45,15 +45,15 @@ class ReplicaFailed(RuntimeError):
 
 
 class Replicas:
-    """n replicas of `size` ranks each, which start at once and live until `close`.
+    """n replicas of `size` ranks each. They start at once and live until `close`.
 
     Args:
         build: makes a rank's Worker, in its process.
-        n: how many; as many as the cluster holds when None, and more when it grows. On CPUs that is one a machine.
-        size: how many ranks a replica has, each an actor with a card of its own, or its share of a machine's cores.
-        address: of a cluster, such as "10.0.0.1:6379", or "auto" for the one that this machine is part of; when None,
-            RAY_ADDRESS, and without that this machine alone, where Ray is started.
-        device: "cuda" or "cpu"; CUDA where the cluster has cards, when None.
+        n: how many replicas; None: as many as the cluster holds (on CPUs one per machine), and more when it grows.
+        size: how many ranks a replica has. Each is an actor with its own card, or with its share of a machine's cores.
+        address: of a cluster, such as "10.0.0.1:6379", or "auto" for the cluster of this machine. None: RAY_ADDRESS; if
+            that is not set, Ray starts on this machine alone.
+        device: "cuda" or "cpu"; None: CUDA if the cluster has cards.
         expected: facts that each replica must have.
 
     Raises:
@@ -61,7 +61,7 @@ class Replicas:
         ValueError: there are not enough cards or cores; a replica lacks an expected fact, or differs from the first.
         ConnectionError: there is no cluster at the address, or Ray does not start.
         ReplicaFailed: the processes of all replicas die while they start.
-        Exception: whatever `build` raised in the first replica.
+        Exception: the exception of `build` in the first replica.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Replicas:
                 if started is not None and time.monotonic() - started > PATIENCE:
                     has, free = self._ray.cluster_resources(), self._ray.available_resources()
                     room = ", ".join(f"{free.get(name, 0):g} of {has.get(name, 0):g} {name}s" for name in self._bundle)
-                    print(f"no replica has started yet; the cluster has {room} to give", file=sys.stderr)
+                    print(f"no replica has started yet; free in the cluster: {room}", file=sys.stderr)
                     started = None
         except BaseException:
             self.close()
@@ -126,14 +126,14 @@ class Replicas:
     def results(
         self, make: Callable, tasks: Iterator[Task], cost: Callable[[Task], float] = lambda task: 0.0
     ) -> Iterator[Result]:
-        """Does tasks, and yields the result of each as it comes.
+        """Runs tasks, and yields each result as it comes.
 
-        A task whose worker died is done again, by any replica; one that three workers died of gets an `error`.
+        A task whose worker died runs again, on any replica. After three deaths its result is an `error`.
 
         Args:
-            make: what `Worker.open` gets, or has got by `open`.
-            tasks: taken a few ahead of what is being done.
-            cost: of a task; of those taken, the dearest are done first.
+            make: passed to `Worker.open`, unless `open` has already passed it.
+            tasks: read a few ahead of those that run.
+            cost: of a task; of the tasks read so far, the costliest run first.
         """
         if make is not self._make:
             self.open(make)
@@ -160,24 +160,24 @@ class Replicas:
                         heapq.heappush(ready, (-cost(task), task["line"], task))
 
     def _wait(self) -> Iterator[tuple["_Replica", list[Result], list[Task]]]:
-        """Waits until replicas have news: what they have done, or the tasks they died of."""
+        """Waits for replicas to return. Yields each with its results, or with the tasks it lost when it died."""
         by_call = {call: replica for replica in self._replicas for call in replica.calls}
-        calls, news = list(by_call), []
+        calls, returned = list(by_call), []
         if calls and self._ray.wait(calls, num_returns=1, timeout=POLL_SECONDS)[0]:
-            news = self._ray.wait(calls, num_returns=len(calls), timeout=0)[0]  # all of them: nobody comes last always
-        for call in news:
+            returned = self._ray.wait(calls, num_returns=len(calls), timeout=0)[0]  # all, so that none waits forever
+        for call in returned:
             replica = by_call[call]
-            if call not in replica.calls:  # of a replica that another call of this round has ended
+            if call not in replica.calls:  # another call of this round has ended the replica
                 continue
             try:
                 value = self._ray.get(call)
             except self._ray.exceptions.RayError as error:
-                yield replica, [], self._bury(replica, error)
+                yield replica, [], self._restart(replica, error)
                 continue
             replica.calls.remove(call)
             replica.value = value if call == replica.first else replica.value
             if replica.calls:
-                continue  # until all its ranks have returned
+                continue  # some of its ranks have not returned yet
             if replica.is_opening:
                 replica.is_opening, replica.n_failed_starts = False, 0
             elif replica.is_ready:
@@ -193,20 +193,20 @@ class Replicas:
             for _ in range(self._n_that_fit() - len(self._replicas)):
                 self._replicas.append(_Replica(self))
 
-    def _bury(self, replica: "_Replica", error: Exception) -> list[Task]:
-        """Ends what is left of a replica, starts it again, and returns the tasks it had."""
+    def _restart(self, replica: "_Replica", error: Exception) -> list[Task]:
+        """Ends the rest of a dead replica, starts it again, and returns the tasks it had."""
         has_raised = isinstance(error, self._ray.exceptions.RayTaskError)
         cause, where = (error.cause, f" (on {replica.where()})") if has_raised else (error, "")
         lost, replica.cause = list(replica.tasks.values()), f"{type(cause).__name__}: {cause}".splitlines()[0] + where
         replica.n_failed_starts += replica.is_opening or not replica.is_ready
         is_mistake = has_raised and (self.facts is None or replica.is_opening)
         replica.end()
-        if is_mistake:  # of the caller's, as a rule: nothing has worked yet
+        if is_mistake:  # usually the caller's, because nothing has worked yet
             print(f"a replica cannot start{where}", file=sys.stderr)
             raise cause
         if replica.n_failed_starts >= MOST_FAILED_STARTS:
             self._replicas.remove(replica)
-            self._n = len(self._replicas)  # and none is added in its place
+            self._n = len(self._replicas)  # so that no other is added in its place
             print(
                 f"a replica is given up: it failed to start {MOST_FAILED_STARTS} times: {replica.cause}",
                 file=sys.stderr,
@@ -231,11 +231,11 @@ class Replicas:
         self.facts = self.facts or facts
 
     def _machines(self) -> list[dict[str, float]]:
-        """What each machine of the cluster has."""
+        """The resources of each machine of the cluster."""
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _resources(self, device: str | None) -> dict[str, float]:
-        """What each rank needs, of one machine. Raises ValueError if the cluster does not have it."""
+        """The resources of one rank. Raises ValueError if the cluster does not have enough."""
         machines = self._machines()
         cards, cores = ([int(machine.get(name, 0)) for machine in machines] for name in ("GPU", "CPU"))
         n_ranks = (self._n or 1) * self._size
@@ -246,10 +246,10 @@ class Replicas:
             return {"GPU": 1, "CPU": int(all(n_cores >= n_cards for n_cores, n_cards in zip(cores, cards)))}
         if sum(cores) < n_ranks:
             raise ValueError(
-                f"the cluster has {sum(cores)} CPU cores: {asked} need {n_ranks}, one for each rank at least"
+                f"the cluster has {sum(cores)} CPU cores: {asked} need {n_ranks}, at least one for each rank"
             )
         wanted = n_ranks if self._n else sum(n > 0 for n in cores) * self._size
-        shares = range(max(cores), 0, -1)  # the largest of which there are enough, each within a machine
+        shares = range(max(cores), 0, -1)  # the largest share that enough ranks can have, each within one machine
         return {"CPU": next((share for share in shares if sum(n // share for n in cores) >= wanted), 1)}
 
     def _n_that_fit(self) -> int:
@@ -267,10 +267,10 @@ class _Replica:
         self.start()
 
     def start(self) -> None:
-        """Asks for its ranks' processes, close to each other; nothing waits for them."""
+        """Asks Ray for the ranks' processes, close to each other, and does not wait for them."""
         ray, size, bundle = self.owner._ray, self.owner._size, self.owner._bundle
         self.is_ready, self.is_opening, self.room = False, False, 0
-        self.tasks: dict[int, Task] = {}  # that it has and has not done
+        self.tasks: dict[int, Task] = {}  # the tasks that it has not finished
         self.group = ray.util.placement_group([bundle] * size, strategy="PACK")
         self.actors = []
         for rank in range(size):
@@ -286,7 +286,7 @@ class _Replica:
         return "a machine that is gone"
 
     def end(self) -> None:
-        """Ends its processes, those that are still asked for too."""
+        """Ends its processes, also those that Ray has not started yet."""
         self.calls, self.tasks, self.is_ready, self.room = [], {}, False, 0
         with contextlib.suppress(Exception):  # Ray itself may be gone
             for actor in self.actors:
@@ -294,13 +294,13 @@ class _Replica:
             self.owner._ray.util.remove_placement_group(self.group)
 
     def open(self) -> None:
-        """Begins a run on it, if it is there and there is a run."""
+        """Begins the current run on it, if it is ready and there is a run."""
         if self.is_ready and self.owner._make is not None:
             self.tasks, self.is_opening = {}, True
             self._call("open", self.owner._make)
 
     def take(self, ready: list, deaths: Counter[int]) -> None:
-        """Gives it tasks, if it waits for some. One that two workers died of runs alone, so that no other is blamed."""
+        """Gives it tasks, if it waits for some. A task that two workers died of runs alone, so no other is blamed."""
         if not self.is_ready or self.calls:
             return
         given = []
@@ -313,20 +313,20 @@ class _Replica:
             self._call("work", given)
 
     def _call(self, method: str, *arguments: Any) -> None:
-        """Has every rank do something, which `Replicas._wait` waits for."""
+        """Calls a method on every rank; `Replicas._wait` waits for it."""
         self.calls = [getattr(actor, method).remote(*arguments) for actor in self.actors]
         self.first, self.value = self.calls[0], None
 
 
 class _Rank:
-    """One rank of a replica, in a process of its own."""
+    """One rank of a replica, in its own process."""
 
     def __init__(self, rank: int, paths: list[str]):
         self.rank = rank
         sys.path += [path for path in paths if path not in sys.path]  # the driver's modules, such as a scorer's
 
     def address(self) -> tuple[str, int]:
-        """Where its ranks meet: this machine's address, and the port of a store that lives here, as in torchrun."""
+        """Where the ranks meet: this machine's address, and the port of a store in this process, as in torchrun."""
         from torch.distributed import TCPStore
 
         self.store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
@@ -336,7 +336,7 @@ class _Rank:
         return import_ray().util.get_node_ip_address()
 
     def start(self, build: Callable[[], Worker], size: int, address: tuple[str, int] | None) -> dict[str, Any]:
-        """Makes the worker, in the environment that torchrun would make. Returns its facts."""
+        """Makes the worker, with the environment variables of torchrun. Returns its facts."""
         if address is not None:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
             os.environ |= zip(names, map(str, (self.rank, size, 0, *address)))
@@ -364,20 +364,19 @@ def import_ray() -> ModuleType:
 
 
 def _join(ray: ModuleType, address: str | None) -> bool:
-    """Joins a cluster, or starts one on this machine; False if the caller has done it. Raises ConnectionError."""
+    """Joins a cluster, or starts one on this machine; False if the caller has done so. Raises ConnectionError."""
     if ray.is_initialized():
         return False
     found = address or os.environ.get("RAY_ADDRESS") or "local"
     host, _, port = found.rpartition(":")
     try:
-        if host and port.isdigit() and "/" not in found:  # Ray itself takes minutes to say that nobody answers
+        if host and port.isdigit() and "/" not in found:  # Ray takes minutes to notice that nobody answers
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(found, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    except Exception as error:  # Ray has no type for what goes wrong, such as another version there
+    except Exception as error:  # Ray has no common type for its errors, such as a version mismatch
         problem = "Ray does not start on this machine" if found == "local" else f"there is no Ray cluster at {found}"
         hint = (
-            ": expected HOST:PORT of a head that `ray start --head` has started, and RAY_AUTH_MODE=token if it has one"
+            ": expected HOST:PORT of a head that `ray start --head` started, and RAY_AUTH_MODE=token if it has a token"
         )
-        hint = "" if found == "local" else hint
-        raise ConnectionError(f"{problem} ({error}){hint}") from error
+        raise ConnectionError(f"{problem} ({error}){'' if found == 'local' else hint}") from error
     return True

@@ -4,12 +4,12 @@ import os
 
 import torch
 
-# What the numbers of a checkpoint may be, and what may be computed in.
+# The dtypes that a checkpoint may have, and that a model may compute in.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def dtype_by_name(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """One of DTYPES from its name; a dtype or None is returned as it is. Raises ValueError if it is none of DTYPES."""
+    """The dtype of a name; a dtype or None is returned unchanged. Raises ValueError if it is not one of DTYPES."""
     by_name = {str(each).removeprefix("torch."): each for each in DTYPES}
     found = by_name.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES:
@@ -18,10 +18,10 @@ def dtype_by_name(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device this rank computes on: the one asked for, else CUDA, else MPS, else the CPU.
+    """The device that this rank computes on: the one asked for, else CUDA, else MPS, else the CPU.
 
-    A bare "cuda" becomes the card of this process's LOCAL_RANK, as torchrun sets it. Raises ValueError if the device
-    named does not exist here.
+    A bare "cuda" becomes the card whose index is LOCAL_RANK, which torchrun sets. Raises ValueError if the device does
+    not exist here.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -13,7 +13,7 @@ from llama.parallel.lifeline import FAILED, LOST_PEER, Hub, Lifeline, tell
 # The connection by which this process learns that another has failed; None in a run of one process.
 _lifeline: Lifeline | None = None
 
-_meeting = 0  # how many times `fail_together` was entered, the same number on each rank
+_meeting = 0  # how many times `fail_together` was entered; the same number on each rank
 
 
 @contextlib.contextmanager
@@ -21,8 +21,8 @@ def fail_together() -> Iterator[None]:
     """When one rank raises inside, every rank raises, so that none waits for it in a collective.
 
     The ranks meet at the end, so nothing inside may be collective. Afterwards they are in step, and the run can go on.
-    The rank that failed raises its own exception, the others a RankFailed with its message. What takes long inside
-    calls `raise_if_a_rank_failed` now and then, so that it does not finish for nothing.
+    The rank that failed raises its own exception, the others a RankFailed with its message. Long work inside calls
+    `raise_if_a_rank_failed` now and then, to stop early.
     """
     global _meeting
     _meeting += 1
@@ -51,7 +51,7 @@ def fail_together() -> Iterator[None]:
 def fail_at_once() -> Iterator[None]:
     """When one rank raises inside, the others end within seconds, with its message, wherever they are.
 
-    For what is collective, such as a forward pass: ranks that wait for the failed one cannot be brought back into step.
+    This is for collective code, such as a forward pass: ranks that wait for the failed one cannot get back into step.
     A rank whose collective breaks raises a RankFailed with the message of the rank that failed. A rank that is stuck in
     its collective prints the message and exits. If all ranks raise (they share a mistake), each raises its own.
     """
@@ -72,25 +72,25 @@ def fail_at_once() -> Iterator[None]:
 
 
 class RankFailed(RuntimeError):
-    """Another rank failed; the message is that rank's."""
+    """Another rank failed; the message is its message."""
 
     def __init__(self, message: str, rank: int = 0):
         super().__init__(message)
         self.rank = rank
 
     def tell(self) -> None:
-        """Says so on stderr, once on each host, in one line: the traceback that tells something is the other rank's."""
+        """Prints the message on stderr, once on each host, without a traceback: the other rank's is the useful one."""
         tell(self.rank, str(self))
 
 
 def raise_if_a_rank_failed() -> None:
-    """Raises RankFailed once another rank has raised in the `fail_together` that this one is in."""
+    """Raises RankFailed if another rank has raised in the current `fail_together`."""
     if _lifeline is not None and (found := _lifeline.lost or _lifeline.warnings.get(_meeting)) is not None:
         raise RankFailed(found["message"], found["rank"])
 
 
 def connect() -> None:
-    """Connects the processes of a run (`llama.parallel.lifeline`), if they can reach rank 0's port."""
+    """Connects this process to rank 0 (`llama.parallel.lifeline`), if it can reach rank 0's port."""
     global _lifeline
     if _lifeline is not None:
         return
@@ -107,5 +107,5 @@ def connect() -> None:
         _lifeline = Lifeline(rank, address[0], hub)
     except OSError as error:
         where = f"{address[0][0]}:{address[0][1]}"
-        effect = "it will learn late of the failures of others"
+        effect = "it will notice late when another rank fails"
         print(f"rank {rank} cannot reach rank 0 at {where} ({error}): {effect}", file=sys.stderr)

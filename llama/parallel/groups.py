@@ -1,6 +1,6 @@
-"""The process groups: over whose ranks a model is split, which part of a dimension each holds, and the replicas.
+"""The process groups: the ranks that a model is split over, the part of a dimension that each holds, and the replicas.
 
-Uses the caller's groups where there are any. Knows nothing of Llama or of what the ranks compute.
+If the caller has made groups, they are used. Knows nothing of Llama or of what the ranks compute.
 """
 
 import atexit
@@ -18,19 +18,20 @@ import torch.distributed as dist
 from llama.parallel import failing
 from llama.parallel.devices import pick_device
 
-# The model-parallel size of the groups that `initialize` made; None while there are none, or they are the caller's.
+# The model-parallel size of the groups that `initialize` made; None if it made none.
 _own_model_parallel_size: int | None = None
 
 
 def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
-    """Makes the process groups that the model-parallel layers need, if they are not there yet.
+    """Makes the process groups that the model-parallel layers need, unless they exist.
 
     Under torchrun the world is torchrun's. In a plain `python` or a notebook it is one process, whose group needs no
-    port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used as they are.
+    port. Groups that the caller has made, in `torch.distributed` or in fairscale, are used.
 
-    A model is split over model_parallel_size processes, all of the world when None. If they are fewer, that many
-    consecutive ranks hold a whole model (a replica). The backend of a group made here is NCCL for a CUDA `device`, else
-    gloo. Raises ValueError if the size does not divide the number of processes, or contradicts the caller's groups.
+    A model is split over model_parallel_size processes; None means all. If the size is smaller than the world, each
+    group of so many consecutive ranks holds a whole model (a replica). The backend of a group made here is NCCL for a
+    CUDA `device`, else gloo. Raises ValueError if the size does not divide the number of processes, or contradicts the
+    caller's groups.
     """
     global _own_model_parallel_size
     device = device or pick_device()
@@ -56,8 +57,8 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
         script = "-m llama" if os.path.basename(folder) == "llama" else name if os.path.isfile(name) else "SCRIPT.py"
         raise ValueError(
             f"model_parallel_size={model_parallel_size} in a run of one process: a model is split over processes, and "
-            f"torchrun starts them: `torchrun --nproc_per_node {model_parallel_size} {script} …` (make a script of a "
-            "notebook's cells first)"
+            f"torchrun starts them: `torchrun --nproc_per_node {model_parallel_size} {script} …` (turn a notebook into "
+            "a script first)"
         )
     if model_parallel_size not in sizes:
         raise ValueError(
@@ -79,27 +80,27 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
 
 
 def _destroy_groups() -> None:
-    """At exit: ends the groups' threads, which sometimes abort the process if they outlive the interpreter."""
+    """At exit: ends the groups' threads. If they outlive the interpreter, they sometimes abort the process."""
     if dist.is_initialized() and getattr(sys, "last_value", None) is None:
         dist.destroy_process_group()
 
 
 def silence_other_ranks() -> None:
-    """Sends stdout of every rank but 0 to nowhere, so that a script's `print` appears once.
+    """Discards stdout of every rank but 0, so that a script's `print` appears once.
 
-    The example scripts, Meta's and ours, rely on it. stderr stays as it is, so that every error is seen.
+    The example scripts, Meta's and ours, rely on it. stderr is unchanged, so that every error is seen.
     """
     if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
         sys.stdout = open(os.devnull, "w")
 
 
 def partition(size: int, rank: int, n_ranks: int) -> tuple[int, int]:
-    """[start, stop) of a dimension that a rank holds. Where n_ranks does not divide the size, some hold one more."""
+    """The part [start, stop) of a dimension that a rank holds. If n_ranks does not divide it, some hold one more."""
     return rank * size // n_ranks, (rank + 1) * size // n_ranks
 
 
 def replica() -> int:
-    """Which replica of the model this process is part of, from 0."""
+    """The index of the replica that this process belongs to, from 0."""
     return dist.get_rank() // fairscale_groups.get_model_parallel_world_size()
 
 
@@ -108,7 +109,7 @@ def n_replicas() -> int:
 
 
 def gather_from_replicas(part: list) -> list[list]:
-    """Every replica's part, on every rank. A replica that has finished sleeps until the others have."""
+    """Every replica's part, on every rank. A replica that comes early sleeps until the others have come."""
     if n_replicas() == 1:
         return [part]
     parts: list[list] = [[] for _ in range(n_replicas())]
@@ -118,7 +119,7 @@ def gather_from_replicas(part: list) -> list[list]:
 
 @functools.cache
 def _gloo_group() -> dist.ProcessGroup:
-    """The ranks that hold the same part of each replica's model, over gloo, which sleeps while it waits."""
+    """The ranks that hold the same part of each replica's model. Over gloo, because a rank that waits there sleeps."""
     size, world_size = fairscale_groups.get_model_parallel_world_size(), dist.get_world_size()
     groups = [list(range(i, world_size, size)) for i in range(size)]
     made = [dist.new_group(ranks, backend="gloo", timeout=timedelta(days=365)) for ranks in groups]

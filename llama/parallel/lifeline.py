@@ -1,12 +1,11 @@
-"""How the ranks of one run learn that one of them has failed, whatever the others are doing at that moment.
+"""How the ranks of a run learn that one of them has failed, whatever they are doing at that moment.
 
-torchrun ends the ranks of its own host, and gloo notices a closed connection in a collective. Three holes are left, as
-`python -m benchmarks.failures --watch False` shows: ranks of another host that are in no collective (they load, or wait
-for a user) never notice; nobody notices that a link is cut, before a collective has waited for half an hour (NCCL: ten
-minutes); and a rank that has raised and lives on keeps the others waiting as long. So each rank has one TCP connection
-to rank 0, open as long as it lives. A rank that raises sends its message through it; when a process is killed, the
-kernel closes it; when the link is cut, the kernel's own probes are not answered. Knows nothing of models or process
-groups.
+torchrun ends the ranks of its own host, and gloo notices a closed connection in a collective. Three gaps are left, as
+`python -m benchmarks.failures --watch False` shows. Ranks of another host that are in no collective (they load, or wait
+for a user) never notice. Nobody notices a cut link until a collective has waited for half an hour (NCCL: ten minutes).
+A rank that has raised and lives on keeps the others waiting as long. So each rank has one TCP connection to rank 0,
+open as long as it lives. A rank that raises sends its message through it; when a process is killed, the kernel closes
+it; when the link is cut, the kernel's probes get no answer. Knows nothing of models or process groups.
 """
 
 import atexit
@@ -20,58 +19,59 @@ import threading
 import time
 from collections.abc import Iterator
 
-# Kinds of reports. The first kind causes the others: an exception of a rank's own; a closed connection; an exception
-# that only says that another rank is gone.
+# Kinds of reports, the likeliest cause first: a rank's own exception; a closed connection; an exception that only says
+# that another rank is gone.
 FAILED, KILLED, LOST_PEER = range(3)
 # After the first report, the other ranks have this many seconds to report too. If all do, they share a mistake (in the
 # arguments, say), and it is an exception like any other.
 GRACE = 1.0
-# After the verdict, a rank has this many seconds to raise by itself; one that is stuck in a collective then exits.
+# After the verdict (which rank is the cause), a rank has this many seconds to raise. One that is stuck in a collective
+# then exits.
 PATIENCE = 2.0
-# A connection on which nothing arrives is probed after so many seconds, and given up after so many without an answer.
-# The kernel does it, so a process that is busy or stopped is no failure.
+# The kernel probes a silent connection after PROBE_AFTER seconds, and gives it up after GIVE_UP_AFTER seconds without
+# an answer. The kernel also answers, so a process that is busy or stopped does not count as failed.
 PROBE_AFTER, GIVE_UP_AFTER = 10, 30
 
 
 class Lifeline:
-    """One rank's connection to the hub, which is at `address`: host, port and password.
+    """One rank's connection to the hub at `address`: host, port and password.
 
-    Rank 0, which has the hub, connects to it as the others do. Raises OSError if the hub cannot be reached.
+    Rank 0, which runs the hub, connects to it like the others. Raises OSError if the hub cannot be reached.
     """
 
     def __init__(self, rank: int, address: tuple[str, int, str], hub: "Hub | None" = None):
         self.rank, self._hub = rank, hub
-        self.lost: dict | None = None  # why the run has failed: the `rank` that is the cause, and the `message`
-        self.warnings: dict[int, dict] = {}  # by meeting: what a rank has raised, which all will learn at that meeting
+        self.lost: dict | None = None  # why the run has failed: the `rank` that is the cause, and its `message`
+        self.warnings: dict[int, dict] = {}  # for each meeting, an exception that some rank has raised before it
         self._verdict: dict | None = None
-        self._judged, self._heard = threading.Event(), False
+        self._judged, self._reported = threading.Event(), False  # whether there is a verdict; whether `report` has it
         self._link = socket.create_connection(address[:2], timeout=30)
         self._link.settimeout(None)
-        _probe(self._link)
+        _enable_keepalive(self._link)
         _send(self._link, [rank, address[2]])
         threading.Thread(target=self._listen, name="lifeline", daemon=True).start()
         atexit.register(self._leave)
 
     def warn(self, meeting: int, message: str) -> None:
-        """Tells the others of an exception early: they find it in `warnings`, and go on."""
+        """Tells the other ranks about an exception before they meet: they find it in `warnings`, and go on."""
         _send(self._link, {"meeting": meeting, "rank": self.rank, "message": message})
 
     def report(self, message: str, kind: int = FAILED) -> dict | None:
         """Reports that this rank has raised, and waits for the verdict: the `rank` that is the cause, its `message`.
 
-        None if that is this rank, or if all ranks raised together.
+        Returns None if this rank is the cause, or if all ranks raised together.
         """
         self._judged.clear()
         self._verdict = None if self.lost is None else self._verdict
         _send(self._link, {"kind": kind, "message": message})
         if self.lost is None:
             self._judged.wait(GRACE + PATIENCE)
-        self._heard = True
+        self._reported = True
         verdict = self._verdict or {"rank": self.rank}
         return None if verdict["rank"] in (self.rank, None) else verdict
 
     def _listen(self) -> None:
-        """Waits for messages of the hub as long as this process lives."""
+        """Reads the hub's messages as long as this process lives."""
         for line in _lines(self._link):
             if line == "bye":  # rank 0 has finished
                 self._judged.set()
@@ -83,7 +83,7 @@ class Lifeline:
         self._end({"rank": 0, "message": "rank 0 failed: it was killed, or its connection was lost"})
 
     def _end(self, verdict: dict) -> None:
-        """Takes a verdict. If it ends the run, says so, and exits too, unless the main thread raises it."""
+        """Takes a verdict. If it ends the run, prints it, and exits unless the main thread raises by itself."""
         self._verdict = verdict
         if verdict["rank"] is not None:
             self.lost = verdict
@@ -93,17 +93,17 @@ class Lifeline:
         if self.lost is None:
             return
         time.sleep(PATIENCE)
-        if not self._heard:
+        if not self._reported:
             os._exit(1)  # the main thread is inside a collective, where no exception reaches it
 
     def _leave(self) -> None:
         """At exit: says goodbye, or reports the exception that ends this process."""
-        raised = getattr(sys, "last_value", None)  # what the interpreter has printed a traceback of
+        raised = getattr(sys, "last_value", None)  # the exception whose traceback the interpreter has printed
         if raised is None:
             _send(self._link, "bye")
             if self._hub is not None:
-                self._hub.say("bye")
-        elif not self._heard:
+                self._hub.send_to_all("bye")
+        elif not self._reported:
             self.report(f"{type(raised).__name__}: {raised}")
 
 
@@ -111,7 +111,7 @@ _told: set[str] = set()
 
 
 def tell(rank: int, message: str) -> None:
-    """Says on stderr, once on each host, that a rank has failed; on its own host, where its traceback is, in short."""
+    """Prints once on each host that a rank has failed; without details on its own host, which has the traceback."""
     if os.environ.get("LOCAL_RANK", "0") != "0" or any(message.startswith(told) for told in _told):
         return
     _told.add(message)
@@ -122,7 +122,7 @@ def tell(rank: int, message: str) -> None:
 
 
 class Hub:
-    """Rank 0's side: a connection from every rank. What one rank reports is sent to all."""
+    """Rank 0's side: a connection from every rank. It collects the ranks' reports, and sends the verdict to all."""
 
     def __init__(self, n_ranks: int):
         self.n_ranks = n_ranks
@@ -135,17 +135,17 @@ class Hub:
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, name="lifeline hub", daemon=True).start()
 
-    def say(self, news: object) -> None:
-        for rank in sorted(self._links, reverse=True):  # rank 0, which may exit at the news, last
-            _send(self._links[rank], news)
+    def send_to_all(self, message: object) -> None:
+        for rank in sorted(self._links, reverse=True):  # rank 0 last: it may exit when it gets the message
+            _send(self._links[rank], message)
 
     def _accept(self) -> None:
         while True:
             link, _ = self._listener.accept()
-            _probe(link)
-            threading.Thread(target=self._attend, args=(link,), name="lifeline hub", daemon=True).start()
+            _enable_keepalive(link)
+            threading.Thread(target=self._listen, args=(link,), name="lifeline hub", daemon=True).start()
 
-    def _attend(self, link: socket.socket) -> None:
+    def _listen(self, link: socket.socket) -> None:
         """Listens to one rank until it says goodbye or its connection closes."""
         lines = _lines(link)
         rank, password = next(lines, (None, None))
@@ -156,7 +156,7 @@ class Hub:
             if line == "bye":
                 return
             if "meeting" in line:
-                self.say(line)
+                self.send_to_all(line)
             else:
                 self._note(rank, line["kind"], f"rank {rank} failed: {line['message']}")
         self._note(rank, KILLED, f"rank {rank} failed: it was killed, or its connection was lost")
@@ -177,14 +177,14 @@ class Hub:
             reports, self._reports = self._reports, {}
         if not reports or self._is_over:
             return
-        _, rank, message = min(reports.values(), key=lambda report: report[0])  # of one kind, the first is the cause
+        _, rank, message = min(reports.values(), key=lambda report: report[0])  # of the first kind, the earliest
         together = len(reports) == self.n_ranks and all(kind == FAILED for kind, _, _ in reports.values())
         self._is_over = not together
-        self.say({"rank": None if together else rank, "message": message})
+        self.send_to_all({"rank": None if together else rank, "message": message})
 
 
-def _probe(link: socket.socket) -> None:
-    """Has the kernel notice when the other machine is gone, or the link to it; what a system does not know is left."""
+def _enable_keepalive(link: socket.socket) -> None:
+    """Makes the kernel notice when the other machine or the link to it is gone, as far as the system can."""
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     names = {"TCP_KEEPIDLE": PROBE_AFTER, "TCP_KEEPALIVE": PROBE_AFTER, "TCP_KEEPINTVL": 5}
     names |= {"TCP_KEEPCNT": max(1, (GIVE_UP_AFTER - PROBE_AFTER) // 5), "TCP_USER_TIMEOUT": GIVE_UP_AFTER * 1000}
@@ -194,7 +194,7 @@ def _probe(link: socket.socket) -> None:
 
 
 def _send(link: socket.socket, message: object) -> None:
-    with contextlib.suppress(OSError):  # the other is gone: who listens to it says so
+    with contextlib.suppress(OSError):  # the other side is gone: the thread that listens to it notices
         link.sendall(json.dumps(message).encode() + b"\n")
 
 

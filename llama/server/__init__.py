@@ -1,9 +1,9 @@
-"""A model over HTTP: the interface of OpenAI and a web chat, on the engine that everything else uses.
+"""A model over HTTP: OpenAI's interface and a web chat, on the same engine as every other call.
 
-The files, from the ground up: `settings`, `protocol` (what a request may say, and how an error looks), `driver` (the
-thread that runs the engine), `requests` (from a request to prompts and options), `answers` (from tokens to JSON),
-`limits` (keys, sizes, slow clients), `app` (the endpoints), `webchat`, and `start` (addresses, signals, exit code).
-Knows nothing of how tokens are chosen.
+The files, from the ground up: `settings`, `protocol` (the fields of a request, and errors), `driver` (the thread that
+runs the engine), `requests` (turns a request into prompts and options), `answers` (turns tokens into JSON), `limits`
+(keys, sizes, slow clients), `app` (the endpoints), `webchat`, and `start` (addresses, signals, exit code). Knows
+nothing of how tokens are chosen.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ def serve(load: Callable[[], Llama], settings: Settings, name: str) -> None:
 
     Args:
         load: builds the model; called on every rank.
-        settings: see there.
-        name: what the model is called, if the settings do not say.
+        settings: the address, the keys and the limits.
+        name: the model's name, unless the settings have one.
 
     Raises:
         ImportError: the extra `serve` is not installed.
-        OSError: the address cannot be listened on.
+        OSError: the server cannot listen on the address.
     """
     try:
         from llama.server.start import run
     except ImportError as error:
-        raise ImportError(f"the server's libraries are not all here ({error}): pip install '.[serve]'") from error
+        raise ImportError(f"a library of the server is missing ({error}): pip install '.[serve]'") from error
     run(load, settings, name)

@@ -1,7 +1,6 @@
-"""Answers in OpenAI's shapes: whole ones, and the chunks of a stream.
+"""Answers as OpenAI's JSON: whole responses, and the chunks of a stream.
 
-A `Writer` knows the shape of one kind of request; it is asked for the choices so far and looks only at tokens that the
-driver has reported. Knows nothing of HTTP.
+A `Writer` writes the response to one request. It reads only tokens that the driver has reported. Knows nothing of HTTP.
 """
 
 import codecs
@@ -21,12 +20,12 @@ Object = dict[str, Any]
 
 
 class Choice:
-    """One answer while it comes: its text, its log-probabilities, its call of a tool.
+    """One answer while it is generated: its text, its log-probabilities, its tool call.
 
     Args:
-        llama: whose answer it is.
+        llama: the model that generates it.
         prepared: the request.
-        index: which of its answers.
+        index: which of the request's answers it is.
     """
 
     def __init__(self, llama: Llama, prepared: Prepared, index: int):
@@ -49,7 +48,7 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """All of it, once it has ended."""
+        """The whole text, once the answer has ended."""
         return self._text.finish()
 
     @property
@@ -57,11 +56,11 @@ class Choice:
         return self._reader is not None and self._reader.has_call
 
     def read(self, n_tokens: int, ended: bool) -> tuple[str, list[tuple[int, float | None, list | None]]]:
-        """The text that is new, and the tokens that lie in it with their log-probabilities.
+        """The new text, and its tokens with their log-probabilities.
 
         Args:
-            n_tokens: how many tokens of the answer are there.
-            ended: whether there will be no more.
+            n_tokens: how many tokens the answer has so far.
+            ended: whether the answer has ended.
 
         Raises:
             ApiError: the answer has failed.
@@ -70,7 +69,7 @@ class Choice:
         if ended and sequence.error is not None:
             raise failed(sequence.error)
         if sequence.logprobs and len(self._scored.prompt_token_logprobs) < len(self._echoed):
-            return "", []  # until the prompt, which comes first, has its own
+            return "", []  # the echoed prompt comes first, and is not scored yet
         self._text.follow(sequence.tokens[:n_tokens])
         text = self._text.finish() if ended else self._text.decided
         new, self._n_sent = text[self._n_sent :], len(text)
@@ -81,7 +80,7 @@ class Choice:
         return new, list(self._logprobs(self._text.n_tokens if ended else self._text.n_decided_tokens))
 
     def _logprobs(self, n_whole: int) -> Iterator[tuple[int, float | None, list | None]]:
-        """Of the tokens that are new, up to `n_whole` of the answer: id, log-probability, the likeliest."""
+        """Id, log-probability and likeliest tokens of each new token, up to the answer's first `n_whole`."""
         n_echoed = len(self._echoed)
         for place in range(self._n_logprobs, n_echoed + n_whole):
             scored, i = (self._scored, place) if place < n_echoed else (self._sequence, place - n_echoed)
@@ -89,19 +88,19 @@ class Choice:
             logprobs = scored.prompt_token_logprobs if is_prompt else scored.token_logprobs
             tops = scored.prompt_top_logprobs if is_prompt else scored.top_logprobs
             token = self._echoed[i] if is_prompt else scored.tokens[i]
-            if is_prompt and i == 0:  # nothing comes before it
+            if is_prompt and i == 0:  # no token comes before it, so it has no log-probability
                 yield token, None, None
             else:
                 yield token, logprobs[i], tops[i] if self._top else None
         self._n_logprobs = n_echoed + n_whole
 
     def piece(self, token: int) -> tuple[str, bytes]:
-        """The text and the bytes that a token adds to what came before it; in the order of the tokens."""
+        """The text and the bytes that the next token adds. Call it once for each token, in their order."""
         data = self._tokenizer.token_bytes(token)
-        if data and not self._has_text:  # the first word of a Llama 2 text is without its space
+        if data and not self._has_text:  # Llama 2 drops the space before a text's first word
             data = self._tokenizer.decode_bytes([token])
             self._has_text = token != self._tokenizer.bos_id
-        return name_of(data), data
+        return token_text(data), data
 
     def chat_logprobs(self, tokens: list[tuple[int, float | None, list | None]]) -> Object:
         """OpenAI's `logprobs` of a chat."""
@@ -111,12 +110,12 @@ class Choice:
             entry: Object = {"token": text, "logprob": logprob, "bytes": list(data), "top_logprobs": []}
             for other, value in top or ():
                 bytes_ = self._tokenizer.token_bytes(other)
-                entry["top_logprobs"].append({"token": name_of(bytes_), "logprob": value, "bytes": list(bytes_)})
+                entry["top_logprobs"].append({"token": token_text(bytes_), "logprob": value, "bytes": list(bytes_)})
             content.append(entry)
         return {"content": content, "refusal": None}
 
     def text_logprobs(self, tokens: list[tuple[int, float | None, list | None]]) -> Object:
-        """OpenAI's `logprobs` of a completion. The token chosen is always among `top_logprobs`."""
+        """OpenAI's `logprobs` of a completion. The chosen token is always among `top_logprobs`."""
         shape: Object = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, logprob, top in tokens:
             text, data = self.piece(token)
@@ -128,22 +127,22 @@ class Choice:
             if logprob is None:
                 shape["top_logprobs"].append(None)
             else:
-                likeliest = {name_of(self._tokenizer.token_bytes(other)): value for other, value in top or ()}
-                shape["top_logprobs"].append(likeliest | {name_of(self._tokenizer.token_bytes(token)): logprob})
+                likeliest = {token_text(self._tokenizer.token_bytes(other)): value for other, value in top or ()}
+                shape["top_logprobs"].append(likeliest | {token_text(self._tokenizer.token_bytes(token)): logprob})
         if not self._top:
             shape["top_logprobs"] = None
         return shape
 
     def events(self, new: str) -> list[tuple[str, str]]:
-        """What `AnswerReader.read` says of the text that is new; without tools it is all text."""
+        """The parts of the new text, as `AnswerReader.read` returns them; without tools, all of it is text."""
         if self._reader is None:
             return [("text", new)] if new else []
         ended = self.finish_reason is not None
         return self._reader.read(self._text.finish() if ended else self._text.decided, ended)
 
 
-def name_of(data: bytes) -> str:
-    """A token as text; one that is no whole characters by its bytes, as in OpenAI's reference."""
+def token_text(data: bytes) -> str:
+    """A token as text; if it is not whole characters, its bytes, written as in OpenAI's reference."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -151,7 +150,7 @@ def name_of(data: bytes) -> str:
 
 
 def failed(reason: str) -> ApiError:
-    """The error of an answer that could not be finished: the server's fault if the model's numbers are broken."""
+    """The error of an answer that failed: a 500 if the model or a step failed, else a 400."""
     return ApiError(500 if reason == UNUSABLE_LOGITS or reason.startswith("the step failed") else 400, reason)
 
 
@@ -161,29 +160,25 @@ class Writer:
     Args:
         llama: the model.
         prepared: the request.
-        model: its name.
-        is_chat: whether the request was for a chat.
+        model: the model's name.
+        is_chat: whether it is a chat request.
         include_usage: whether a stream ends with the usage.
     """
 
     def __init__(self, llama: Llama, prepared: Prepared, model: str, is_chat: bool, include_usage: bool = False):
         self._prepared, self._is_chat, self._include_usage = prepared, is_chat, include_usage
         self._choices = [Choice(llama, prepared, index) for index in range(len(prepared.ticket.sequences))]
-        kind = "chat.completion" if is_chat else "text_completion"
         self._head: Object = {
             "id": ("chatcmpl-" if is_chat else "cmpl-") + uuid.uuid4().hex,
-            "object": kind,
+            "object": "chat.completion" if is_chat else "text_completion",
             "created": int(time.time()),
             "model": model,
         }
-        if is_chat:
-            self._chunk_head = self._head | {"object": "chat.completion.chunk"}
-        else:
-            self._chunk_head = self._head
+        self._chunk_head = self._head | ({"object": "chat.completion.chunk"} if is_chat else {})
 
     @property
     def usage(self) -> Object:
-        """How many tokens the request has taken."""
+        """How many tokens the request has used."""
         sequences = self._prepared.ticket.sequences
         n_prompt = sum(map(len, self._prepared.prompts))
         n_answer = sum(self._prepared.ticket.n_tokens)
@@ -196,7 +191,7 @@ class Writer:
         }
 
     def whole(self) -> Object:
-        """The response, once all answers have ended. Raises ApiError."""
+        """The whole response, once all answers have ended. Raises ApiError."""
         choices = []
         for choice in self._choices:
             new, tokens = choice.read(self._prepared.ticket.n_tokens[choice.index], ended=True)
@@ -223,13 +218,13 @@ class Writer:
         return self._head | {"choices": choices, "usage": self.usage}
 
     def first_chunks(self) -> Iterator[Object]:
-        """What a stream begins with: the role of each answer of a chat."""
+        """The first chunks of a stream: in a chat, the role of each answer."""
         if self._is_chat:
             for choice in self._choices:
                 yield self._chunk(choice.index, {"role": "assistant", "content": ""})
 
     def chunks(self) -> Iterator[Object]:
-        """What is new of each answer. Raises ApiError."""
+        """What is new in each answer. Raises ApiError."""
         ticket = self._prepared.ticket
         for choice in self._choices:
             if choice.finish_reason is not None:
@@ -251,7 +246,7 @@ class Writer:
                 yield self._with_usage(self._chunk_head | {"choices": [entry]})
 
     def last_chunks(self) -> Iterator[Object]:
-        """What a stream ends with."""
+        """The last chunks of a stream: the usage, if the client wants it."""
         if self._include_usage:
             yield self._chunk_head | {"choices": [], "usage": self.usage}
 

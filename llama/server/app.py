@@ -1,6 +1,6 @@
-"""The endpoints: requests in, answers out, whole or streamed; who leaves is forgotten at once.
+"""The endpoints: requests in, answers out, whole or streamed. When a client leaves, its answers are cancelled at once.
 
-Knows how to wait for answers, and nothing of how they are made.
+Knows nothing of how answers are made.
 """
 
 import asyncio
@@ -33,20 +33,20 @@ from llama.server.protocol import (
 from llama.server.requests import Prepared, dialog_ids, prepare_chat, prepare_completion
 
 Result = TypeVar("Result")
-# Requests that are cut into tokens at a time: it takes memory, and time from the engine's thread.
+# How many requests are tokenized at a time: tokenizing takes memory, and time from the engine's thread.
 PREPARED_AT_ONCE = 4
-# What FastAPI is to say of errors in its document.
+# The errors in FastAPI's OpenAPI document.
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
     for status, text in {
-        400: "The request is not right; `param` names the field",
+        400: "The request is invalid; `param` names the field",
         401: "No key, or a wrong one",
         404: "There is no such model",
         408: "The body came too slowly",
         413: "The body is too large",
-        429: "Too many answers wait",
+        429: "Too many answers are waiting",
         503: "The model is loading, or has failed",
-        504: "The answer was not there in time",
+        504: "The answer took too long",
     }.items()
 }
 
@@ -56,10 +56,10 @@ class Service:
 
     Args:
         driver: runs the engine.
-        model: the name that requests call the model by.
+        model: the model's name in requests.
         max_waiting: how many answers may wait for a slot.
-        timeout: seconds a request may take; None: any number.
-        log: called with each request and its answer, if they are to be logged.
+        timeout: seconds a request may take; None for no limit.
+        log: called with each request and each answer; None logs neither.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Service:
 
     @property
     def llama(self) -> Llama:
-        """The model. Raises ApiError while there is none."""
+        """The model. Raises ApiError while it loads, when the engine has failed, and when the server stops."""
         if self.driver.failure is not None:
             raise ApiError(503, f"the engine has failed: {self.driver.failure}", None, "engine_failed")
         if self.driver.llama is None:
@@ -89,7 +89,7 @@ class Service:
 
     @property
     def capacity(self) -> int:
-        """How many answers may be under way: those in the slots, and those that wait."""
+        """How many answers may be open: those in the slots, and those that wait."""
         return self.llama.args.max_batch_size + self.max_waiting
 
     @property
@@ -97,19 +97,19 @@ class Service:
         return sum(len(ticket.sequences) - len(ticket.ended) for ticket in self._open)
 
     def check_model(self, model: str | None) -> None:
-        """Raises ApiError if the model is not there, or another is asked for."""
+        """Raises ApiError if the model is not ready, or the request names another one."""
         if self.llama and model not in (None, self.model):
             message = f"there is no model {model[:200]!r}: this server has {self.model!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
     def check_room(self, n_more: int = 1) -> None:
-        """Raises ApiError if so many answers more would wait too long."""
+        """Raises ApiError if `n_more` answers are more than there is room for."""
         if self.n_open + n_more > self.capacity:
-            message = f"{self.n_open} answers are under way: expected at most {self.capacity}; try again later"
+            message = f"{self.n_open} answers are running or waiting, of at most {self.capacity}: try again later"
             raise ApiError(429, message, None, "queue_full", {"Retry-After": "1"})
 
     async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Has something that may take a while done in another thread, after what came before it."""
+        """Runs a function in a worker thread, for what may take a while. At most PREPARED_AT_ONCE run at a time."""
         return await to_thread.run_sync(function, *arguments, limiter=self._preparing)
 
     def open(self, ticket: Ticket) -> None:
@@ -119,7 +119,7 @@ class Service:
         self.driver.add(ticket)
 
     def close(self, ticket: Ticket) -> None:
-        """Forgets a ticket, whatever has come of it."""
+        """Forgets a ticket, and cancels its answers that have not ended."""
         self._open.discard(ticket)
         if not ticket.is_done:
             self.driver.cancel(ticket)
@@ -129,12 +129,12 @@ class Service:
             ticket.fail(reason)
 
     async def news(self, ticket: Ticket, deadline: float | None) -> None:
-        """Waits until there is something new of a ticket. Raises ApiError if it fails, or the time is up."""
+        """Waits for a ticket's next report. Raises ApiError if the ticket fails or the deadline passes."""
         seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
             await asyncio.wait_for(ticket.news.wait(), seconds)
         except asyncio.TimeoutError:
-            raise ApiError(504, f"the answer was not there after {self.timeout:g} s", None, "timeout") from None
+            raise ApiError(504, f"the answer took longer than {self.timeout:g} s", None, "timeout") from None
         ticket.news.clear()
         if ticket.failure is not None and not ticket.is_done:
             raise ApiError(503, ticket.failure, None, "engine_failed")
@@ -144,7 +144,7 @@ class Service:
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application."""
+    """Makes the FastAPI application."""
     app = FastAPI(title="llama", description="OpenAI's interface to one Llama model.", openapi_url="/openapi.json")
     app.include_router(_routes(service))
 
@@ -162,8 +162,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def translate(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # FastAPI's word for JSON that is nested too deep
-            return answer_with(ApiError(400, "the body is not JSON that can be read", None, "invalid_json"))
+        if error.status_code == 400:  # FastAPI raises this when JSON is nested too deep
+            return answer_with(ApiError(400, "the body cannot be parsed as JSON", None, "invalid_json"))
         return answer_with(ApiError(error.status_code, str(error.detail), None, None, dict(error.headers or {})))
 
     return app
@@ -174,23 +174,23 @@ def _routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Any:
-        """Answers a dialog, as OpenAI's `chat.completions`."""
+        """Answers a dialog, like OpenAI's `chat.completions`."""
         return await _answer(service, body, request, prepare_chat)
 
     @router.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Any:
-        """Continues texts, as OpenAI's `completions`."""
+        """Continues texts, like OpenAI's `completions`."""
         return await _answer(service, body, request, prepare_completion)
 
     @router.get("/v1/models")
     def models() -> Any:
-        """The one model there is."""
+        """Lists the one model."""
         service.check_model(None)
         return {"object": "list", "data": [_model(service)]}
 
     @router.get("/v1/models/{name:path}")
     def model(name: str) -> Any:
-        """The model, if that is its name."""
+        """Describes the model; any other name is a 404."""
         service.check_model(name)
         return _model(service)
 
@@ -228,11 +228,8 @@ def _routes(service: Service) -> APIRouter:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    limit = service.llama.args.max_seq_len
-    return {
-        **{"id": service.model, "object": "model", "created": service.created, "owned_by": "llama"},
-        "max_model_len": limit,
-    }
+    description = {"id": service.model, "object": "model", "created": service.created, "owned_by": "llama"}
+    return description | {"max_model_len": service.llama.args.max_seq_len}
 
 
 def _tokenize(llama: Llama, body: TokenizeRequest) -> Response:
@@ -258,7 +255,7 @@ async def _answer(
 ) -> Response:
     llama = service.llama
     service.check_model(body.model)
-    service.check_room(body.n)  # before any work
+    service.check_room(body.n)  # before the prompt is tokenized
     prepared = await service.in_thread(prepare, llama, body, service.capacity)
     if service.log is not None:
         service.log(f"request {body.model_dump_json(exclude_unset=True)}")
@@ -267,7 +264,7 @@ async def _answer(
     writer = Writer(llama, prepared, service.model, is_chat, usage)
     deadline = service.deadline()
     if body.stream:
-        service.open(prepared.ticket)  # what is refused is refused before the stream begins
+        service.open(prepared.ticket)  # raises here, before the stream begins
         return _Events(service, prepared.ticket, _stream(service, prepared.ticket, writer, deadline))
     return await _whole(service, prepared.ticket, writer, deadline, request)
 
@@ -275,13 +272,13 @@ async def _answer(
 async def _whole(
     service: Service, ticket: Ticket, writer: Writer, deadline: float | None, request: Request
 ) -> Response:
-    """Waits for the end of all answers, unless the client leaves before."""
+    """Waits until all answers have ended, or the client has left."""
     service.open(ticket)
     try:
-        async with _watched(request) as gone:
+        async with _disconnection(request) as gone:
             while not ticket.is_done:
                 news = asyncio.ensure_future(service.news(ticket, deadline))
-                await _first(news, gone)
+                await _wait_for_either(news, gone)
                 if gone.done():
                     return Response(status_code=499)  # nobody reads it
                 await news
@@ -294,7 +291,7 @@ async def _whole(
 
 
 class _Events(StreamingResponse):
-    """A stream of events; its ticket is closed at the end, and also if the client leaves before it begins."""
+    """A stream of events. Closes its ticket at the end, and also if the client leaves before the stream begins."""
 
     def __init__(self, service: Service, ticket: Ticket, events: AsyncIterator[str]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -332,22 +329,22 @@ def _event(content: dict[str, Any], log: Callable[[str], None] | None = None) ->
 
 
 @contextlib.asynccontextmanager
-async def _watched(request: Request) -> AsyncIterator[asyncio.Future]:
+async def _disconnection(request: Request) -> AsyncIterator[asyncio.Future]:
     """A future that is done once the client has left."""
 
-    async def leave() -> None:
+    async def wait() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    gone = asyncio.ensure_future(leave())
+    gone = asyncio.ensure_future(wait())
     try:
         yield gone
     finally:
         gone.cancel()
 
 
-async def _first(news: asyncio.Future, gone: Awaitable) -> None:
-    """Waits for one of two, and gives up the first if it is not done."""
+async def _wait_for_either(news: asyncio.Future, gone: Awaitable) -> None:
+    """Waits until one of the two is done, and cancels `news` if it is not."""
     try:
         await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
     finally:

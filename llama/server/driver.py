@@ -1,8 +1,8 @@
-"""The one thread that runs the engine for all requests, and what several ranks tell each other.
+"""The one thread that runs the engine for all requests, and how rank 0 leads the other ranks.
 
-Handlers on the event loop hand in `Ticket`s and wait for news of them; this thread puts their sequences into the
-running batch, runs step after step, and reports after each what has changed. Under torchrun, rank 0 tells the others
-before each step what was added and cancelled; they do the same and run the same step (`follow`). Knows nothing of HTTP.
+Handlers on the event loop add `Ticket`s and wait for reports on them. This thread puts their sequences into the
+running batch, runs step after step, and reports what changed after each. Under torchrun, rank 0 tells the other ranks
+before each step what it added and cancelled; they do the same and run the same step (`follow`). Knows nothing of HTTP.
 """
 
 import asyncio
@@ -30,13 +30,13 @@ class Ticket:
     """The answers of one request.
 
     Attributes:
-        jobs: of each answer, what it is to be, and which of the samples.
-        sequences: of each answer, what the engine makes of it. Others than the driver read only what has been reported:
-        n_tokens: how many tokens of each are there.
+        jobs: for each answer, its job and which sample of the job it is.
+        sequences: for each answer, its sequence. Code outside the driver reads only the tokens already reported:
+        n_tokens: how many tokens each answer has.
         ended: which answers have ended.
-        failure: why there will be no more.
+        failure: why the answers cannot go on.
         news: set after a report.
-        created: when it came, of `time.perf_counter`.
+        created: when the request came, by `time.perf_counter`.
     """
 
     jobs: list[tuple[Job, int]]
@@ -56,7 +56,7 @@ class Ticket:
         return len(self.ended) == len(self.sequences)
 
     def report(self, counts: list[tuple[int, int]], ended: list[int]) -> None:
-        """On the event loop: so many tokens are there of some answers, and these have ended."""
+        """On the event loop: takes new token counts, as (answer, count), and the answers that have ended."""
         for index, n in counts:
             self.n_tokens[index] = n
         self.ended.update(ended)
@@ -69,7 +69,7 @@ class Ticket:
 
 
 class Metrics:
-    """What Prometheus reads at /metrics."""
+    """The metrics that Prometheus reads at /metrics."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -81,10 +81,10 @@ class Metrics:
         self.answer_tokens = Counter("llama_answer_tokens", "Tokens of answers", **own)
         self.reused = Counter("llama_reused_prefix_tokens", "Tokens of prompts that were in the cache already", **own)
         self.first_token = Histogram(
-            "llama_time_to_first_token_seconds", "From the request to the first token", buckets=times, **own
+            "llama_time_to_first_token_seconds", "Time from the request to the first token", buckets=times, **own
         )
         self.per_token = Histogram(
-            "llama_time_per_token_seconds", "Between the tokens of an answer, its mean", buckets=times, **own
+            "llama_time_per_token_seconds", "Mean time between the tokens of an answer", buckets=times, **own
         )
         self.refused = Counter("llama_refused_requests", "Requests that were refused", ["status"], **own)
 
@@ -93,12 +93,12 @@ class Driver:
     """Runs the engine of one `Llama` for many tickets.
 
     Args:
-        metrics: what it counts into.
-        on_failure: called, in the driver's thread, with what the engine has failed of.
+        metrics: counted up here.
+        on_failure: called in the driver's thread, with the reason, if the engine fails.
 
     Attributes:
-        llama: the model; None while it is loaded.
-        failure: what the engine has failed of.
+        llama: the model; None while it loads.
+        failure: why the engine has failed.
     """
 
     def __init__(self, metrics: Metrics, on_failure: Callable[[str], None]):
@@ -111,13 +111,13 @@ class Driver:
         self._cancelled: deque[Ticket] = deque()
         self._stopping = False
         self._owners: dict[Sequence, tuple[Ticket, int]] = {}
-        self._times: dict[Sequence, list[float]] = {}  # when it came, and when its first token was there
+        self._times: dict[Sequence, list[float]] = {}  # when its request and its first token came
         self._n_reported: dict[Sequence, int] = {}
-        self._keys: dict[Sequence, int] = {}  # what the other ranks know a sequence by
+        self._keys: dict[Sequence, int] = {}  # each sequence's number in the messages to the other ranks
         self._next_key = itertools.count()
 
     def start(self, load: Callable[[], Llama], ready: Callable[[Llama], None]) -> threading.Thread:
-        """Loads the model and then runs, in a thread of its own."""
+        """Starts a thread that loads the model and then runs the engine."""
         thread = threading.Thread(target=self._run, args=(load, ready), name="engine", daemon=True)
         thread.start()
         return thread
@@ -133,13 +133,13 @@ class Driver:
             self._changed.notify()
 
     def cancel(self, ticket: Ticket) -> None:
-        """From the event loop: forgets what has not ended of a ticket, before the next step."""
+        """From the event loop: cancels a ticket's answers that have not ended, before the next step."""
         with self._changed:
             self._cancelled.append(ticket)
             self._changed.notify()
 
     def stop(self) -> None:
-        """Ends the thread after the step that it is in; what has not ended gets no more."""
+        """Ends the thread after the current step; answers that have not ended get no more tokens."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -148,7 +148,7 @@ class Driver:
         try:
             llama = load()
             _check_ranks()
-            # Made by all ranks together, before the first request.
+            # All ranks make it together, before the first request.
             link = _Link() if dist.get_world_size() > 1 else None
             self.llama = llama
             engine = llama.answerer.shared.engine
@@ -175,7 +175,7 @@ class Driver:
                 jobs = [(next(self._next_key), *ticket.jobs[index]) for ticket, index in new]
                 for (ticket, index), (key, *_) in zip(new, jobs):
                     self._keys[ticket.sequences[index]] = key
-                link.tell((jobs, gone_keys, stopping))
+                link.send((jobs, gone_keys, stopping))
             if stopping:
                 return
             for sequence in gone:
@@ -190,7 +190,7 @@ class Driver:
             self._report(ended)
 
     def _report(self, ended: list[Sequence]) -> None:
-        """Tells each ticket what is new, in one call of its event loop for all."""
+        """Tells each ticket what is new, by one call to the event loop for all tickets."""
         now, n_new = time.perf_counter(), 0
         changes: dict[Ticket, tuple[list[tuple[int, int]], list[int]]] = {}
         for sequence, (ticket, index) in self._owners.items():
@@ -220,12 +220,12 @@ class Driver:
             _call(loop, _report_all, [(ticket, *change) for ticket, change in changes.items()])
 
     def _count_prompt(self, sequence: Sequence, ticket: Ticket, index: int) -> None:
-        if ticket.jobs[index][1] == 0:  # once for all answers to it
+        if ticket.jobs[index][1] == 0:  # once for all answers to a prompt
             self.metrics.prompt_tokens.inc(len(sequence.prompt))
         self.metrics.reused.inc(sequence.n_cached)
 
     def _fail(self, reason: str) -> None:
-        """The engine is of no use any more: all tickets fail, and those to come."""
+        """Fails all tickets, and those to come: the engine cannot go on."""
         with self._changed:
             self.failure = reason
             lost = {*self._added, *(ticket for ticket, _ in self._owners.values())}
@@ -243,18 +243,18 @@ def _report_all(changes: list[tuple[Ticket, list[tuple[int, int]], list[int]]]) 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable, *args: object) -> None:
     try:
         loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:  # the loop is closed: nobody waits any more
+    except RuntimeError:  # the loop is closed, so nobody waits
         return
 
 
 def follow(llama: Llama) -> None:
-    """What ranks other than 0 do until rank 0 stops: the same steps, on the sequences that it tells of."""
+    """On ranks other than 0: runs the same steps as rank 0, on the same sequences, until rank 0 stops."""
     _check_ranks()
     link = _Link()
     sequences: dict[int, Sequence] = {}
     with parallel.fail_at_once(), Call(llama.answerer.shared) as call:
         while True:
-            jobs, cancelled, stopping = link.hear()
+            jobs, cancelled, stopping = link.receive()
             if stopping:
                 return
             call.cancel({sequences.pop(key) for key in cancelled})
@@ -269,23 +269,23 @@ def follow(llama: Llama) -> None:
 def _check_ranks() -> None:
     if parallel.n_replicas() > 1:
         raise ValueError(
-            f"{parallel.n_replicas()} replicas: a server runs one model over all its processes. Start a server for "
-            "each replica, on a port of its own, and a load balancer before them (docs/server.md)"
+            f"{parallel.n_replicas()} replicas: a server runs one model over all its processes. Start one server for "
+            "each replica, each on its own port, behind a load balancer (docs/server.md)"
         )
 
 
 class _Link:
-    """Rank 0's words to the others, over gloo, which sleeps while it waits, however long."""
+    """Messages from rank 0 to the other ranks, over gloo: a rank that waits for one sleeps, however long."""
 
     def __init__(self):
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
-    def tell(self, message: object) -> None:
+    def send(self, message: object) -> None:
         data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
         dist.broadcast(torch.tensor([len(data)]), src=0, group=self._group)
         dist.broadcast(data, src=0, group=self._group)
 
-    def hear(self) -> object:
+    def receive(self) -> object:
         size = torch.zeros(1, dtype=torch.long)
         dist.broadcast(size, src=0, group=self._group)
         data = torch.empty(int(size), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What protects the server from its clients: keys, the size of bodies, and time for slow or silent connections.
+"""Protects the server from its clients: keys, the size of bodies, and deadlines for slow or silent connections.
 
 Knows nothing of what is served.
 """
@@ -18,29 +18,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama.server.protocol import ApiError
 
-# Seconds from a connection's first moment, or from the end of its last response, to the end of the next request's
-# headers; and for the body after these.
+# A request's headers must arrive within this time after the connection opened or its last response ended.
 HEADER_SECONDS = 10.0
-BODY_SECONDS = 60.0
-# How long a body that is refused is read on, so that its sender sees why.
+BODY_SECONDS = 60.0  # for the body, after the headers
+# How long the server still reads a body that it has refused, so that the client sees why.
 LINGER_SECONDS = 5.0
 MAX_CONNECTIONS = 2000
-# Bodies of all requests that are being read or answered, in largest bodies.
+# The bodies of all open requests together may be as large as this many bodies of the largest size.
 MAX_BODIES = 32
 
 
 class Keys:
-    """The keys that let a client in; none let everybody in. Compared in constant time.
-
-    Args:
-        keys: each a string.
-    """
+    """The clients' keys, compared in constant time. Without any, every client may pass."""
 
     def __init__(self, keys: Collection[str]):
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def fit(self, authorization: str) -> bool:
-        """Whether a header is `Bearer KEY`, or the `Basic` of a browser with the key for its password."""
+    def allow(self, authorization: str) -> bool:
+        """Whether a header is `Bearer KEY`, or a browser's `Basic` with the key as its password."""
         if not self._digests:
             return True
         kind, _, given = authorization.partition(" ")
@@ -56,13 +51,13 @@ class Keys:
 
 
 class Gate:
-    """The first to see a request: it needs a key, and its body must be neither large nor late.
+    """Sees every request first: it needs a key, and its body must be neither too large nor too slow.
 
     Args:
-        app: what comes behind it.
-        keys: who may pass; /health needs none.
+        app: the application behind the gate.
+        keys: one of them is needed for everything but /health.
         max_body: bytes.
-        refused: counts, by status, what is turned away.
+        refused: the counter of refused requests, by status.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, max_body: int, refused: Any):
@@ -74,7 +69,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if scope["path"] != "/health" and not self._keys.fit(headers.get(b"authorization", "")):
+        if scope["path"] != "/health" and not self._keys.allow(headers.get(b"authorization", "")):
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
                 return
@@ -104,28 +99,28 @@ class Gate:
                 await self.app(scope, body.receive, send_unless_refused)
         finally:
             self._held[0] -= body.n_bytes
-        if body.error is not None and not has_begun:  # whatever the application has made of it
+        if body.error is not None and not has_begun:  # whatever the application has answered
             await self._refuse(body.error, scope, receive, send, not body.is_whole)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send, is_more: bool = True) -> None:
-        """Answers with an error, and closes the connection once the client has sent its body, or should have."""
+        """Answers with an error, and closes the connection once the client has sent its body or LINGER_SECONDS pass."""
         self._refused.labels(error.status).inc()
         response = error.response()
         response.headers["Connection"] = "close"
         await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         headers = dict(scope["headers"])
-        # A client that is still sending would find the connection broken, and not the answer. One that expects to be
-        # told to go on has not begun.
+        # A client that is still sending would see a broken connection instead of the answer. One that sent `Expect:
+        # 100-continue` has not begun to send.
         is_sending = is_more and (b"content-length" in headers or b"transfer-encoding" in headers)
         if is_sending and b"expect" not in headers:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(_throw_away(receive), LINGER_SECONDS)
+                await asyncio.wait_for(_discard(receive), LINGER_SECONDS)
         await send({"type": "http.response.body", "body": b""})
 
 
-async def _throw_away(receive: Receive) -> None:
-    """Reads the rest of a body, and keeps nothing of it."""
+async def _discard(receive: Receive) -> None:
+    """Reads the rest of a body, and drops it."""
     while (await receive()).get("more_body"):
         pass
 
@@ -135,17 +130,17 @@ def _too_large(limit: int) -> ApiError:
 
 
 class _Body:
-    """A request's body while it comes.
+    """A request's body while it arrives.
 
     Args:
         receive: ASGI's.
-        limit: bytes of one body.
-        held: bytes of the bodies of all requests; counted up here.
+        limit: the most bytes of one body.
+        held: bytes of the bodies of all requests; this body adds its own.
 
     Attributes:
-        n_bytes: that have come.
-        is_whole: whether there is no more.
-        error: what is wrong with it; raised, too, by `receive`.
+        n_bytes: how many bytes have arrived.
+        is_whole: whether all of it has arrived.
+        error: what is wrong with it; `receive` raises it.
     """
 
     def __init__(self, receive: Receive, limit: int, held: list[int]):
@@ -161,7 +156,7 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, seconds))
         except asyncio.TimeoutError:
-            message = f"the body was not there after {BODY_SECONDS:.0f} seconds"
+            message = f"the body took longer than {BODY_SECONDS:.0f} seconds"
             self.error = ApiError(408, message, None, "body_too_slow")
             raise self.error from None
         if message["type"] == "http.request":
@@ -172,7 +167,7 @@ class _Body:
             if self.n_bytes > self._limit:
                 self.error = _too_large(self._limit)
             elif self._held[0] > MAX_BODIES * self._limit:
-                message = f"requests of {self._held[0]:,} bytes are under way: try again later"
+                message = f"the open requests have {self._held[0]:,} bytes: try again later"
                 self.error = ApiError(429, message, None, "too_many_bytes", {"Retry-After": "1"})
             if self.error is not None:
                 raise self.error
@@ -180,7 +175,7 @@ class _Body:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when its next request takes too long to begin, or when there are too many."""
+    """A connection. It is closed if its next request takes too long to arrive, or if there are too many connections."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -221,9 +216,9 @@ class Connection(H11Protocol):
 
     def _expect_request(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
+            self._timer = self.loop.call_later(HEADER_SECONDS, self._close_if_idle)
 
-    def _give_up(self) -> None:
+    def _close_if_idle(self) -> None:
         self._timer = None
         if self._is_idle and not self.transport.is_closing():
             self.transport.close()

@@ -1,8 +1,8 @@
-"""What a request may say: the fields of OpenAI's reference that are supported, each with its type and range.
+"""The fields of a request: those of OpenAI's reference that are supported, each with its type and range.
 
-A field that is not here is an error that names it, and so is a value of another type: nothing is ignored. Null is the
-same as leaving a field out, as in OpenAI's reference. Extra keys inside a message are let pass (clients send `name`,
-`refusal` and others). Knows nothing of models.
+Any other field, or a value of another type, is an error that names the field: nothing is ignored. Null is the same as
+leaving a field out, as in OpenAI's reference. Extra keys inside a message are accepted (clients send `name`, `refusal`
+and others). Knows nothing of models.
 """
 
 import re
@@ -22,24 +22,24 @@ Integer = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
-# The first wrong element of a list is enough: to note two million of them would stop the event loop for a minute.
-FIRST = Field(fail_fast=True)
-Integers = Annotated[list[Integer], FIRST]
-# Fields that clients send without need, with the values that change nothing; with any other they are refused. An
-# answer calls one tool, which both values of the last allow.
+# A list is refused at its first wrong element: to report two million of them would stop the event loop for a minute.
+FAIL_FAST = Field(fail_fast=True)
+Integers = Annotated[list[Integer], FAIL_FAST]
+# Fields that some clients send needlessly, with the values that change nothing; any other value is refused. An answer
+# calls at most one tool, so `parallel_tool_calls` may be either.
 NEUTRAL: dict[str, list[Any]] = {"store": [False], "service_tier": ["auto"], "modalities": [["text"]], "best_of": [1]}
 NEUTRAL["parallel_tool_calls"] = [True, False]
 
 
 class ApiError(Exception):
-    """A mistake of the client, or of the server, as the client will see it.
+    """An error as the client sees it.
 
     Args:
-        status: of HTTP.
+        status: HTTP's status code.
         message: what was found and what was expected.
-        param: the field that it is about.
-        code: OpenAI's short name of it.
-        headers: further headers of the response.
+        param: the field at fault.
+        code: OpenAI's short name for the error.
+        headers: more headers for the response.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """OpenAI's shape of an error."""
+        """The error as OpenAI's JSON."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
@@ -65,10 +65,10 @@ class ApiError(Exception):
 
 
 def describe(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request, named by its path, such as messages[0].content."""
+    """The first error of a request, named by its path, such as messages[0].content."""
     found = error.errors()[0]
     path = [part for part in found["loc"] if part not in ("body", "query", "path")]
-    # Pydantic names the branches of a union in the path, by their types.
+    # Pydantic adds the type of a union's branch to the path.
     path = [part for part in path if isinstance(part, int) or part.isidentifier()]
     path = [part for part in path if part not in ("str", "list", "int", "bool")]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
@@ -81,21 +81,21 @@ def describe(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON: {reason}", None, "invalid_json")
     message = found["msg"].removeprefix("Value error, ")
     if name is None and found["type"] == "value_error" and (field := re.match(r"(\w+): ", message)):
-        return ApiError(400, message, field[1], found["type"])  # fields that do not go together: the message names one
+        return ApiError(400, message, field[1], found["type"])  # fields that conflict: the message names one
     if name is None and found["type"] in ("model_attributes_type", "missing"):
         message = "expected a JSON object, with the header Content-Type: application/json"
     return ApiError(400, f"{name}: {message}" if name else message, name, found["type"])
 
 
 class Strict(BaseModel):
-    """An object in which a field that is not known is an error."""
+    """An object in which an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _with_one_unknown(cls, data: Any) -> Any:
-        """One unknown field is enough to refuse it, and not half a million of them."""
+    def _drop_more_unknown(cls, data: Any) -> Any:
+        """Keeps one unknown field, for the error: there may be half a million."""
         if not isinstance(data, dict):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}
@@ -104,11 +104,11 @@ class Strict(BaseModel):
 
 
 class Body(Strict):
-    """What all request bodies share."""
+    """The base of all request bodies."""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_says_nothing(cls, data: Any) -> Any:
+    def _drop_null_and_neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         fields = cls.model_fields
@@ -153,14 +153,14 @@ class TextPart(BaseModel):
     text: Text
 
 
-def _few_biases(biases: Any) -> Any:
-    if isinstance(biases, dict) and len(biases) > MAX_BIASES:  # before each is looked at
+def _limit_biases(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:  # before each is checked
         raise ValueError(f"{len(biases)} tokens: expected at most {MAX_BIASES}")
     return biases
 
 
-def _joined(content: Any) -> Any:
-    """The text of a content that is a list of parts, all of them texts."""
+def _join_parts(content: Any) -> Any:
+    """Joins a content that is a list of text parts."""
     if isinstance(content, list):
         if len(content) > MAX_PARTS:
             raise ValueError(f"{len(content)} parts: expected at most {MAX_PARTS}")
@@ -171,7 +171,7 @@ def _joined(content: Any) -> Any:
     return content
 
 
-# What the OpenAPI document says of `ChatMessage._has_content`.
+# `ChatMessage._has_content` in the OpenAPI document.
 CONTENT_OR_CALL: dict[str, Any] = {
     "anyOf": [
         {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
@@ -181,21 +181,21 @@ CONTENT_OR_CALL: dict[str, Any] = {
 
 
 class ChatMessage(BaseModel):
-    """A message. `developer` is OpenAI's newer name of `system`."""
+    """A message. `developer` is OpenAI's newer name for `system`."""
 
     model_config = ConfigDict(json_schema_extra=CONTENT_OR_CALL)
     role: Literal["system", "developer", "user", "assistant", "tool", "ipython"]
-    content: Annotated[Text | None, BeforeValidator(_joined, json_schema_input_type=Text | list[TextPart] | None)] = (
-        None
-    )
-    tool_calls: Annotated[list[ToolCall], FIRST] | None = None
+    content: Annotated[
+        Text | None, BeforeValidator(_join_parts, json_schema_input_type=Text | list[TextPart] | None)
+    ] = None
+    tool_calls: Annotated[list[ToolCall], FAIL_FAST] | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> "ChatMessage":
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content: expected a string")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"tool_calls: only the assistant's messages have any, found in one of {self.role!r}")
+            raise ValueError(f"tool_calls: found in a message of role {self.role!r}: expected 'assistant'")
         return self
 
 
@@ -230,23 +230,23 @@ class Sampling(Body):
     top_p: Number = Field(1.0, gt=0, le=1)
     top_k: Integer = Field(0, ge=0, lt=2**31)
     min_p: Number = Field(0.0, ge=0, le=1)
-    stop: Text | Annotated[list[Text], FIRST] | None = None
+    stop: Text | Annotated[list[Text], FAIL_FAST] | None = None
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: Annotated[dict[str, Number] | None, BeforeValidator(_few_biases)] = None
+    logit_bias: Annotated[dict[str, Number] | None, BeforeValidator(_limit_biases)] = None
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
     frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     repetition_penalty: Number = Field(1.0, gt=0, le=100)
     stream: Flag = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    # Answers in other shapes, under the names that the offline options have.
+    # Constraints on the answer, named like the offline options.
     regex: Text | None = Field(None, min_length=1)
-    choice: Annotated[list[Text], FIRST] | None = Field(None, min_length=1)
+    choice: Annotated[list[Text], FAIL_FAST] | None = Field(None, min_length=1)
     grammar: Text | None = Field(None, min_length=1)
     user: Text | None = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Sampling":
+    def _check_fields(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: expected only with stream = true")
         stops = self.stop if isinstance(self.stop, list) else [self.stop] if self.stop is not None else []
@@ -254,7 +254,7 @@ class Sampling(Body):
             raise ValueError(f"stop: expected at most {MAX_STOPS} strings that are not empty")
         for key in self.logit_bias or ():
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ValueError(f"logit_bias: {key[:40]!r} is no token id")
+                raise ValueError(f"logit_bias: {key[:40]!r} is not a token id")
         shapes = [self.regex, self.choice, self.grammar]
         if self.response_format is not None and self.response_format.type != "text":
             shapes.append(self.response_format)
@@ -266,16 +266,16 @@ class Sampling(Body):
 class ChatRequest(Sampling):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], FIRST] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FAIL_FAST] = Field(min_length=1)
     max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     logprobs: Flag = False
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: Annotated[list[Tool], FIRST] | None = Field(None, max_length=128)
+    tools: Annotated[list[Tool], FAIL_FAST] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
     @model_validator(mode="after")
-    def _chat_fits_together(self) -> "ChatRequest":
+    def _check_chat_fields(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: expected only with logprobs = true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
@@ -293,18 +293,18 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
-    prompt: Text | Integers | Annotated[list[Text | Integers], FIRST]
+    prompt: Text | Integers | Annotated[list[Text | Integers], FAIL_FAST]
     max_tokens: Integer = Field(16, ge=0, lt=2**31)
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: Flag = False
 
 
 class TokenizeRequest(Body):
-    """The body of POST /tokenize: a text, or a dialog as the model would see it."""
+    """The body of POST /tokenize: a text, or a dialog, which becomes a prompt in the model's format."""
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], FIRST] | None = Field(None, min_length=1)
+    messages: Annotated[list[ChatMessage], FAIL_FAST] | None = Field(None, min_length=1)
     add_special_tokens: Flag = True
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
-"""A request to what the engine is asked: prompts of ids, checked options, and a ticket for the driver.
+"""Turns a request into prompts of ids, checked options, and a ticket for the driver.
 
-This runs in worker threads, for tokenizing a long text or compiling a schema takes a while. Knows nothing of HTTP.
+This runs in worker threads, because tokenizing a long text or compiling a schema takes a while. Knows nothing of HTTP.
 """
 
 import functools
@@ -16,8 +16,9 @@ from llama.server.protocol import ApiError, ChatMessage, ChatRequest, Completion
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.tool_calls import call_schema, offer_tools, write_call
 
-# Names of the decoding options that have another name in a request.
+# The decoding options that have another name in a request.
 PARAMS = {"json_schema": "response_format", "max_gen_len": "max_tokens", "top_logprobs": "logprobs"}
+SHAPES = ("regex", "choice", "grammar")
 
 
 @dataclass
@@ -25,11 +26,11 @@ class Prepared:
     """A request, ready to run.
 
     Attributes:
-        ticket: for the driver; the answers of one prompt lie beside each other.
+        ticket: for the driver; the answers to one prompt are next to each other.
         prompts: ids.
-        n: answers to each.
-        logprobs, echo: whether these are wanted.
-        tools: names of the functions that may be called.
+        n: how many answers each prompt gets.
+        logprobs, echo: whether the client wants them.
+        tools: names of the functions that the model may call.
     """
 
     ticket: Ticket
@@ -41,7 +42,7 @@ class Prepared:
 
 
 def prepare_chat(llama: Llama, body: ChatRequest, max_answers: int) -> Prepared:
-    """What a chat request asks. Raises ApiError."""
+    """Prepares a chat request. Raises ApiError."""
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     options = _options(body)
     options["max_gen_len"] = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
@@ -66,7 +67,7 @@ def prepare_chat(llama: Llama, body: ChatRequest, max_answers: int) -> Prepared:
 
 
 def prepare_completion(llama: Llama, body: CompletionRequest, max_answers: int) -> Prepared:
-    """What a completion request asks. Raises ApiError."""
+    """Prepares a completion request. Raises ApiError."""
     prompts: list[Any] = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if prompts and isinstance(prompts[0], int):
         prompts = [prompts]
@@ -95,11 +96,11 @@ def dialog_ids(llama: Llama, messages: list[ChatMessage]) -> list[int]:
 
 
 def check_text(llama: Llama, param: str, text: str, n_more: int = 0) -> None:
-    """Raises ApiError if a text cannot be as few tokens as fit, however it is cut: to cut it would take long.
+    """Raises ApiError if a text is too long to fit, however it is tokenized: tokenizing it would take long.
 
     Args:
         param: the field with the text.
-        n_more: tokens that are there besides.
+        n_more: tokens of the prompt besides the text's.
     """
     n_least = n_more + len(text) // _longest_token(llama.tokenizer)
     if n_least > llama.args.max_seq_len:
@@ -108,7 +109,7 @@ def check_text(llama: Llama, param: str, text: str, n_more: int = 0) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _longest_token(tokenizer: Tokenizer) -> int:
-    """Its bytes."""
+    """How many bytes the longest token has."""
     return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.n_words))
 
 
@@ -124,9 +125,7 @@ def _check_count(n_answers: int, most: int) -> None:
 
 def _options(body: Sampling) -> dict[str, Any]:
     same = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-    options: dict[str, Any] = {name: getattr(body, name) for name in (*same, "seed", "regex", "grammar")}
-    options["stop"] = body.stop
-    options["choice"] = body.choice
+    options: dict[str, Any] = {name: getattr(body, name) for name in (*same, "seed", "stop", *SHAPES)}
     if body.logit_bias:
         options["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     wanted = body.response_format
@@ -140,21 +139,19 @@ def _options(body: Sampling) -> dict[str, Any]:
 def _check_tools(llama: Llama, body: ChatRequest, options: dict[str, Any]) -> None:
     if llama.tokenizer.kind != "llama3" or not llama.args.use_scaled_rope:
         raise ApiError(400, "tools: this model was not taught to call tools; Llama 3.1 and later were", "tools")
-    if any(options.get(name) is not None for name in ("json_schema", "regex", "choice", "grammar")):
-        raise ApiError(400, "tools: expected no response_format or other shape beside tools", "tools")
+    if any(options.get(name) is not None for name in ("json_schema", *SHAPES)):
+        raise ApiError(400, "tools: expected no response_format, regex, choice or grammar with tools", "tools")
     is_forced = body.tool_choice not in (None, "auto", "none")
     if any(tool.function.strict for tool in body.tools) and not is_forced:
-        raise ApiError(
-            400, "tools: strict needs a call for sure: expected tool_choice 'required' or a function", "tools"
-        )
+        raise ApiError(400, "tools: strict needs a forced call: expected tool_choice 'required' or a function", "tools")
 
 
 def _dialog(messages: list[ChatMessage]) -> list[dict[str, str]]:
-    """Messages as the chat format has them. Raises ValueError if they cannot be a dialog."""
+    """The messages as the chat format takes them. Raises ValueError if they cannot be a dialog."""
     for before, message in zip([None, *messages], messages):
         if message.role == "tool" and (before is None or before.role not in ("assistant", "tool")):
             found = "nothing" if before is None else f"one of the role {before.role!r}"
-            raise ValueError(f"a message of the role 'tool' follows {found}: expected the assistant's, with its call")
+            raise ValueError(f"a message of the role 'tool' follows {found}: expected it after the assistant's call")
     return [_message(message) for message in messages]
 
 
@@ -163,12 +160,12 @@ def _message(message: ChatMessage) -> dict[str, str]:
     if not message.tool_calls:
         return {"role": role, "content": message.content}
     if len(message.tool_calls) > 1:
-        raise ValueError("a message has several tool_calls: expected one, as many as the model can make")
+        raise ValueError("a message has several tool_calls: expected one, because the model makes one per message")
     call = message.tool_calls[0].function
     try:
         return {"role": role, "content": write_call(call.name, call.arguments)}
     except (ValueError, RecursionError):
-        raise ValueError(f"the arguments of the call of {call.name!r} are not JSON") from None
+        raise ValueError(f"the arguments of the call to {call.name!r} are not JSON") from None
 
 
 def _prepare(

@@ -1,6 +1,6 @@
-"""How a server listens, and what it puts up with from its clients.
+"""How a server listens, and what it allows its clients.
 
-Needs none of the server's libraries, so that a command can list its options without them.
+Needs none of the server's libraries, so a command can list its options without them.
 """
 
 import math
@@ -16,20 +16,20 @@ class Settings:
     """How the server listens, and what it refuses."""
 
     host: str = "127.0.0.1"  # the address to listen on
-    port: int = 8000  # of TCP; 0 takes a free one
-    model_name: str | None = None  # what requests call the model; the name of its directory when left out
-    api_key: str | None = None  # keys that let a client in, separated by commas; LLAMA_API_KEY adds to them
-    api_key_file: str | None = None  # a file with a key in each line
-    cors_origins: str | None = None  # web pages, separated by commas, that may call the server from a browser
-    max_waiting: int = 256  # how many answers may wait for their turn; more are refused with 429
-    max_body: int = 8 * 2**20  # bytes of a request; larger ones are refused with 413
-    timeout: float | None = None  # seconds that a request may take; as long as it needs when left out
+    port: int = 8000  # the TCP port; 0 takes a free one
+    model_name: str | None = None  # the model's name in requests; the name of its directory when left out
+    api_key: str | None = None  # keys that clients may use, separated by commas; LLAMA_API_KEY adds to them
+    api_key_file: str | None = None  # a file with one key per line
+    cors_origins: str | None = None  # origins of web pages that may call the server, separated by commas
+    max_waiting: int = 256  # how many answers may wait for a slot; more are refused with 429
+    max_body: int = 8 * 2**20  # the most bytes of a request's body; larger ones are refused with 413
+    timeout: float | None = None  # seconds that a request may take; no limit when left out
     grace: float = 30.0  # seconds that running answers get when the server is stopped
     no_web: bool = False  # leaves out the chat at /
     log_content: bool = False  # writes prompts and answers to the log
 
     def check(self) -> None:
-        """Raises ValueError, or OSError for the file of keys, if a setting cannot be used."""
+        """Raises ValueError if a setting is out of range, OSError if the file of keys cannot be read."""
         for name, least, most in (("port", 0, 65535), ("max_waiting", 0, 10**6), ("max_body", 1, 2**40)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -42,14 +42,14 @@ class Settings:
         self.keys()
 
     def keys(self) -> list[str]:
-        """The keys of all three places. Raises OSError or ValueError if keys were promised and there are none."""
+        """The keys from all three sources. Raises OSError or ValueError if a source is named and there is no key."""
         lines = [*(self.api_key or "").split(","), *os.environ.get(KEY_VARIABLE, "").split(",")]
         if self.api_key_file is not None:
             lines += Path(self.api_key_file).read_text().splitlines()
         keys = [line.strip() for line in lines if line.strip()]
-        promised = [name for name in ("api_key", "api_key_file") if getattr(self, name) is not None]
+        sources = [name for name in ("api_key", "api_key_file") if getattr(self, name) is not None]
         if KEY_VARIABLE in os.environ:
-            promised.append(KEY_VARIABLE)
-        if not keys and promised:
-            raise ValueError(f"{' and '.join(promised)}: expected at least one key that is not empty")
+            sources.append(KEY_VARIABLE)
+        if not keys and sources:
+            raise ValueError(f"{' and '.join(sources)}: expected at least one key that is not empty")
         return keys

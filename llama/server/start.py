@@ -1,6 +1,6 @@
-"""Starts and ends a server: where it listens, signals, the exit code.
+"""Starts and stops a server: its address, its signals, its exit code.
 
-The main thread runs the event loop, the driver's thread loads the model and runs the engine. Knows nothing of requests.
+The main thread runs the event loop; the driver's thread loads the model and runs the engine. Knows nothing of requests.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ from llama.server.webchat import Policy, add_web_chat
 
 
 def run(load: Callable[[], Llama], settings: Settings, name: str) -> None:
-    """`llama.server.serve`, with its libraries."""
+    """As `llama.server.serve`, which imports this file only when it is called."""
     if int(os.environ.get("RANK", 0)) > 0:
-        for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 says when it is over
+        for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when to stop
             signal.signal(number, signal.SIG_IGN)
         follow(load())
         return
@@ -62,7 +62,7 @@ def run(load: Callable[[], Llama], settings: Settings, name: str) -> None:
 
 
 def _application(settings: Settings, service: Service) -> ASGIApp:
-    """The endpoints and the chat, behind what protects them."""
+    """The endpoints and the chat, behind the gate."""
     app = make_app(service)
     if not settings.no_web:
         add_web_chat(app, service)
@@ -74,7 +74,7 @@ def _application(settings: Settings, service: Service) -> ASGIApp:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends by itself what it has begun."""
+    """uvicorn's server, which lets running answers finish before it stops."""
 
     def __init__(self, app: ASGIApp, service: Service, grace: float):
         quiet = {"log_level": "warning", "access_log": False}
@@ -96,7 +96,7 @@ class _Server(uvicorn.Server):
         self.should_exit = self._service.stopping = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets what runs end, for at most `grace` seconds; then it fails in good order."""
+        """Waits for the running answers, for at most `grace` seconds; then fails those that are left."""
         self._service.stopping = True
         for listening in self.servers:
             listening.close()
@@ -104,13 +104,13 @@ class _Server(uvicorn.Server):
             deadline = time.monotonic() + self._grace
             while self._service.n_open and time.monotonic() < deadline and not self.force_exit:
                 await asyncio.sleep(0.02)
-            self._service.fail_all(f"the server was stopped, and the answer was not there after {self._grace:g} s")
+            self._service.fail_all(f"the server was stopped, and the answer did not end within {self._grace:g} s")
         self.config.timeout_graceful_shutdown = 3
         await super().shutdown(sockets)
 
 
 def _allow_many_files() -> None:
-    """A connection is a file: as many as the system lets us have, where it lets us choose."""
+    """Raises the limit of open files as far as the system allows, because each connection is a file."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; a limit that is no number
         import resource
 

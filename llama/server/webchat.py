@@ -1,8 +1,8 @@
-"""The web chat at /: a page of NiceGUI's, mounted on the application, with everything that it loads in NiceGUI's wheel.
+"""The web chat at /: a NiceGUI page, mounted on the application. All that the page loads is in NiceGUI's wheel.
 
-Each browser tab has a conversation, which outlives a reload of the page. Its answers come through the driver, as those
-of every other client. A Content-Security-Policy holds the page to this server. Without NiceGUI, the page says what to
-install. Knows nothing of how tokens are chosen.
+Each browser tab has one conversation, which survives a reload of the page. Answers come through the driver, as for
+every other client. A Content-Security-Policy lets the page load from this server only. Without NiceGUI, the page says
+what to install. Knows nothing of how tokens are chosen.
 """
 
 import secrets
@@ -20,7 +20,7 @@ from llama.server.app import Service
 from llama.server.protocol import ApiError, ChatRequest
 from llama.server.requests import Prepared, prepare_chat
 
-# Vue compiles the page's templates in the browser, which takes 'unsafe-eval'; nothing comes from another host.
+# Vue compiles the page's templates in the browser, which needs 'unsafe-eval'; nothing comes from another host.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'; "
@@ -50,12 +50,12 @@ STYLE = """
 .body--dark .q-footer { background: #121212; }
 """
 KEYS = "Enter sends, Shift+Enter begins a new line, Escape stops an answer."
-# How often, seconds, a growing answer is drawn.
+# Seconds between two drawings of a growing answer.
 REDRAW = 0.05
 
 
 def add_web_chat(app: FastAPI, service: Service) -> None:
-    """Puts the chat at / of the application, or a hint at what is missing."""
+    """Adds the chat at / to the application, or without NiceGUI a hint."""
     try:
         from nicegui import ui
     except ImportError:
@@ -76,7 +76,7 @@ def add_web_chat(app: FastAPI, service: Service) -> None:
         await ui.context.client.connected()
         Chat(service).draw()
 
-    # When it starts it looks at all objects there are, and one of PyTorch's warns of itself.
+    # NiceGUI inspects all objects when it starts, and one of PyTorch's warns when it is inspected.
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_op`", FutureWarning)
     ui.run_with(
         app,
@@ -89,7 +89,7 @@ def add_web_chat(app: FastAPI, service: Service) -> None:
 
 
 class Policy:
-    """Adds the policy to every page but FastAPI's own /docs, which loads its script from where FastAPI wants it."""
+    """Adds the policy to every page but FastAPI's /docs, which loads its script from another host."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -106,7 +106,7 @@ class Policy:
 
 
 class Chat:
-    """The conversation of one tab, and what is drawn of it."""
+    """The conversation of one tab, and the page that shows it."""
 
     def __init__(self, service: Service):
         from nicegui import app, ui
@@ -117,8 +117,8 @@ class Chat:
         for name, value in defaults.items():
             self._state.setdefault(name, value)
         self._busy = self._stopped = False
-        self._n_chats = 0  # that have been begun on this page
-        self._editing: int | None = None  # the message that what is typed will take the place of
+        self._n_chats = 0  # how often "New chat" was pressed on this page
+        self._editing: int | None = None  # the index of the message that the next one sent replaces
         self._ticket: Any = None
         self._client = ui.context.client
         self._client.on_disconnect(self.stop)
@@ -163,13 +163,13 @@ class Chat:
         self._redraw()
 
     async def switch_dark(self) -> None:
-        """From what is seen to the other; until then the page follows the system."""
+        """Switches between dark and light. Until it is first called, the page follows the system."""
         if (is_dark := self._dark.value) is None:
             is_dark = await self._client.run_javascript("matchMedia('(prefers-color-scheme: dark)').matches")
         self._dark.value = not is_dark
 
     def _redraw(self) -> None:
-        """The messages, each with what can be done with it."""
+        """Draws the messages, each with its buttons."""
         ui, messages = self._ui, self._state["messages"]
         self._list.clear()
         self._send.set_visibility(not self._busy)
@@ -196,12 +196,12 @@ class Chat:
         self._scroll("true")
 
     def _scroll(self, condition: str = "h - innerHeight - scrollY < 300") -> None:
-        """Shows the end of the conversation, unless somebody is reading further up."""
-        # Not `ui.run_javascript`: the button whose click led here may have been drawn over.
+        """Shows the end of the conversation, unless the user is reading further up."""
+        # Not `ui.run_javascript`, which needs the clicked button: a redraw may have removed it.
         self._client.run_javascript(f"const h = document.body.scrollHeight; if ({condition}) scrollTo(0, h)")
 
     def new(self) -> None:
-        """Forgets the conversation."""
+        """Starts an empty conversation."""
         self.stop()
         self._n_chats += 1
         self._state["messages"], self._editing = [], None
@@ -209,13 +209,13 @@ class Chat:
         self._input.run_method("focus")
 
     def stop(self) -> None:
-        """Ends the answer where it is."""
+        """Stops the answer."""
         self._stopped = True
         if self._ticket is not None:
             self._ticket.news.set()
 
     def escape(self) -> None:
-        """Ends the answer, or leaves a message as it was."""
+        """Stops the answer, and leaves a message that is being edited as it was."""
         self.stop()
         if self._editing is not None:
             self._editing = None
@@ -223,7 +223,7 @@ class Chat:
             self._redraw()
 
     async def send(self) -> None:
-        """Asks what has been typed."""
+        """Sends what was typed."""
         text = (self._input.value or "").strip()
         if text and not self._busy:
             self._input.set_value("")
@@ -232,7 +232,7 @@ class Chat:
             await self._answer()
 
     def edit(self, index: int) -> None:
-        """Puts a message back into the field; what is sent takes its place, and that of all that came after it."""
+        """Puts a message back into the field. Sending replaces it and all that came after it."""
         if not self._busy:
             self._editing = index
             self._input.set_value(self._state["messages"][index]["content"])
@@ -240,13 +240,13 @@ class Chat:
             self._input.run_method("focus")
 
     async def regenerate(self, index: int) -> None:
-        """Answers once more, from there."""
+        """Replaces an answer, and all that came after it, with a new answer."""
         if not self._busy:
             self._state["messages"], self._editing = self._state["messages"][:index], None
             await self._answer()
 
     async def _answer(self) -> None:
-        """Asks the model, and draws the answer while it comes."""
+        """Asks the model, and draws the answer while it grows."""
         ui = self._ui
         self._busy, self._stopped = True, False
         self._redraw()
@@ -285,7 +285,7 @@ class Chat:
                 last = time.monotonic()
                 first = last if ticket.n_tokens[0] <= 1 else first
                 if last - drawn_at > REDRAW:
-                    drawn.set_content(_closed(text) or "…")
+                    drawn.set_content(_close_code_block(text) or "…")
                     self._scroll()
                     drawn_at = last
         finally:
@@ -308,6 +308,6 @@ class Chat:
             raise ApiError(400, str(error.errors()[0]["msg"])) from None
 
 
-def _closed(text: str) -> str:
-    """Markdown while it comes: a block of code whose end is not there yet is ended."""
+def _close_code_block(text: str) -> str:
+    """Ends a code block that is still open, so that a growing answer renders as Markdown."""
     return text + "\n```" if text.count("```") % 2 else text

@@ -1,4 +1,4 @@
-"""Weights that learn: supervised fine-tuning, adapters and reward models, from a data file to a checkpoint.
+"""Training: supervised fine-tuning, adapters and reward models, from a data file to a checkpoint.
 
 Knows nothing of command lines, servers or sampling.
 """

@@ -1,6 +1,6 @@
-"""What a run starts from: a checkpoint's weights as parameters, whole or frozen beside an adapter's.
+"""The base of a run: a checkpoint's weights as parameters. All of them learn, or they are frozen beside an adapter.
 
-Quantised matrices stay as they are and let gradients through. Knows nothing of data or optimizers.
+Quantised matrices stay quantised and let gradients through. Knows nothing of data or optimizers.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from llama.training.options import Options
 
 @dataclass
 class Base:
-    """An open checkpoint. `dtype` is that of the computation, `digests` are what an adapter knows the base by."""
+    """An open checkpoint; `dtype` is that of the computation. An adapter stores `digests` to recognise its base."""
 
     path: Path
     dtype: torch.dtype
@@ -34,11 +34,11 @@ class Base:
 
 
 def open_base(path: Path, tokenizer_path: str | None, options: Options) -> Base:
-    """Opens the checkpoint that is to be trained; nothing is loaded yet.
+    """Opens the checkpoint to train; loads nothing yet.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_checkpoint`; the checkpoint is quantised, and all of it is to learn or
-            is to be split over ranks; its vocabulary cannot be split evenly; an adapter would be larger than it.
+        FileNotFoundError, ValueError: as `open_checkpoint`; the checkpoint is quantised, and its weights should learn
+            or be split over ranks; its vocabulary cannot be split evenly; the adapter's rank exceeds its dim.
     """
     tokenizer, checkpoint = open_checkpoint(path, tokenizer_path, options.max_seq_len)
     n_ranks = dist.get_world_size() // parallel.n_replicas()
@@ -46,7 +46,7 @@ def open_base(path: Path, tokenizer_path: str | None, options: Options) -> Base:
         found = f"{path} is quantised to {checkpoint.quantization}"
         if options.lora_rank is None or options.head is not None:
             raise ValueError(
-                f"{found}, and rounded matrices cannot learn: expected the checkpoint that it was made of, or an "
+                f"{found}, and rounded matrices cannot learn: expected the checkpoint that it was made from, or an "
                 "adapter beside it (--lora_rank, without --head)"
             )
         if n_ranks > 1:
@@ -59,7 +59,7 @@ def open_base(path: Path, tokenizer_path: str | None, options: Options) -> Base:
     if checkpoint.args.vocab_size % n_ranks:
         raise ValueError(
             f"a vocabulary of {checkpoint.args.vocab_size:,} over {n_ranks} processes: expected a "
-            "--model_parallel_size that divides it, for gradients are gathered in equal parts"
+            "--model_parallel_size that divides it, because gradients are gathered in equal parts"
         )
     is_exact = checkpoint.dtype == torch.float32 and not checkpoint.quantization
     dtype = parallel.dtype_by_name(options.dtype) or (torch.float32 if is_exact else torch.bfloat16)
@@ -67,7 +67,7 @@ def open_base(path: Path, tokenizer_path: str | None, options: Options) -> Base:
 
 
 def load_model(base: Base, options: Options, device: torch.device) -> Transformer:
-    """The model: all of it learns, in float32; or it is frozen for an adapter, in the dtype of the computation.
+    """Loads the model: in float32 if its weights learn, or frozen, in the dtype of the computation, for an adapter.
 
     Raises MemoryError if the device has no room for it.
     """
@@ -82,7 +82,7 @@ def load_model(base: Base, options: Options, device: torch.device) -> Transforme
 
 
 class FrozenMatrix(nn.Module):
-    """A quantised matrix that lets the gradient of its input through: what it multiplies with is a constant."""
+    """A quantised matrix, a constant, that lets the gradient of its input through."""
 
     layout = None  # for `multiply_together`, which asks whether matrices are laid out together
 
@@ -107,7 +107,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 @torch.no_grad()
 def weights(model: Transformer) -> dict[str, torch.Tensor]:
-    """This rank's part of each weight by Meta's name, with what adapters add to it. All processes call this."""
+    """This rank's part of each weight by Meta's name, with its adapter added. All processes call this."""
     found: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if ".lora." not in name}
     for name, module in model.named_modules():
         if (lora := getattr(module, "lora", None)) is not None:

@@ -1,7 +1,7 @@
-"""Examples to the steps of a run, and a step to the tensors of its forward passes.
+"""Divides the examples of a run into steps, and a step into the tensors of its forward passes.
 
-Which examples a step has depends on the data, the seed and `batch_tokens` alone: not on packing, on how many passes a
-step is cut into, nor on the number of processes. So neither does its loss. Knows nothing of models.
+The examples of a step depend on the data, the seed and `batch_tokens` alone: not on packing, the number of passes or
+the number of processes. So its loss does not depend on these either. Knows nothing of models.
 """
 
 import random
@@ -13,7 +13,7 @@ import torch
 from llama.layers.attention import Mask
 from llama.training.examples import Document, Example
 
-IGNORED = -100  # a target that is not in the loss, as `cross_entropy` has it
+IGNORED = -100  # a target that is not in the loss: the default `ignore_index` of `cross_entropy`
 
 
 @dataclass
@@ -22,9 +22,9 @@ class Batch:
 
     Attributes:
         tokens: ids, [B, T]; padded on the right with 0.
-        positions: of each id in its document, [B, T].
-        documents: which of its row's documents each id belongs to, [B, T]; padding is the last one's successor. None
-            where each row is one document: then attention is causal and needs no mask.
+        positions: the position of each id in its document, [B, T].
+        documents: the index, in its row, of each id's document, [B, T]; padding has the next index. None if each row
+            is one document: then attention is causal and needs no mask.
         targets: the id that follows each position, [B, T]; IGNORED where it is not learned.
         ends: row and column of the last id of each document, [n_documents, 2], in the order of the examples.
     """
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def mask(self) -> Mask:
-        """True where a query sees a key: its own document's, up to itself. [B, 1, T, T], or "causal"."""
+        """True where a query sees a key: in its own document, up to itself. [B, 1, T, T], or "causal"."""
         if self.documents is None:
             return "causal"
         same = self.documents[:, :, None] == self.documents[:, None, :]
@@ -50,9 +50,9 @@ class Batch:
 def plan_steps(
     examples: Sequence[Example], batch_tokens: int, epochs: float, seed: int, max_steps: int | None = None
 ) -> list[list[int]]:
-    """The indices of each step's examples: every epoch in an order of its own, cut at `batch_tokens`.
+    """The indices of each step's examples. Every epoch is shuffled anew, and cut into steps of `batch_tokens`.
 
-    A step has at least one example, and as many as fit. `epochs` may end within one.
+    A step has as many examples as fit, and at least one. `epochs` may be a fraction.
     """
     steps: list[list[int]] = []
     for epoch in range(-int(-epochs // 1)):
@@ -70,9 +70,10 @@ def plan_steps(
 
 
 def cut_into_passes(examples: Sequence[Example], pass_tokens: int, n_replicas: int) -> list[list[Example]]:
-    """A step's examples in groups of at most `pass_tokens`, about equal, as many as a multiple of the replicas.
+    """Divides a step's examples into passes of about equal size, at most `pass_tokens` each.
 
-    A group has more only where one example does. Some are empty where there are fewer examples than replicas.
+    The number of passes is a multiple of the number of replicas. A pass exceeds `pass_tokens` only if one example does.
+    Some passes are empty if there are fewer examples than replicas.
     """
     total = sum(example.n_tokens for example in examples)
     n_passes = max(1, min(-(-total // pass_tokens), len(examples)))
@@ -81,19 +82,19 @@ def cut_into_passes(examples: Sequence[Example], pass_tokens: int, n_replicas: i
         passes: list[list[Example]] = [[] for _ in range(n_passes)]
         filled = [0] * n_passes
         for example in sorted(examples, key=lambda example: -example.n_tokens):
-            lightest = filled.index(min(filled))
-            passes[lightest].append(example)
-            filled[lightest] += example.n_tokens
+            shortest = filled.index(min(filled))
+            passes[shortest].append(example)
+            filled[shortest] += example.n_tokens
         if n_passes >= len(examples) or max(filled) <= pass_tokens:
             return passes
         n_passes += n_replicas
 
 
 def collate(examples: Sequence[Example], width: int, pack: bool = True) -> Batch:
-    """The tensors of a pass: documents one behind the other in rows of at most `width`, or each in a row of its own.
+    """The tensors of a pass: documents packed into rows of at most `width`, or each in its own row.
 
-    Packing takes the longest document first and the first row with room. No examples give one id that is not learned,
-    so that a replica without work joins the others' collectives.
+    Packing puts the longest document first, each into the first row with room. Without examples the batch is one id
+    that is not learned, so that a replica with nothing to do still joins the others' collectives.
     """
     documents = [document for example in examples for document in example.documents] or [Document([0], [False])]
     rows: list[list[int]] = []  # indices of documents

@@ -1,6 +1,6 @@
-"""Rows of a data file to what a model learns from: ids, and which of them are learned.
+"""Turns the rows of a data file into examples: ids, and which of them are learned.
 
-Knows the forms of a row; nothing of batches, models or files. What cannot be used is counted with its reason.
+Rows that cannot be used are counted by reason. Knows the forms of a row, and nothing of batches, models or files.
 """
 
 import math
@@ -22,8 +22,8 @@ class Document:
     """A text that a model reads from its first position on.
 
     Attributes:
-        ids: at least two where something is learned.
-        learned: for each id whether predicting it is in the loss; never the first.
+        ids: at least two if something is learned.
+        learned: for each id, whether predicting it is in the loss; never true for the first.
     """
 
     ids: list[int]
@@ -36,7 +36,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Example:
-    """What one row teaches: a document; or two, the chosen answer's and the rejected one's."""
+    """One document, or for a reward model two: with the chosen answer, and with the rejected one."""
 
     documents: tuple[Document, ...]
 
@@ -47,7 +47,7 @@ class Example:
 
 @dataclass
 class Skipped:
-    """Rows that were not used, or not wholly: how many for each reason, and the first line of each."""
+    """Rows that were skipped or cut: how many for each reason, and the first line with that reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -67,18 +67,18 @@ class Skipped:
 
 
 class NothingToLearn(ValueError):
-    """A row in a known form without anything to learn; the message is the reason it is counted under."""
+    """A row has a right form, but nothing to learn; the message is the reason under which it is counted."""
 
 
 class Reader:
     """Makes examples of rows.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         max_seq_len: the most ids of a document.
-        learn: what of a dialog is in the loss: "answers" (every turn of the assistant), "last" or "all".
-        threshold: of a row of `llama sample`, all answers with at least this score; its best answer when None.
-        cut: whether longer documents are cut to max_seq_len; else they are skipped. Both are counted.
+        learn: which turns of a dialog are learned: "answers" (every turn of the assistant), "last" or "all".
+        threshold: learn every answer of a `llama sample` row with at least this score; None: only the best answer.
+        cut: whether longer documents are cut to max_seq_len, or else skipped. Both are counted.
         pairs: whether rows are pairs for a reward model.
     """
 
@@ -96,7 +96,7 @@ class Reader:
         self.skipped = Skipped()
 
     def read(self, rows: Iterable[Row]) -> list[Example]:
-        """The examples of rows, in their order; `skipped` says what became of the others."""
+        """The examples of the rows, in order; `skipped` counts the rows that are not used."""
         examples = []
         for row in rows:
             try:
@@ -112,17 +112,17 @@ class Reader:
         return examples
 
     def _fitted(self, example: Example, row: Row) -> Example | None:
-        """The example if it is short enough, or what is left of it; None if nothing is."""
+        """The example, cut if it is too long; None if it is skipped."""
         if all(len(document.ids) <= self.max_seq_len for document in example.documents):
             return example
         limit = f"are longer than max_seq_len = {self.max_seq_len}"
-        if self.pairs or not self.cut:  # the end of an answer is what a reward model judges
+        if self.pairs or not self.cut:  # pairs are never cut: a reward model reads the end of an answer
             self.skipped.note(f"{limit}: skipped", row)
             return None
         (document,) = example.documents
         document = Document(document.ids[: self.max_seq_len], document.learned[: self.max_seq_len])
         if not document.n_learned:
-            self.skipped.note(f"{limit}, and nothing learned is in their beginning: skipped", row)
+            self.skipped.note(f"{limit}, with nothing to learn before the cut: skipped", row)
             return None
         self.skipped.note(f"{limit}: cut", row)
         return Example((document,))
@@ -138,7 +138,7 @@ class Reader:
             documents = [self._completed(fields.get("prompt"), fields["completion"])]
         elif fields.get("text") is not None and fields.get("prompt") is None and "finish_reason" not in fields:
             documents = [self.text(fields["text"])]
-        else:  # `llama batch` writes a `text` without its prompt
+        else:  # such as a row of `llama batch`, whose `text` lacks its prompt
             raise ValueError(f"found {', '.join(map(repr, fields)) or 'nothing'}: expected {FORMS}")
         if not any(document.n_learned for document in documents):
             raise NothingToLearn("have an empty answer")
@@ -160,27 +160,27 @@ class Reader:
         return [max(scored, key=lambda a: a["score"])]
 
     def _answered(self, fields: dict[str, Any], answer: dict[str, Any]) -> Document:
-        """A prompt of any kind and an answer to it, which has an end unless it was broken off."""
+        """A prompt of any kind and an answer to it. The end is learned too, unless the answer was cut off."""
         text, ends = answer["text"], answer.get("finish_reason") != "length"
-        if answer.get("messages") is not None:  # the prompt had open turns: this is the dialog that the answer ends
+        if answer.get("messages") is not None:  # the prompt had open turns: the whole dialog, which ends in the answer
             document = self.dialog(answer["messages"])
             n_kept = len(document.ids if ends else self._reply(answer["messages"][:-1], text, ends=False).ids)
             return Document(document.ids[:n_kept], document.learned[:n_kept])
         if fields.get("messages") is not None:
-            return self._reply(_closed(as_dialog(fields["messages"])), text, ends)
+            return self._reply(_refuse_open_turns(as_dialog(fields["messages"])), text, ends)
         if fields.get("tokens") is not None:
             return self._continued(self._checked(fields["tokens"]), text, ends)
         return self._continued(self.tokenizer.encode(_text("prompt", fields.get("prompt")), bos=True), text, ends)
 
     def _continued(self, prompt: list[int], answer: str, ends: bool = True) -> Document:
-        return _behind(prompt, prompt + self.tokenizer.encode(answer) + ([self.tokenizer.eos_id] if ends else []))
+        return _learn_after(prompt, prompt + self.tokenizer.encode(answer) + ([self.tokenizer.eos_id] if ends else []))
 
     def _reply(self, dialog: Dialog, answer: str, ends: bool = True) -> Document:
-        """The answer to a dialog, with the end of its turn."""
+        """A dialog and the answer to it, with the end of its turn if the answer `ends`."""
         prompt = self.formatter.encode_dialog_prompt(dialog)
         if not ends:
-            return _behind(prompt, prompt + self.tokenizer.encode(answer.strip()))
-        return _behind(prompt, self.formatter.encode_answered(dialog, answer))
+            return _learn_after(prompt, prompt + self.tokenizer.encode(answer.strip()))
+        return _learn_after(prompt, self.formatter.encode_answered(dialog, answer))
 
     def _completed(self, prompt: Any, completion: Any) -> Document:
         if isinstance(prompt, list) and isinstance(completion, list):  # as dialogs
@@ -191,12 +191,12 @@ class Reader:
     def text(self, text: str) -> Document:
         """A text between its begin and end tokens; all but the begin token is learned."""
         ids = self.tokenizer.encode(_text("text", text), bos=True, eos=True)
-        return _behind(ids[:1], ids)
+        return _learn_after(ids[:1], ids)
 
     def dialog(self, messages: Any) -> Document:
-        """A dialog up to its last answer (all of it, where all is learned)."""
+        """A dialog up to its last answer; with `learn="all"`, the whole dialog."""
         self.formatter.check_messages(messages)
-        _closed(messages)
+        _refuse_open_turns(messages)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise NothingToLearn("have no turn of the assistant")
@@ -215,12 +215,12 @@ class Reader:
             ids, _ = self._messages_and_answers(messages, [])
         elif self.formatter.template is not None:
             ids = self.formatter.template.ids(messages, self.tokenizer, add_generation_prompt=False)
-        else:  # Llama 2 has no form for a message that is not answered
+        else:  # Llama 2's format cannot write a message without an answer
             ids = self.formatter.encode_answered(messages[: n_answered - 1], messages[n_answered - 1]["content"])
-        return _behind(ids[:1], ids)
+        return _learn_after(ids[:1], ids)
 
     def _messages_and_answers(self, messages: Dialog, turns: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a dialog in Llama 3's format, and where its answers lie, each with the end of its turn."""
+        """The ids of a dialog in Llama 3's format, and the span of each answer, with the end of its turn."""
         ids, answers = [self.tokenizer.bos_id], []
         for index, message in enumerate(messages):
             start = len(ids) + len(self.formatter.encode_header(message))
@@ -230,20 +230,20 @@ class Reader:
         return ids, answers
 
     def _rendered_and_answers(self, messages: Dialog, turns: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The same in Llama 2's format or a template's: an answer is what its prompt lacks of the dialog it ends."""
+        """The same in Llama 2's format or a template's: an answer is what follows its prompt in the whole dialog."""
         *_, last = wholes = [self.formatter.encode_answered(messages[:t], messages[t]["content"]) for t in turns]
         answers = []
         for turn, whole in zip(turns, wholes):
-            start = _beginning(self.formatter.encode_dialog_prompt(messages[:turn]), last)
-            if self.formatter.template is None:  # with an answer after it, one of Llama 2's ends with a space more
+            start = _prefix_length(self.formatter.encode_dialog_prompt(messages[:turn]), last)
+            if self.formatter.template is None:  # Llama 2's format adds a space to an answer before the next turn
                 stop = last.index(self.tokenizer.eos_id, start) + 1
             else:
-                stop = _beginning(whole, last)
+                stop = _prefix_length(whole, last)
             answers.append((start, stop))
         return last, answers
 
     def _pair(self, fields: dict[str, Any]) -> Example:
-        """The chosen and the rejected answer, each behind what it answers. A reward is read at its last token."""
+        """The chosen and the rejected answer, each after its prompt. The reward is read at the last token."""
         if any(fields.get(key) is None for key in ("chosen", "rejected")):
             raise ValueError(f"found {', '.join(map(repr, fields)) or 'nothing'}: expected {PAIR_FORM}")
         documents = []
@@ -255,9 +255,9 @@ class Reader:
                 self.formatter.check_messages(messages)
                 if messages[-1]["role"] != "assistant":
                     raise NothingToLearn("have no turn of the assistant")
-                ids = self._reply(_closed(messages)[:-1], messages[-1]["content"]).ids
+                ids = self._reply(_refuse_open_turns(messages)[:-1], messages[-1]["content"]).ids
             elif isinstance(before, list):
-                ids = self._reply(_closed(before), _text(key, answer)).ids
+                ids = self._reply(_refuse_open_turns(before), _text(key, answer)).ids
             else:
                 whole = ("" if before is None else _text("prompt", before)) + _text(key, answer)
                 ids = self.tokenizer.encode(whole, bos=True)
@@ -273,21 +273,21 @@ class Reader:
         return ids
 
 
-def _beginning(part: list[int], whole: list[int]) -> int:
-    """How many ids a part has; `whole` must begin with them, or an answer is learned where none will be drawn."""
-    if whole[: len(part)] != part:
-        raise NothingToLearn("have an answer that the chat template writes otherwise than behind its prompt")
-    return len(part)
+def _prefix_length(prefix: list[int], whole: list[int]) -> int:
+    """len(prefix), with which `whole` must begin: else an answer would be learned after ids that no prompt has."""
+    if whole[: len(prefix)] != prefix:
+        raise NothingToLearn("have an answer that the chat template does not write after its prompt")
+    return len(prefix)
 
 
-def _behind(prompt: list[int], whole: list[int]) -> Document:
-    n_given = _beginning(prompt, whole)
-    return Document(whole, [False] * n_given + [True] * (len(whole) - n_given))
+def _learn_after(prompt: list[int], whole: list[int]) -> Document:
+    n_prompt = _prefix_length(prompt, whole)
+    return Document(whole, [False] * n_prompt + [True] * (len(whole) - n_prompt))
 
 
-def _closed(messages: Dialog) -> Dialog:
+def _refuse_open_turns(messages: Dialog) -> Dialog:
     if has_open_turns(messages):
-        raise NothingToLearn("have open turns: expected what was answered in their places")
+        raise NothingToLearn("have open turns: expected answers in their places")
     return messages
 
 

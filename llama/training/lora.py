@@ -1,4 +1,4 @@
-"""An adapter that learns: new on a model, gathered from it, and written as PEFT writes it."""
+"""Adds an adapter to a model, gathers it after training, and writes it in PEFT's format."""
 
 import json
 import os
@@ -22,16 +22,16 @@ def add_lora(
     targets: tuple[str, ...] = TARGETS,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Freezes a model and adds an adapter to each of its target matrices, float32, which changes nothing at first.
+    """Freezes a model and adds a float32 adapter to each of its target matrices. At first it changes nothing.
 
-    A is uniform in ±1/sqrt(in_features), as PEFT draws it, B is zero. Every rank draws the whole of A and keeps its
-    part, so the adapter does not depend on the number of processes.
+    A is uniform in ±1/sqrt(in_features), as in PEFT; B is zero. Every rank draws all of A and keeps its part, so the
+    adapter does not depend on the number of processes.
 
     Args:
-        rank: of B A; at least 1.
+        rank: the rank of B A; at least 1.
         scale: alpha / rank, in LoRA's terms.
-        targets: of TARGETS.
-        generator: of A's random numbers, on the CPU.
+        targets: some of TARGETS.
+        generator: draws A, on the CPU.
     """
     model.requires_grad_(False)
     shapes = full_shapes(model.args)
@@ -45,7 +45,7 @@ def add_lora(
 
 
 def gather_adapter(model: Transformer, digests: dict[str, str]) -> Adapter:
-    """The whole of a model's adapter, on every rank. All processes call this; `digests` are of its base."""
+    """The whole adapter of a model, on every rank. All processes call this; `digests` identify its base."""
     shapes, pairs, scales = full_shapes(model.args), {}, {}
     for module_name, module in model.named_modules():
         if (lora := getattr(module, "lora", None)) is None:
@@ -61,11 +61,11 @@ def gather_adapter(model: Transformer, digests: dict[str, str]) -> Adapter:
 
 
 def write_adapter(out: Path, adapter: Adapter, alpha: float, head_dim: int, base: str) -> None:
-    """Writes an adapter's directory, whole or not at all, so that PEFT and `read_adapter` read it.
+    """Writes an adapter's directory in PEFT's format, whole or not at all.
 
     Args:
-        adapter: all of one rank.
-        alpha: of LoRA; the scale is alpha / rank.
+        adapter: its matrices all have the same rank.
+        alpha: LoRA's alpha; the scale is alpha / rank.
         base: the base's directory or name, which PEFT shows.
 
     Raises:

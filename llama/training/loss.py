@@ -1,7 +1,7 @@
-"""What a model minimises: the negative log-likelihood of the learned tokens, or of preferring the chosen answers.
+"""The losses: the negative log-likelihood of the learned tokens, or of preferring the chosen answers.
 
-Each is a module whose `forward` takes a batch and returns sums, so that what is summed over passes and processes is
-divided once. Knows nothing of optimizers or data files.
+Each is a module whose `forward` takes a batch and returns a sum, so that the caller can add up passes and processes
+and divide once. Knows nothing of optimizers or data files.
 """
 
 import torch
@@ -19,11 +19,11 @@ class LanguageLoss(nn.Module):
     """The summed cross-entropy of the learned tokens, in nats.
 
     Args:
-        model: without a cache in its way: it is not used.
-        recompute: whether the layers' activations are computed again in the backward pass, and not kept: a third more
-            work, a fraction of the memory (Chen et al. 2016, arXiv 1604.06174).
-        temperature: what the logits are divided by, as in sampling. Answers drawn at a temperature and chosen are
-            samples of that distribution, and teach most where they are likely under it.
+        model: its cache is not used.
+        recompute: whether the backward pass computes the layers' activations again instead of keeping them: a third
+            more computation, a fraction of the memory (Chen et al. 2016, arXiv 1604.06174).
+        temperature: divides the logits, as in sampling. For answers that were drawn at a temperature and selected, use
+            that temperature: they are samples of that distribution.
     """
 
     def __init__(self, model: Transformer, recompute: bool = False, temperature: float = 1.0):
@@ -32,7 +32,7 @@ class LanguageLoss(nn.Module):
 
     @staticmethod
     def weight(batch: Batch) -> int:
-        """What the sum of a batch is divided by: how many tokens are learned."""
+        """How many tokens are learned: the sum is divided by this."""
         return int((batch.targets != IGNORED).sum())
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -47,12 +47,12 @@ class LanguageLoss(nn.Module):
 
 
 class PreferenceLoss(nn.Module):
-    """The summed -log sigmoid(reward of the chosen - reward of the rejected), after Bradley and Terry.
+    """The sum of -log sigmoid(reward of the chosen - reward of the rejected), after Bradley and Terry.
 
     Ouyang et al. 2022, arXiv 2203.02155, equation 1. The reward is a linear function of the last token's hidden state.
 
     Args:
-        model: its output matrix is taken out.
+        model: its output matrix is removed.
         score: the head's weight, [1, dim]; the same on every rank.
         recompute: as in `LanguageLoss`.
     """
@@ -66,11 +66,11 @@ class PreferenceLoss(nn.Module):
 
     @staticmethod
     def weight(batch: Batch) -> int:
-        """How many pairs a batch has."""
+        """How many pairs a batch has: the sum is divided by this."""
         return len(batch.ends) // 2
 
     def rewards(self, batch: Batch) -> torch.Tensor:
-        """float32, one for each document."""
+        """One reward for each document, float32 [n_documents]."""
         rows, columns = batch.ends.unbind(1)
         last = hidden_states(self.model, batch, self.recompute)[rows, columns]  # [n_documents, dim]
         with torch.autocast(last.device.type, enabled=False):
@@ -78,14 +78,14 @@ class PreferenceLoss(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         rewards = self.rewards(batch)
-        if len(rewards) < 2:  # no pair, only the place of one
+        if len(rewards) < 2:  # an empty batch: one id, no pair
             return 0 * rewards.sum()
         chosen, rejected = rewards.view(-1, 2).unbind(1)
         return -F.logsigmoid(chosen - rejected).sum()
 
 
 def hidden_states(model: Transformer, batch: Batch, recompute: bool = False) -> torch.Tensor:
-    """What the output matrix reads, [B, T, dim]: no document sees another, and none sees the cache."""
+    """The input of the output matrix, [B, T, dim]. No document sees another, or the cache."""
     rotary, mask = model.rotary[batch.positions], batch.mask
     x = model.tok_embeddings(batch.tokens)
     for block in model.layers:

@@ -1,4 +1,4 @@
-"""What a run is asked to do, checked. Knows nothing of how it is done."""
+"""The options of a training run, checked. Knows nothing of how a run uses them."""
 
 import math
 from dataclasses import dataclass
@@ -19,35 +19,35 @@ class Options:
 
     max_seq_len: int = 2048  # the most tokens of a document
     learn: Learn = "answers"  # of a dialog: each of the assistant's turns, the last of them, or everything
-    threshold: float | None = None  # of a file of `llama sample`: answers with at least this score; else the best
-    # What logits are divided by in the loss: the temperature at which the answers were drawn makes them likely at it.
+    threshold: float | None = None  # learns every answer of `llama sample` with at least this score; else the best one
+    # Divides the logits in the loss; use the temperature that the answers were drawn at.
     temperature: float = 1.0
-    long: Long = "skip"  # what becomes of documents longer than max_seq_len; both are counted
+    long: Long = "skip"  # skips or cuts documents longer than max_seq_len; both are counted
     head: Head | None = None  # "scalar" trains a reward model on pairs of `chosen` and `rejected`
-    lora_rank: int | None = None  # trains an adapter of this rank, and leaves the weights
+    lora_rank: int | None = None  # trains an adapter of this rank, and freezes the weights
     lora_alpha: float | None = None  # the adapter's scale is lora_alpha / lora_rank; twice the rank when left out
-    lora_targets: str | None = None  # which matrices get one, such as wq,wv; all seven of a layer when left out
+    lora_targets: str | None = None  # the matrices that get an adapter, such as wq,wv; all seven when left out
     batch_tokens: int = 16384  # the most tokens of a step
-    pass_tokens: int | None = None  # the most of a forward pass; batch_tokens, at most 8192, when left out
+    pass_tokens: int | None = None  # the most tokens of a forward pass; batch_tokens, at most 8192, when left out
     pack: bool = True  # whether documents share a row; they do not see each other
-    epochs: float = 1.0  # how often the data is gone through; may be a fraction
-    steps: int | None = None  # at most so many
+    epochs: float = 1.0  # how many times the run goes through the data; may be a fraction
+    steps: int | None = None  # the most steps
     lr: float | None = None  # the largest learning rate; 1e-5 when left out, 2e-4 with an adapter
-    warmup: float = 0.03  # the share of the steps in which it rises; then it falls as a cosine
-    weight_decay: float = 0.0  # of all but the norms
+    warmup: float = 0.03  # the share of the steps in which the rate rises; then it falls like a cosine
+    weight_decay: float = 0.0  # for all weights but the norms
     clip: float = 1.0  # the largest norm of a gradient; 0 for no limit
     eval_share: float = 0.0  # the share of the examples that is held out
     eval_every: int = 100  # steps from one evaluation to the next
     save_every: int = 100  # steps from one save to the next
-    # Of the computation; float32 for a checkpoint in float32, else bfloat16, when left out. Weights that learn are
-    # float32.
+    # The dtype of the computation; when left out, float32 for a float32 checkpoint, else bfloat16. Weights that learn
+    # are float32.
     dtype: Dtype | None = None
     recompute: bool = False  # computes activations twice, to save memory
-    seed: int = 1  # of the order of the data and the first weights of an adapter or a head
-    to: Format | None = None  # the format of the weights written; the base's when left out, "hf" of a reward model
+    seed: int = 1  # for the order of the data and the first weights of an adapter or a head
+    to: Format | None = None  # the format to write; when left out the base's, and "hf" for a reward model
 
     def __post_init__(self):
-        """Raises ValueError, which names the first option that is out of range."""
+        """Raises ValueError that names the first option out of range."""
         for names, expected, holds in RULES:
             for name in names.split():
                 value = getattr(self, name)
@@ -59,7 +59,7 @@ class Options:
         if unknown := [name for name in self.targets if name not in TARGETS]:
             raise ValueError(f"lora_targets has {unknown[0]!r}: expected some of {', '.join(TARGETS)}")
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets is not None):
-            raise ValueError("lora_alpha and lora_targets are of an adapter: expected lora_rank with them")
+            raise ValueError("lora_alpha and lora_targets describe an adapter: expected lora_rank with them")
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a run shows of itself: a bar, a JSON line for each step, a PNG of the curves. On rank 0 alone.
+"""The progress of a run: a bar, a JSON line for each step, a PNG of the curves. Rank 0 alone writes them.
 
 Knows nothing of what is trained.
 """
@@ -19,15 +19,15 @@ LOG, CURVES = "log.jsonl", "curves.png"
 
 
 class Report:
-    """Writes the lines of a run, from a step on; those of later steps, of a run that was killed, are dropped.
+    """Reports the steps of a run. Lines that a killed run wrote after its last save are dropped.
 
     Args:
-        folder: of the run.
+        folder: the run's.
         first: how many steps are done.
-        n_steps: of the run.
+        n_steps: how many steps the run has.
         flops_per_token: of a forward and a backward pass.
-        peak: floating-point operations a second that count as all of the machine; None: no share is shown.
-        show: whether there is a bar.
+        peak: the machine's floating-point operations a second; None: the share of it is not shown.
+        show: whether to show a bar.
     """
 
     def __init__(
@@ -39,19 +39,13 @@ class Report:
             desc="Training", initial=first, total=n_steps, unit="step", disable=not (show and self.is_mine) or None
         )
         if self.is_mine:
-            self._keep(first)
+            kept = [json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= first]
+            (folder / f"{LOG}.new").write_text("".join(kept))
+            os.replace(folder / f"{LOG}.new", folder / LOG)
         self._since = time.perf_counter()
 
-    def _keep(self, n_steps: int) -> None:
-        """Keeps the lines of the first steps."""
-        lines = read_log(self.folder)
-        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= n_steps]
-        temporary = self.folder / f"{LOG}.new"
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.folder / LOG)
-
     def note(self, step: int, n_tokens: int, **values: float) -> None:
-        """One line: the step, its tokens, tokens/s since the last line, and what the caller has to say."""
+        """Writes one line: the step, its tokens, tokens/s since the last line, and the caller's `values`."""
         seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
         rate = n_tokens / seconds
         line: dict[str, Any] = {"step": step, **values, "tokens": n_tokens, "tokens_per_s": round(rate, 1)}
@@ -78,7 +72,7 @@ class Report:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that a kill cut short is left out."""
+    """The lines of a run's log, without a line that a kill has cut short."""
     lines = []
     with contextlib.suppress(FileNotFoundError), (folder / LOG).open() as file:
         for text in file:
@@ -112,7 +106,7 @@ def plot_curves(folder: Path) -> bool:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """Floating-point operations a second of a large product of matrices here, the best of a few."""
+    """Floating-point operations a second of a large matrix product on this device, the best of six."""
     size = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")

@@ -1,7 +1,7 @@
-"""A run on disk, to go on from: weights that learn, the optimizer's state, and how many steps are done.
+"""Saves of a run, from which it can go on: weights that learn, the optimizer's state, and how many steps are done.
 
-Written by torch.distributed.checkpoint, each process its own part, into a directory that appears whole: a run may be
-killed at any moment. Reading runs no code of the files. Knows nothing of data or losses.
+torch.distributed.checkpoint writes them, each process its own part, into a directory that appears whole: a run may be
+killed at any moment. Reading a save runs no code from its files. Knows nothing of data or losses.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 from llama import parallel
 from llama.checkpoint.config import read_json
 
-RUN = "run.json"  # what the run was started as
+RUN = "run.json"  # how the run was started
 STEP = re.compile(r"step-(\d{8})")
-# What the index of a save may be made of.
+# The only classes that the index of a save may name.
 INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 INDEX_NAMES = {("torch", "Size"), ("torch", "device"), ("collections", "OrderedDict"), ("builtins", "dict")}
 INDEX_NAMES |= {("torch.serialization", "_get_layout"), ("torch._C", "_get_layout"), ("pathlib", "PosixPath")}
@@ -38,15 +38,15 @@ INDEX_NAMES |= {("torch.distributed._shard.sharded_tensor.metadata", "TensorProp
 
 @contextlib.contextmanager
 def run_folder(folder: Path, started_as: dict[str, Any], force: bool) -> Iterator[None]:
-    """Makes a run's directory, or takes up the one that is there; no other process can take it up meanwhile.
+    """Makes a run's directory, or opens the one that is there, and locks it. All processes call this.
 
     Args:
-        started_as: what a run must have in common with the one that it goes on with, as JSON has it.
-        force: whether to forget a run that is there. All processes call this.
+        started_as: the options, data and base of the run, as JSON values; an earlier run must have the same.
+        force: whether to delete an earlier run.
 
     Raises:
-        ValueError: the run that is there was started otherwise; says what differs.
-        FileExistsError: another process is at it.
+        ValueError: the earlier run was started with other values; says what differs.
+        FileExistsError: another process is training in it.
     """
     with contextlib.ExitStack() as stack:
         with parallel.fail_together():
@@ -57,20 +57,21 @@ def run_folder(folder: Path, started_as: dict[str, Any], force: bool) -> Iterato
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
                 except BlockingIOError:
                     raise FileExistsError(f"another process is training in {folder}: wait for it, or end it") from None
-                _take_up(folder, started_as, force)
+                _check_run(folder, started_as, force)
         yield
 
 
-def _take_up(folder: Path, started_as: dict[str, Any], force: bool) -> None:
+def _check_run(folder: Path, started_as: dict[str, Any], force: bool) -> None:
     path = folder / RUN
-    before = read_json(path, "what a run was started as; --force starts over") if path.is_file() and not force else None
+    expected = "the values that a run was started with; --force starts over"
+    before = read_json(path, expected) if path.is_file() and not force else None
     if before is None:
         remove_all(folder)
         (folder / f"{RUN}.new").write_text(json.dumps(started_as, indent=1) + "\n")
         os.replace(folder / f"{RUN}.new", path)
     elif keys := [key for key in {**before, **started_as} if before.get(key) != started_as.get(key)]:
         found = "; ".join(f"{key} was {before.get(key)!r} and is {started_as.get(key)!r}" for key in keys)
-        raise ValueError(f"{folder} is a run that was started otherwise: {found}. Start it so, or pass --force")
+        raise ValueError(f"{folder} has a run that was started differently: {found}. Start it so, or pass --force")
 
 
 def remove_all(folder: Path) -> None:
@@ -81,9 +82,9 @@ def remove_all(folder: Path) -> None:
 
 
 def state_of(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
-    """The tensors that a save has, by name; this rank's are named by its place in the model-parallel group.
+    """The tensors of a save, by name; a name begins with the rank in the model-parallel group.
 
-    Each optimizer's state is made if there is none yet, as it is before the first step.
+    An optimizer that has no state yet, before the first step, gets its first one here.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     rank = dist.get_rank() % (dist.get_world_size() // parallel.n_replicas())
@@ -111,10 +112,10 @@ def _optimizer_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str,
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes a save of so many steps, then removes those before it. All processes call this.
+    """Writes a save after `step` steps, then removes the earlier ones. All processes call this.
 
     Raises:
-        OSError: on every rank. The save before is whole then, and nothing is left of this one.
+        OSError: on every rank. The save before it stays, and nothing of this one is left.
     """
     target, partial = folder / f"step-{step:08d}", folder / ".partial"
     if target.is_dir():
@@ -141,7 +142,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def newest(folder: Path) -> int | None:
-    """How many steps the newest save has; None if there is none."""
+    """After how many steps the newest save was written; None if there is none."""
     steps = [int(match[1]) for entry in folder.iterdir() if (match := STEP.fullmatch(entry.name))]
     return max(steps, default=None)
 
@@ -150,7 +151,7 @@ def load(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Reads a save into the tensors of `state`, in place. All processes call this.
 
     Raises:
-        ValueError: it is damaged, or of another run.
+        ValueError: it is damaged, or belongs to another run.
     """
     path = folder / f"step-{step:08d}"
     try:
@@ -166,7 +167,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """Reads the index, which is a pickle, without running what may be in it."""
+    """Reads the index, which is a pickle, without running code from it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         with (Path(self.path) / ".metadata").open("rb") as file:

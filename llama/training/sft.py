@@ -1,7 +1,7 @@
-"""A checkpoint and a data file to better weights: a whole fine-tuning run, which can be killed and started again.
+"""A whole fine-tuning run, from a checkpoint and a data file to new weights. It can be killed and started again.
 
-While it runs, `OUT.training` holds its saves, its log and its curves; `OUT` appears whole at the end. Everything that
-a user can get wrong is checked before the first step. Knows nothing of command lines.
+While it runs, `OUT.training` holds its saves, its log and its curves; `OUT` appears whole at the end. A user's mistakes
+are found before the first step. Knows nothing of command lines.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ from llama.training.options import Options
 from llama.training.report import Report, measured_peak
 from llama.training.trainer import Diverged, Trainer, adamw, cosine, shard_over_replicas
 
-# What config.json of a reward model says beside what a language model's does.
+# The keys that a reward model's config.json has besides those of a language model.
 REWARD_CONFIG = {"architectures": [REWARD_MODEL], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
-# Tokens of a row that short documents share. Attention takes the square of a row, of which they need little.
+# The width of a row that short documents share. Attention costs the square of the width, so it is no wider.
 PACKED_WIDTH = 512
-COLUMNS_AS_JSON = ("messages", "answers", "tokens")  # of a CSV file; the others are text
+COLUMNS_AS_JSON = ("messages", "answers", "tokens")  # in a CSV file; its other columns are text
 
 
 def finetune(
@@ -52,26 +52,26 @@ def finetune(
     force: bool = False,
     progress: bool = True,
 ) -> None:
-    """Trains on a data file, or goes on where a run with the same arguments was killed, and writes `out`.
+    """Trains on a data file and writes `out`. Goes on from the last save if the same run was killed before.
 
-    In each process of a torchrun; those that the model is not split over are replicas, which share out the data, the
-    weights and the optimizer's state.
+    Under torchrun every process calls this. The model is split over `model_parallel_size` of them; each such group is a
+    replica, and the replicas share the data, the weights and the optimizer's state.
 
     Args:
-        data: a .jsonl, .csv or .parquet file of rows as `examples.Reader` takes them.
+        data: a .jsonl, .csv or .parquet file of rows, in the forms of `examples.Reader`.
         out: the directory to make: a checkpoint, an adapter, or a reward model.
         ckpt_dir: the checkpoint to start from.
         tokenizer_path, device: as in `Llama.build`.
-        model_parallel_size: over how many processes the model is split.
-        force: whether to forget a run that is there, and start over. An `out` that is there is never overwritten.
+        model_parallel_size: over how many processes the model is split; None for all.
+        force: whether to delete an earlier run and start over. An existing `out` is never overwritten.
         progress: whether to show a bar.
 
     Raises:
-        FileNotFoundError, FileExistsError: a file is missing; `out` has something in it.
-        ValueError: an option is out of range or does not go with the checkpoint; the data has nothing to learn from; a
-            run that is there was started otherwise (it says what differs).
+        FileNotFoundError, FileExistsError: a file is missing; `out` is not empty.
+        ValueError: an option is out of range or does not suit the checkpoint; the data has nothing to learn from; an
+            earlier run was started differently (the message says what differs).
         Diverged: the loss or a gradient is not finite; the state before that step is saved.
-        OSError: something could not be written; the last save is whole.
+        OSError: a file could not be written; the last save is whole.
     """
     out, ckpt_dir = Path(out), Path(ckpt_dir)
     folder = out.parent / f"{out.name}.training"
@@ -84,19 +84,19 @@ def finetune(
         if is_there and n_saved is None:
             raise FileExistsError(taken)
         if not out.parent.is_dir():
-            raise FileNotFoundError(f"{out.parent}, where {out.name} is to be made, is not a directory")
+            raise FileNotFoundError(f"cannot make {out}: {out.parent} is not a directory")
         rows = Rows(data, COLUMNS_AS_JSON)
         base = open_base(ckpt_dir, tokenizer_path, options)
         training, held_out = read_examples(rows, base, options)
         steps = plan_steps(training, options.batch_tokens, options.epochs, options.seed, options.steps)
         if not steps:
             found = f"epochs = {options.epochs} of {len(training)} examples"
-            raise ValueError(f"{found} is not one example: expected more of them")
+            raise ValueError(f"{found} is less than one example: expected more of either")
         if is_there and (force or n_saved != len(steps)):
             raise FileExistsError(taken)
         started_as = describe(options, base, [*training, *held_out])
     with saves.run_folder(folder, started_as, force), parallel.fail_at_once():
-        if not is_there:  # else it was killed between writing the result and removing the saves
+        if not is_there:  # else the run was killed after it wrote `out`, before it removed the saves
             trainer = prepare_trainer(base, options, len(steps), device)
             report = open_report(trainer, base, options, folder, len(steps), progress)
             run_steps(trainer, steps, training, held_out, options, folder, report)
@@ -106,7 +106,7 @@ def finetune(
 
 
 def read_examples(rows: Rows, base: Base, options: Options) -> tuple[list[Example], list[Example]]:
-    """The examples to train on and those held out; rank 0 says on stderr what was skipped.
+    """The examples to train on and those held out; rank 0 prints on stderr what was skipped.
 
     Raises:
         ValueError: there are none.
@@ -123,8 +123,8 @@ def read_examples(rows: Rows, base: Base, options: Options) -> tuple[list[Exampl
     n_held_out = round(options.eval_share * len(examples))
     if options.eval_share and not 0 < n_held_out < len(examples):
         raise ValueError(
-            f"eval_share = {options.eval_share} of {len(examples)} examples is {n_held_out}: expected one at least, "
-            "and one to train on"
+            f"eval_share = {options.eval_share} of {len(examples)} examples is {n_held_out}: expected at least one, "
+            "and at least one left to train on"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(options.seed)).tolist()
     held_out = set(order[:n_held_out])
@@ -133,21 +133,21 @@ def read_examples(rows: Rows, base: Base, options: Options) -> tuple[list[Exampl
 
 
 def describe(options: Options, base: Base, examples: list[Example]) -> dict[str, Any]:
-    """What a run must have in common with the one that it goes on with."""
+    """The data, the base and the options of a run: it goes on from a save only if they are the same."""
     digest = hashlib.sha256()
     for example in examples:
         for document in example.documents:
             digest.update(repr((document.ids, document.learned)).encode())
     layout = {"processes": dist.get_world_size(), "replicas": parallel.n_replicas()}
     model = {name: value for name, value in vars(base.checkpoint.args).items() if name != "max_batch_size"}
-    known = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
-    asked = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
-    del asked["to"]  # how the result is written may be decided later
-    return json.loads(json.dumps(known | asked | layout))
+    sources = {"data": f"{len(examples)} examples, {digest.hexdigest()[:16]}", "base": base.digests, "model": model}
+    chosen = asdict(options) | {"dtype": str(base.dtype).removeprefix("torch."), "tokenizer": base.tokenizer.digest}
+    del chosen["to"]  # the format of the result may still change
+    return json.loads(json.dumps(sources | chosen | layout))
 
 
 def prepare_trainer(base: Base, options: Options, n_steps: int, device: torch.device) -> Trainer:
-    """The model with its first weights, shared out over the replicas, and AdamW for what is to learn of it."""
+    """The model with its first weights, sharded over the replicas, and AdamW for the weights that learn."""
     model = load_model(base, options, device)
     module = prepare_module(model, options)
     shard_over_replicas(module, model)
@@ -157,10 +157,10 @@ def prepare_trainer(base: Base, options: Options, n_steps: int, device: torch.de
 
 
 def prepare_module(model: Transformer, options: Options) -> LanguageLoss | PreferenceLoss:
-    """The loss to minimise, with the model in it and what is to learn requiring gradients."""
+    """The loss to minimise, with the model inside; the weights that learn require gradients."""
     generator = torch.Generator().manual_seed(options.seed)
     if options.head is not None:
-        # As small as the weights of the network, so that the first rewards are near each other.
+        # As small as the network's weights, so that the first rewards are close to each other.
         score = torch.randn(1, model.args.dim, generator=generator) * model.args.dim**-0.5
     if options.lora_rank is not None:
         add_lora(model, options.lora_rank, options.alpha / options.lora_rank, options.targets, generator)
@@ -179,7 +179,7 @@ def passes_of(examples: list[Example], options: Options) -> Iterator[Batch]:
 
 
 def open_report(trainer: Trainer, base: Base, options: Options, folder: Path, n_steps: int, progress: bool) -> Report:
-    """The report of a run; a token takes 6 operations for each weight, and 4 for each that is frozen."""
+    """Opens the report of a run. A token takes 6 operations for each weight that learns, and 4 for a frozen one."""
     n_weights = sum(math.prod(shape) for shape in base.checkpoint.shapes.values())
     flops = (6.0 if options.lora_rank is None else 4.0) * n_weights / dist.get_world_size()
     peak = measured_peak(trainer.device, trainer.dtype)
@@ -195,7 +195,7 @@ def run_steps(
     folder: Path,
     report: Report,
 ) -> None:
-    """All steps from the newest save on, with saves, evaluations and the report between them."""
+    """Runs all steps after the newest save; saves, evaluates and reports between them."""
     state = saves.state_of(trainer.module, trainer.optimizers)
     done = saves.newest(folder) or 0
     if done:
@@ -219,7 +219,7 @@ def run_steps(
 
 
 def _stop(trainer: Trainer, report: Report, folder: Path, done: int, state: dict[str, Any], error: Diverged) -> None:
-    """Keeps what was good before the loss became none."""
+    """Saves the state before the step that diverged."""
     report.close()
     report.plot()
     report.warn(f"{error}: the run stops")

@@ -1,7 +1,7 @@
-"""One step after the other: gradients over passes and processes, clipped, then the optimizers.
+"""Training steps: gradients over passes and processes, clipped, then the optimizers.
 
-A step divides the summed loss of all its passes, on all replicas, by their summed weight once. So a step cut into any
-number of passes, on any number of processes, is the same step. Knows nothing of files or of what is learned.
+A step sums the loss of all its passes on all replicas, and divides by the sum of their weights once. So a step is the
+same step however many passes and processes it is divided over. Knows nothing of files or of what is learned.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from llama.model import Transformer
 from llama.training.batches import Batch
 from llama.training.loss import LanguageLoss, PreferenceLoss
 
-# With more ranks than key and value heads, several have the same rows of these, and each a part of their gradient.
+# With more ranks than KV heads, several ranks hold a copy of the same rows, and each has a part of their gradient.
 COPIED = (".wk.weight", ".wv.weight", ".wk.lora.b", ".wv.lora.b")
 
 
@@ -34,7 +34,7 @@ class Diverged(ValueError):
 
 @dataclass
 class Step:
-    """What a step has done: the mean loss in nats, what it is a mean over, and the norm of the gradient unclipped."""
+    """The result of a step: the mean loss in nats, the weight it was divided by, and the gradient's norm unclipped."""
 
     loss: float
     weight: int
@@ -42,9 +42,9 @@ class Step:
 
 
 def shard_over_replicas(module: nn.Module, model: Transformer) -> None:
-    """Lets each replica keep a share of the weights, gradients and optimizer state: FSDP2 (arXiv 2304.11277).
+    """Shards weights, gradients and optimizer state over the replicas: FSDP2 (arXiv 2304.11277).
 
-    Before the optimizers are made. With one replica nothing changes.
+    Call it before the optimizers are made. With one replica it changes nothing.
     """
     n_replicas = parallel.n_replicas()
     if n_replicas == 1:
@@ -70,7 +70,7 @@ def cosine(peak: float, n_steps: int, warmup: int, floor: float = 0.0) -> Callab
 
 
 def adamw(module: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)) -> Optimizer:
-    """AdamW on what requires a gradient (Loshchilov and Hutter 2017, arXiv 1711.05101); norms do not decay."""
+    """AdamW for the parameters that require a gradient (arXiv 1711.05101); norms do not decay."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if not name.endswith("norm.weight")], "weight_decay": weight_decay},
@@ -83,11 +83,11 @@ class Trainer:
     """Runs steps.
 
     Args:
-        module: a loss with its model inside, sharded over the replicas already.
-        optimizers: of its parameters.
-        rate: the learning rate of a step, from 0.
+        module: a loss with its model inside, already sharded over the replicas.
+        optimizers: update its parameters.
+        rate: the learning rate of each step, counted from 0.
         clip: the largest norm of a gradient; None for no limit.
-        dtype: bfloat16 or float16 computes in it; the weights and the optimizers keep theirs.
+        dtype: of the computation; the weights and the optimizers keep theirs.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class Trainer:
         self.n_ranks = dist.get_world_size(self.group)
 
     def step(self, number: int, passes: Iterable[Batch]) -> Step:
-        """One step of the optimizers. Every replica passes as many batches, of which some may be empty.
+        """Runs one step of the optimizers.
 
         Args:
             number: of the step, from 0.
-            passes: this replica's share.
+            passes: this replica's batches; every replica has the same number, and some may be empty.
 
         Raises:
-            Diverged: on every rank; nothing has changed then.
+            Diverged: on every rank; the weights have not changed.
         """
         batches = list(passes)
         weight = int(self._sum(sum(map(self.module.weight, batches))))
@@ -138,7 +138,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, passes: Iterable[Batch]) -> float:
-        """The mean loss of batches, of which every replica passes as many."""
+        """The mean loss of batches; every replica has the same number."""
         total, weight = 0.0, 0
         for batch in passes:
             with self._precision():
@@ -156,7 +156,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _sum(self, value: float) -> float:
-        """Over the replicas."""
+        """The sum over the replicas."""
         if self.n_replicas == 1:
             return value
         return sum(part[0] for part in parallel.gather_from_replicas([value]))
@@ -167,8 +167,8 @@ class Trainer:
 
     @torch.no_grad()
     def _finish_gradients(self) -> float:
-        """Adds up what copies of a key head have, clips, and returns the norm of the whole gradient."""
-        split = torch.zeros((), dtype=torch.float64, device=self.device)  # squares of what each rank has a part of
+        """Sums the gradients of copied heads, clips, and returns the norm of the whole gradient before clipping."""
+        split = torch.zeros((), dtype=torch.float64, device=self.device)  # squares of split parameters' gradients
         whole = split.clone()
         copies = max(1, self.n_ranks // self.model.args.n_kv_heads)
         for name, parameter in self.parameters.items():
@@ -202,7 +202,7 @@ class Trainer:
 
 
 def is_split(name: str) -> bool:
-    """Whether model-parallel ranks have parts of a parameter, and not each the whole."""
+    """Whether each model-parallel rank has a part of a parameter, and not all of it."""
     name = name.removeprefix("model.")
     if ".lora." in name:
         matrix, _, part = name.partition(".lora.")

@@ -1,4 +1,4 @@
-"""Workers for replicas that answer at once, fail to start, or die of a task: nothing of a model."""
+"""Workers without a model: they answer at once, fail to start, or die of a task."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Echo:
-    """Returns what it is given; a task that is `poison` kills its process."""
+    """Returns the line of each task; a task that is `poison` kills the process."""
 
     room = 4
 
@@ -27,14 +27,14 @@ class Echo:
 
 
 class Unsure(Echo):
-    """No two of its processes say the same of themselves."""
+    """Its facts differ in each process."""
 
     def facts(self) -> dict:
         return super().facts() | {"model": os.getpid()}
 
 
 class DiesOnce(Echo):
-    """Its first process, and with it a file of its own, is killed by its second call."""
+    """Its second call kills its first process, and marks this by a file."""
 
     def __init__(self, folder: str):
         super().__init__()

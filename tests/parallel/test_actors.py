@@ -1,4 +1,4 @@
-"""Replicas on a Ray cluster of real processes: what they do, how they die, and what is refused."""
+"""Replicas on a Ray cluster of real processes: how they run tasks, die, and are refused."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ def cluster():
     """One machine of two made-up cores, for all tests of the file; another one may join it."""
     from ray.cluster_utils import Cluster
 
-    ray.cloudpickle.register_pickle_by_value(actors)  # so that no worker imports the package, and with it torch
+    ray.cloudpickle.register_pickle_by_value(actors)  # so that no worker has to import the package, and with it torch
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     ray.init(found.address, log_to_driver=False, logging_level="ERROR")
     yield found
@@ -55,7 +55,7 @@ def test_each_task_is_done_once_and_a_second_run_uses_the_same_processes(start):
     assert len({result["pid"] for result in first + second}) <= 2
 
 
-def test_the_dearest_of_those_taken_are_done_first(start):
+def test_the_costliest_tasks_are_done_first(start):
     replicas = start(fake_workers.Echo, 1)
     found = replicas.results(fake_workers.made, ({"line": i} for i in range(6)), cost=lambda task: task["line"])
     assert [result["line"] for result in found] == [5, 4, 3, 2, 1, 0]
@@ -78,7 +78,7 @@ def test_a_task_that_three_workers_died_of_gets_an_error_and_no_other_task_does(
     assert replicas.restarts == 3
 
 
-def test_what_the_first_replica_raises_is_raised(start, capsys):
+def test_an_exception_of_the_first_replica_is_raised(start, capsys):
     with pytest.raises(FileNotFoundError, match="ckpt_dir /nowhere does not exist"):
         start(fake_workers.cannot_start, 1)
     assert "a replica cannot start (on " in capsys.readouterr().err
@@ -108,13 +108,13 @@ def test_replicas_that_differ_are_refused(start):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"n": 3}, "the cluster has 2 CPU cores: 3 replicas of 1 rank need 3, one for each rank at least"),
+        ({"n": 3}, "the cluster has 2 CPU cores: 3 replicas of 1 rank need 3, at least one for each rank"),
         ({"n": 1, "size": 4}, "the cluster has 2 CPU cores: 1 replica of 4 ranks need 4"),
         ({"n": 1, "device": "cuda"}, "the cluster has 0 GPUs: 1 replica of 1 rank need 1, one for each rank"),
         ({"n": 0}, "replicas = 0: expected an integer of at least 1"),
     ],
 )
-def test_what_the_cluster_does_not_have_is_said_before_anything_starts(asked, message):
+def test_a_cluster_that_is_too_small_is_refused_before_anything_starts(asked, message):
     with pytest.raises(ValueError, match=message):
         Replicas(fake_workers.cannot_start, **asked)
 
@@ -122,7 +122,7 @@ def test_what_the_cluster_does_not_have_is_said_before_anything_starts(asked, me
 @pytest.mark.parametrize(
     ("machines", "n", "size", "share"),
     [
-        ([{"CPU": 16}] * 8, 4, 1, 16),  # and not 32, which no machine has
+        ([{"CPU": 16}] * 8, 4, 1, 16),  # not 32, because no machine has so many
         ([{"CPU": 16}] * 2, None, 1, 16),
         ([{"CPU": 4}, {"CPU": 12}], None, 1, 6),
         ([{"CPU": 4}, {"CPU": 12}], 3, 2, 2),
@@ -139,7 +139,7 @@ def test_a_rank_gets_its_share_of_a_machine(machines, n, size, share, monkeypatc
     assert replicas._n_that_fit() >= (n or 2)
 
 
-def test_a_machine_that_joins_is_used_and_when_it_is_gone_its_tasks_are_done_by_the_others(start, cluster):
+def test_a_machine_that_joins_is_used_and_when_it_is_gone_others_do_its_tasks(start, cluster):
     replicas = start(fake_workers.Echo)  # as many as the cluster holds
     assert replicas.n_alive == 1
     found, pids, lost, is_over = [], set(), None, False
@@ -156,7 +156,7 @@ def test_a_machine_that_joins_is_used_and_when_it_is_gone_its_tasks_are_done_by_
     assert replicas.n_alive == 1 and "1 restart" in str(replicas)
 
 
-def test_without_ray_the_command_that_installs_it_is_named(monkeypatch):
+def test_without_ray_the_error_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"need Ray, which is not installed: pip install '\.\[ray\]'"):
         actors.import_ray()

@@ -14,7 +14,7 @@ from conftest import ROOT
 from benchmarks import failures
 from llama.parallel import lifeline
 
-# Ends within this many seconds of the failure; gloo alone would wait for half an hour where nothing else tells it.
+# All ranks must end within this many seconds of the failure; gloo alone would wait for half an hour.
 LIMIT = 15
 
 # The last rank fails.
@@ -50,7 +50,7 @@ except Exception as error:
         print(f"rank {rank} went on: {len(tokens)} tokens", file=sys.stderr)
         sys.exit(0)
     if way == "raises" and rank == world_size - 1:
-        time.sleep(600)  # as a program that goes on after an error
+        time.sleep(600)  # like a program that goes on after an error
     raise
 """
 
@@ -105,7 +105,7 @@ def start(tmp_path, stories):
 
 
 def seconds_until_others_end(run: Run) -> float:
-    """From the failure until every process but the last rank's has ended, none of them with exit code 0."""
+    """Seconds from the failure until all ranks but the last have ended, none of them with exit code 0."""
     run.wait_for("failed")
     failed = float((run.folder / "failed").read_text())
     for process in run.processes[: max(1, run.n_ranks - 1)]:
@@ -153,7 +153,7 @@ def start_torchrun(tmp_path, stories):
 
 def test_ctrl_c_leaves_no_process_behind(start_torchrun):
     run = start_torchrun("generating", "nothing")  # all are in the middle of their collectives
-    os.killpg(run.agents[0].pid, signal.SIGINT)  # what a terminal sends
+    os.killpg(run.agents[0].pid, signal.SIGINT)  # as a terminal does
     assert run.agents[0].wait(timeout=LIMIT) != 0
     assert run.alive(0) == []
 

@@ -1,4 +1,4 @@
-"""Several processes: replicas of split models, two nodes, sizes that cannot be, and what is global."""
+"""Several processes: replicas of split models, two nodes, impossible sizes, gradients and dtypes."""
 
 import json
 import os
@@ -29,7 +29,7 @@ json.dump(answers, open(f"{out}.{dist.get_rank()}", "w"))
 
 @pytest.fixture
 def task(write_checkpoint, tmp_path):
-    """A checkpoint, 37 prompts of mixed length, and what one process answers."""
+    """A checkpoint, 37 prompts of mixed length, and the answers of one process."""
     folder = write_checkpoint()
     prompts = prompts_of_every_length(37)
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
@@ -47,7 +47,7 @@ def check(tmp_path, n_processes: int, expected: tuple) -> None:
         assert list(chain(*logprobs)) == pytest.approx(list(chain(*expected[1])), abs=1e-4)
 
 
-def test_2_replicas_of_2_processes_answer_in_the_order_and_as_one_process(task):
+def test_2_replicas_of_2_processes_give_the_answers_of_one_process_in_order(task):
     folder, tmp_path, expected = task
     result = torchrun(4, tmp_path / "script.py", folder, 2, tmp_path / "prompts.json", tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -55,7 +55,7 @@ def test_2_replicas_of_2_processes_answer_in_the_order_and_as_one_process(task):
     assert result.stdout.count("only rank 0 prints") == result.stdout.count("Loaded in") == 1
 
 
-def test_two_nodes_answer_as_one_process(task):
+def test_two_nodes_give_the_answers_of_one_process(task):
     folder, tmp_path, expected = task
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -79,7 +79,7 @@ def test_two_nodes_answer_as_one_process(task):
         (3, "null", "cannot be shared out among 3 processes: expected model_parallel_size to be one of [1, 2, 4, 8]"),
     ],
 )
-def test_a_size_that_cannot_be_lists_those_that_can(task, n_processes, size, message):
+def test_the_error_of_an_impossible_size_lists_the_possible_ones(task, n_processes, size, message):
     folder, tmp_path, _ = task
     result = torchrun(n_processes, tmp_path / "script.py", folder, size, tmp_path / "prompts.json", tmp_path / "out")
     assert result.returncode != 0

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, for the tests beside this file."""
+"""A real server in its own process, for the tests beside this file."""
 
 import contextlib
 import functools
@@ -17,8 +17,8 @@ from conftest import ROOT
 SECONDS = 180  # for a busy machine
 OWN = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "*"}
 
-# Importing what a server needs takes longer than all that a test does with it: one process has it imported, and forks.
-NURSERY = """
+# Importing the server's libraries takes longer than most tests: one process imports them once, and forks servers.
+FORKER = """
 import json, os, signal, socket, sys, traceback
 import llguidance, nicegui
 import llama.server.start
@@ -58,20 +58,20 @@ for line in os.fdopen(os.dup(0)):
             traceback.print_exc()
             code = 1
         sys.stderr.flush()
-        os._exit(code or 0)  # to tidy up takes longer than all the rest; tests with real commands see that too
+        os._exit(code or 0)  # skips the slow cleanup, which the tests with real commands cover
     os.write(1, f"begun {pid}\\n".encode())
 """
 
 
 class Nursery:
-    """The process that forks servers, and what it tells of them."""
+    """The process that forks servers, and its reports about them."""
 
     def __init__(self):
         self._codes: dict[int, int] = {}
         self._news = threading.Condition()
         self._begun: list[int] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
+            [sys.executable, "-c", FORKER],
             env={**os.environ, **OWN},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -195,7 +195,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            for pid in (*ranks(self.process.pid), self.process.pid):  # torchrun's children have sessions of their own
+            for pid in (*ranks(self.process.pid), self.process.pid):  # torchrun's children have their own sessions
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -206,7 +206,7 @@ class Server:
 
     @property
     def ranks(self) -> list[int]:
-        """The processes under torchrun, rank 0 first; the one process where there is no torchrun."""
+        """The processes under torchrun, rank 0 first; without torchrun the one process."""
         return ranks(self.process.pid) or [self.process.pid]
 
     def memory(self) -> int:

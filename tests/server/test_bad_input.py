@@ -1,4 +1,4 @@
-"""Whatever arrives is answered with a 4xx in OpenAI's shape, or the connection is closed; running answers go on."""
+"""Any bad input gets a 4xx in OpenAI's shape, or a closed connection, and running answers go on."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def expected(server) -> str:
 
 @pytest.fixture(autouse=True)
 def a_running_answer_is_not_touched(server, expected):
-    """During and after each test, a client gets what it has got before. The test starts once its answer has begun."""
+    """A client gets the same answer during and after each test as before; the test starts after its first line."""
     found: list[str] = []
     begun = threading.Event()
 
@@ -115,13 +115,13 @@ def test_a_malformed_body_is_a_4xx_in_openais_shape(server):
     ],
     ids=lambda more: next(iter(more)),
 )
-def test_of_many_mistakes_only_the_first_is_noted_for_they_may_be_millions(more):
+def test_only_the_first_of_many_mistakes_is_reported(more):
     with pytest.raises(ValidationError) as caught:
         ChatRequest.model_validate(BODY | more)
     assert caught.value.error_count() <= 2  # of one element
 
 
-def test_a_text_or_a_list_that_cannot_fit_is_refused_before_it_is_cut_into_tokens(server):
+def test_a_text_or_a_list_that_cannot_fit_is_refused_before_it_is_tokenized(server):
     for text in ({"prompt": "x" * 150_000}, {"messages": [{"role": "user", "content": "x" * 150_000}]}):
         path = PATH if "messages" in text else "/v1/completions"
         response = send(server, json.dumps(text).encode(), path)
@@ -131,11 +131,11 @@ def test_a_text_or_a_list_that_cannot_fit_is_refused_before_it_is_cut_into_token
     assert response.status_code == 400 and "30000 answers: expected at most" in response.json()["error"]["message"]
 
 
-def test_a_client_that_is_still_sending_too_large_a_body_finds_the_413(server):
+def test_a_client_that_is_still_sending_a_too_large_body_gets_the_413(server):
     size = 20_000_000
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
         link.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size)
-        select.select([link], [], [], 60)  # it is refused by now, and the client goes on sending
+        select.select([link], [], [], 60)  # now it is refused, and the client goes on sending
         link.sendall(b"x" * size)
         assert link.recv(4096).startswith(b"HTTP/1.1 413 ")
 
@@ -158,7 +158,7 @@ def test_a_body_of_100_mb_is_refused_before_it_is_read(server):
             for _ in range(1600):
                 link.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
         except OSError:
-            pass  # it has closed the connection
+            pass  # the server has closed the connection
         try:
             answer = link.recv(4096)
         except OSError:
@@ -167,11 +167,11 @@ def test_a_body_of_100_mb_is_refused_before_it_is_read(server):
     assert server.memory() - before < 50_000_000
 
 
-def test_many_large_bodies_at_once_are_refused_before_they_are_all_held(server):
+def test_many_large_bodies_at_once_are_refused_before_all_are_in_memory(server):
     before = server.memory()
     links, statuses = [], []
     try:
-        for _ in range(60):  # each of nearly the 200,000 bytes that are allowed, and not whole
+        for _ in range(60):  # each sends nearly the 200,000 bytes that are allowed, and does not finish
             links.append(link := socket.create_connection(("127.0.0.1", server.port), timeout=60))
             link.sendall(HEAD + b"Content-Length: 190000\r\n\r\n" + b"x" * 180_000)
             link.settimeout(0.05 if len(links) < 60 else 60)
@@ -184,7 +184,7 @@ def test_many_large_bodies_at_once_are_refused_before_they_are_all_held(server):
     assert server.memory() - before < 30_000_000
 
 
-def test_headers_without_end_close_the_connection_and_keep_no_memory(server):
+def test_endless_headers_close_the_connection_and_leave_no_memory_in_use(server):
     before = server.memory()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
         link.sendall(b"GET /health HTTP/1.1\r\n")
@@ -217,7 +217,7 @@ def test_a_client_that_reads_a_byte_at_a_time_gets_its_answer_and_delays_nobody(
     assert read.rstrip().endswith(b"0") and b"[DONE]" in read
 
 
-def test_silent_and_half_open_connections_hold_nothing_up_and_memory_is_bounded(server):
+def test_silent_and_half_open_connections_block_nothing_and_memory_is_bounded(server):
     before = server.memory()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -226,20 +226,20 @@ def test_silent_and_half_open_connections_hold_nothing_up_and_memory_is_bounded(
         for i in range(min(10_000, most - 200)):
             link = socket.create_connection(("127.0.0.1", server.port), timeout=60)
             if i % 2:
-                with contextlib.suppress(OSError):  # above the limit it is closed at once
+                with contextlib.suppress(OSError):  # above the limit the server closes it at once
                     link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost")
             links.append(link)
     finally:
         for link in links:
             link.close()
     is_served = False
-    while not is_served:  # until it has noticed that they are gone
+    while not is_served:  # until the server has noticed that they are gone
         with contextlib.suppress(httpx.TransportError):
             is_served = httpx.get(server.url + "/health", timeout=60).status_code == 200
     assert server.memory() - before < 100_000_000
 
 
 def test_made_up_requests_give_no_500(server):
-    """By the OpenAPI document, right ones and wrong ones; `python -m benchmarks.server_checks` sends a thousand."""
+    """Valid and invalid ones, from the OpenAPI document; `python -m benchmarks.server_checks` sends a thousand."""
     statuses = check_requests(server.url, 56)
     assert sum(statuses.values()) >= 56 and statuses[200] >= 5 and statuses[400] > 20

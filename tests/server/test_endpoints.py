@@ -60,7 +60,7 @@ def test_a_stream_has_one_id_the_role_first_the_usage_last_and_joins_to_the_answ
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 35
     assert all(chunk.usage is None for chunk in chunks[:-1])
-    assert len(chunks) > 20  # token by token, and not at once
+    assert len(chunks) > 20  # token by token, and not in one piece
 
 
 def test_a_stream_ends_with_done(server):
@@ -82,7 +82,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option_is_the_one_of_the_same_name_offline_streamed_or_not(client, demo, options):
+def test_every_option_acts_as_the_offline_option_of_the_same_name_streamed_or_not(client, demo, options):
     options = dict(options)
     given = {"model": "llama-demo", "prompt": STORY, "max_tokens": 24, "extra_body": options.pop("extra", {})}
     whole = client.completions.create(**given, **options)
@@ -117,7 +117,7 @@ def test_the_logprobs_of_a_chat_are_those_of_offline_and_join_to_the_text(client
         assert joined == expected["generation"]["content"]
 
 
-def test_echoed_prompts_that_wait_for_a_slot_are_streamed_as_they_are_answered_at_once(client):
+def test_echoed_prompts_that_wait_for_a_slot_are_streamed_like_whole_responses(client):
     asked = {"model": "llama-demo", "prompt": [f"{STORY} {n}" for n in range(20)], "temperature": 0, "max_tokens": 3}
     whole = client.completions.create(**asked, logprobs=1, echo=True).choices
     parts = [chunk.choices[0] for chunk in client.completions.create(**asked, logprobs=1, echo=True, stream=True)]
@@ -160,7 +160,7 @@ def test_prompts_may_be_texts_ids_and_lists_of_both(client, demo):
         assert [choice.index for choice in found.choices] == [*range(n)]
 
 
-def test_the_models_the_tokenizer_and_the_health_can_be_asked(server, client, demo):
+def test_the_endpoints_for_models_the_tokenizer_and_health_answer(server, client, demo):
     (model,) = client.models.list().data
     assert model.id == "llama-demo" and client.models.retrieve("llama-demo").id == "llama-demo"
     post = lambda path, body: httpx.post(server.url + path, json=body, timeout=60).json()  # noqa: E731
@@ -191,7 +191,7 @@ def test_the_metrics_count_what_has_run(server, client):
     assert after["llama_waiting"] == after["llama_running"] == 0
 
 
-def test_a_schema_shapes_the_answer(client):
+def test_an_answer_fits_its_schema(client):
     schema = {
         "type": "object",
         "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 10}, "b": {"enum": ["x", "y"]}},
@@ -253,7 +253,7 @@ def test_what_is_wrong_is_a_400_that_names_the_field(server, change, param):
     assert error["param"] == param, error
 
 
-def test_a_prompt_too_long_says_both_numbers(client):
+def test_the_error_of_a_too_long_prompt_names_both_numbers(client):
     with pytest.raises(openai.BadRequestError, match=r"\d{3,} tokens: expected at most 512"):
         client.completions.create(model="llama-demo", prompt="long " * 2000)
 
@@ -264,7 +264,7 @@ def test_another_model_is_not_found(client):
     assert caught.value.param == "model" and caught.value.code == "model_not_found"
 
 
-def test_extra_keys_inside_a_message_and_null_fields_are_let_pass(server):
+def test_extra_keys_inside_a_message_and_null_fields_are_accepted(server):
     message = {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "Ada", "refusal": None}
     body = {"messages": [message], "max_tokens": 2, "stop": None, "logit_bias": None, "user": "ada", "store": False}
     body["parallel_tool_calls"] = False

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's `local-completions` against the server: the metrics of our own model of the harness."""
+"""lm-evaluation-harness's `local-completions` on the server gives the same metrics as our own model for the harness."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_the_harness_finds_the_same_metrics_through_the_server(folder):
         address = {"base_url": server.url + "/v1/completions", "model": "llama-demo", "max_length": 256}
         hf = {"tokenizer_backend": "huggingface", "tokenizer": str(folder / "hf"), "add_bos_token": True}
         assert evaluate(folder, "local-completions", **address, **hf) == pytest.approx(expected, rel=1e-4)
-        # With the tokenizer of the server itself, which puts no begin-of-text token before the ids.
+        # With the server's own tokenizer, which adds no begin-of-text token to the ids.
         remote = evaluate(folder, "local-completions", **address, tokenizer_backend="remote")
     assert remote == pytest.approx(evaluate(folder, "llama", **own, add_bos_token=False), rel=1e-4)
     assert len(expected) == 5

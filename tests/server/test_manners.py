@@ -1,4 +1,4 @@
-"""Limits and manners: who leaves is forgotten, who comes too late is told so, and the server ends in good order."""
+"""Limits, clients that leave, requests that come too late, and how the server stops."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SMALL = ("--max_seq_len", "512", "--no_web")
 
 
 def never_ending(server: Server, n_more: int = 0) -> dict:
-    """A request whose answer takes all the room there is: no end token may come."""
+    """A request whose answer fills the whole context: its regex allows no end token."""
     tokenizer = httpx.post(server.url + "/tokenize", json={"prompt": "x"}).json()
     return {**LONG, "max_tokens": tokenizer["max_model_len"] - 10, "regex": "[a-z ]{2000,}", "seed": n_more}
 
@@ -33,7 +33,7 @@ def metric(server: Server, name: str) -> float:
 
 
 def wait_for(condition, seconds: float = 60) -> None:
-    """Until a condition holds."""
+    """Waits until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
@@ -41,7 +41,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def begin(server: Server, **more) -> tuple["httpx.Client", "httpx.Response", Iterator[str]]:
-    """A stream of which the first chunk has come, and what follows it."""
+    """Begins a stream; returns when its first chunk has come, with an iterator over the others."""
     client = httpx.Client(timeout=120)
     request = client.build_request(
         "POST", server.url + "/v1/completions", json=never_ending(server) | {"stream": True} | more
@@ -59,7 +59,7 @@ def server():
         yield running
 
 
-# An engine that says before each step how many answers run and wait, and takes the step when it is told to.
+# An engine that sends before each step how many answers run and wait, and runs the step when it is told to.
 GATED = f"""
 import os, socket
 from llama import Llama
@@ -81,11 +81,10 @@ serve(load, Settings(port=0, no_web=True, max_waiting=1), "m")
 
 
 class Gated:
-    """A server whose engine steps when it is told to, with three answers that run and one that waits.
+    """A server whose engine steps when it is told to, with three running answers and one that waits.
 
     Attributes:
-        links: of the clients; the first is answered in 30 tokens, the others have as many as there is room for. All but
-            one stream.
+        links: the clients' connections. The first answer has 30 tokens, the others fill the context; three stream.
     """
 
     def __init__(self, server: Server, gate: socket.socket):
@@ -106,13 +105,13 @@ class Gated:
         self._gate.sendall(b"x")
 
     def step_until(self, expected: str) -> None:
-        """Until an engine that runs and has waiting so many is about to take a step."""
+        """Steps until the engine reports the expected numbers of running and waiting answers."""
         while (found := self._counts.readline().strip()) != expected:
             assert found, "the engine is gone"
             self.step()
 
     def counts(self) -> str:
-        """How many run and wait, before the next step is taken."""
+        """How many answers run and wait, before the next step."""
         return self._counts.readline().strip()
 
 
@@ -125,11 +124,11 @@ def gated():
         yield server, Gated(server, gate)
 
 
-def test_clients_that_leave_free_their_slots_within_one_step_streaming_or_not_and_so_do_those_that_wait(gated):
+def test_clients_that_leave_free_their_slots_or_places_in_the_queue_within_one_step_streaming_or_not(gated):
     server, engine = gated
     for link in engine.links[1:]:
         link.close()
-    for _ in range(2):  # which are answered after the server has seen them go
+    for _ in range(2):  # whose answers come after the server has seen the clients leave
         httpx.get(server.url + "/health")
     engine.step()
     assert engine.counts() == "1 0"
@@ -143,7 +142,7 @@ def test_a_full_queue_is_a_429_with_retry_after_and_the_running_answer_goes_on(g
     assert httpx.get(server.url + "/health").status_code == 200
     assert (metric(server, "llama_running"), metric(server, "llama_waiting")) == (3, 1)
     engine.step()
-    engine.step_until("3 0")  # the first has its 30 tokens, and the one that waited its slot
+    engine.step_until("3 0")  # the first answer has its 30 tokens, and the one that waited has its slot
     text = b""
     while not text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
         text += engine.links[0].recv(4096)
@@ -163,7 +162,7 @@ def test_a_large_body_is_a_413_whether_its_length_is_announced_or_not(server):
         assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
 
 
-def test_keys_of_all_three_places_let_in_and_nothing_else_does(tmp_path):
+def test_keys_from_all_three_sources_are_accepted_and_nothing_else_is(tmp_path):
     file = tmp_path / "keys"
     file.write_text("from-file\n\n")
     keys = ("--api_key", "first,second", "--api_key_file", str(file))
@@ -191,7 +190,7 @@ def test_no_prompt_and_no_answer_is_in_the_log_unless_asked_for(server):
             assert (json.dumps(text) in running.log) == is_there
 
 
-def test_a_browser_page_of_another_origin_is_let_in_only_where_it_was_named(server):
+def test_a_browser_page_of_another_origin_may_call_the_server_only_if_it_is_named(server):
     ask = lambda server, origin: httpx.get(server.url + "/v1/models", headers={"Origin": origin}).headers  # noqa: E731
     assert "access-control-allow-origin" not in ask(server, "https://example.org")
     with Server(*SMALL, "--cors_origins", "https://example.org") as other:
@@ -210,7 +209,7 @@ def test_a_request_that_takes_too_long_is_a_504_and_frees_its_slot():
         assert '"code":"timeout"' in text and "[DONE]" not in text
 
 
-def test_sigterm_ends_what_runs_takes_no_more_and_exits_0():
+def test_after_sigterm_running_answers_finish_new_requests_are_refused_and_the_exit_code_is_0():
     with Server("--no_web", "--max_seq_len", "100") as server:
         client, _, running = begin(server)
         server.process.send_signal(signal.SIGTERM)
@@ -220,7 +219,7 @@ def test_sigterm_ends_what_runs_takes_no_more_and_exits_0():
         assert server.process.wait(60) == 0
 
 
-def test_an_answer_that_outlasts_the_grace_is_told_so_and_the_exit_code_is_0():
+def test_an_answer_that_outlasts_the_grace_gets_an_error_and_the_exit_code_is_0():
     with Server(*SMALL, "--grace", "0.1", "--max_seq_len", "4096") as server:
         client, _, running = begin(server)
         server.process.send_signal(signal.SIGTERM)
@@ -237,11 +236,11 @@ def listens(server: Server) -> bool:
         return False
 
 
-def test_a_following_rank_that_is_killed_takes_the_server_with_it(tmp_path):
+def test_the_server_ends_when_another_rank_is_killed(tmp_path):
     folder = split_checkpoint(DEMO, tmp_path / "split", 2, "rows")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    # As torchrun starts them, but for torchrun itself, which would end the server anyway.
+    # Started as torchrun would, but without torchrun, which would end the server anyway.
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     options = (*SMALL, "--ckpt_dir", str(folder))
     follower = Server(*options, wait=False, RANK="1", LOCAL_RANK="1", **place)
@@ -256,7 +255,7 @@ def test_a_following_rank_that_is_killed_takes_the_server_with_it(tmp_path):
         follower.process.send_signal(signal.SIGKILL)
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_reason():
+def test_if_the_model_cannot_be_loaded_the_process_ends_and_prints_the_reason():
     with Server("--ckpt_dir", "/nowhere", wait=False) as server:
         assert server.process.wait(60) == 1
         assert "the engine has failed: FileNotFoundError" in server.log
@@ -291,7 +290,7 @@ def test_a_failed_engine_fails_its_requests_and_the_process_ends_with_1():
         assert server.process.wait(60) == 1
 
 
-def test_while_the_model_is_loading_health_is_a_503_and_so_is_everything_else():
+def test_while_the_model_is_loading_every_endpoint_returns_503():
     with Server(code=BREAKS, wait=False, SLOWLY="1") as server:
         health = httpx.get(server.url + "/health", timeout=60)
         assert health.status_code == 503 and health.json()["error"]["code"] == "loading"
@@ -300,7 +299,7 @@ def test_while_the_model_is_loading_health_is_a_503_and_so_is_everything_else():
         assert server.process.wait(60) == 0
 
 
-def test_what_a_server_cannot_be_told_is_an_error_before_anything_is_loaded(tmp_path):
+def test_a_bad_option_of_the_server_is_an_error_before_anything_is_loaded(tmp_path):
     for options, message in (
         (("--port", "70000"), "port = 70000"),
         (("--api_key", ""), "at least one key"),

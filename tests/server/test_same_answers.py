@@ -1,4 +1,4 @@
-"""64 requests at once, half of them streamed, some leaving half-way: each finished answer is the one of offline."""
+"""64 requests at once, half of them streamed, some cancelled half-way: each finished answer equals the offline one."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ def requests() -> list[tuple[list[dict], dict]]:
 
 
 async def ask_all(url: str) -> list[str | None]:
-    """The answers; None where the client has left after its second chunk."""
+    """The answers; None if the client has left after its second chunk."""
     async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=300) as client:
 
         async def ask(i: int, messages: list[dict], options: dict) -> str | None:
@@ -49,7 +49,7 @@ async def ask_all(url: str) -> list[str | None]:
 
 @pytest.fixture(scope="module")
 def alone(demo: Llama) -> list[str]:
-    """What each gets from `Llama.chat_completion`, one after the other."""
+    """The answers of `Llama.chat_completion`, one call after the other."""
     answers = []
     for messages, options in requests():
         given = {"top_p": 1.0, **options}
@@ -59,12 +59,12 @@ def alone(demo: Llama) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sixty_four_at_once_are_answered_as_each_alone(processes, alone, tmp_path):
+def test_64_requests_at_once_get_the_same_answers_as_each_alone(processes, alone, tmp_path):
     folder = DEMO if processes == 1 else split_checkpoint(DEMO, tmp_path / "split", 2, "rows")
     options = ("--ckpt_dir", str(folder), "--model_name", "m", "--max_seq_len", "512", "--no_web")
     with Server(*options, processes=processes) as server:
         answers = asyncio.run(ask_all(server.url))
         os.kill(server.ranks[0], signal.SIGTERM)
-        assert server.process.wait(60) == 0  # of all ranks
+        assert server.process.wait(60) == 0  # all ranks have ended
     assert sum(answer is None for answer in answers) == N // 8
     assert [a for a in answers if a is not None] == [e for e, a in zip(alone, answers) if a is not None]

@@ -1,4 +1,4 @@
-"""Tools: the prompt is Meta's, a call is read out of the answer, whole and piece by piece."""
+"""Tools: the prompt is Meta's, and a call is parsed from the answer, whole or in pieces."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_the_prompt_of_a_call_and_its_result_is_the_one_that_meta_documents(demo
     assert demo.tokenizer.decode(demo.formatter.encode_dialog_prompt(offered)) == PROMPT
 
 
-def test_the_earlier_turns_and_the_given_dialog_are_left_as_they_are():
+def test_the_earlier_turns_and_the_given_dialog_are_unchanged():
     dialog = [*ASKED, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And in Rome?"}]
     before = json.dumps(dialog)
     written = offer_tools(dialog, [WEATHER])
@@ -103,7 +103,7 @@ def test_an_answer_is_read_the_same_whole_and_in_pieces(answer, expected, is_who
     assert [*joined.items()] == expected and reader.has_call == is_whole
 
 
-def test_the_arguments_of_a_call_come_while_they_are_written():
+def test_the_arguments_of_a_call_are_streamed():
     reader = AnswerReader(["get_weather"])
     pieces = [event for end in range(1, len(CALL) + 1) for event in reader.read(CALL[:end])]
     assert len([piece for kind, piece in pieces if kind == "arguments"]) > 20
@@ -115,7 +115,7 @@ def server_for(folder):
     return Server("--ckpt_dir", str(folder), "--model_name", "m", "--max_seq_len", "4096", "--no_web")
 
 
-def test_a_call_that_is_asked_for_comes_back_as_tool_calls_whole_and_streamed(write_checkpoint):
+def test_a_forced_call_comes_back_as_tool_calls_whole_and_streamed(write_checkpoint):
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
     openai = pytest.importorskip("openai")

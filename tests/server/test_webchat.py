@@ -20,7 +20,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 ANSWER = "Ones: 1 + 4 = 5. Tens: 2 + 3 = 5. So 21 + 34 = 55."
-# Notes every text that the first answer has had, however short the time.
+# Records every text that the first answer has had, however briefly.
 WATCH = """
 window.seen = [];
 new MutationObserver(() => {
@@ -52,7 +52,7 @@ def browser(tmp_path_factory):
 
 
 class Page:
-    """What one sees of the chat, and what one can do."""
+    """The chat as a user sees and uses it."""
 
     def __init__(self, browser, server: Server):
         self.browser, self.url = browser, server.url
@@ -70,7 +70,7 @@ class Page:
         return self.browser.find_elements(By.CSS_SELECTOR, f'[aria-label="{label}"]')[-1]
 
     def press(self, label: str) -> None:
-        """Clicks a button once it is there to be clicked, however often the page is drawn anew meanwhile."""
+        """Clicks a button as soon as it can be clicked, however often the page is redrawn meanwhile."""
         self.wait(lambda: self.button(label).click() is None)
 
     def texts(self) -> list[str]:
@@ -78,7 +78,7 @@ class Page:
         return [element.text for element in found]
 
     def stale(self) -> list:
-        """The turns that what is being edited will take the place of."""
+        """The turns that the edited message will replace."""
         return self.browser.find_elements(By.CSS_SELECTOR, ".turn.stale")
 
     def set(self, label: str, text: str) -> None:
@@ -106,18 +106,18 @@ class Page:
 
 @pytest.fixture
 def page(browser, server) -> Page:
-    browser.switch_to.new_window("tab")  # which has a conversation of its own
+    browser.switch_to.new_window("tab")  # which has its own conversation
     page = Page(browser, server)
     page.set("Temperature", "0")
     return page
 
 
-def test_an_answer_streams_and_is_edited_asked_again_and_there_after_a_reload(page, demo):
+def test_an_answer_streams_survives_a_reload_and_can_be_edited_and_regenerated(page, demo):
     page.browser.execute_script(WATCH)
     page.ask("What is 21 + 34?")
     page.wait(lambda: page.texts()[1] == ANSWER and page.button("Send").is_displayed())
     seen = page.browser.execute_script("return window.seen")
-    assert any(text and ANSWER.startswith(text) and text != ANSWER for text in seen), seen  # it was seen to grow
+    assert any(text and ANSWER.startswith(text) and text != ANSWER for text in seen), seen  # it grew visibly
     assert "tokens/s" in page.browser.find_element(By.CLASS_NAME, "note").text
     assert "tiny" in page.browser.find_element(By.CLASS_NAME, "model-name").text
     for name, image in screenshots(page).items():
@@ -168,7 +168,7 @@ def test_a_long_answer_is_stopped_and_its_slot_is_free(page, server, demo):
     page.wait(lambda: "llama_running 0.0" in httpx.get(server.url + "/metrics").text)
     page.press("Regenerate")
     page.wait(lambda: page.button("Stop").is_displayed() and page.texts()[1] not in ("", "…"))
-    page.press("New chat")  # which the answer that was under way does not come into
+    page.press("New chat")  # the running answer must not appear in it
     page.wait(lambda: page.button("Send").is_displayed())
     assert page.texts() == []
 
@@ -187,7 +187,7 @@ def test_markdown_cannot_run_scripts_load_from_elsewhere_or_widen_the_page(page)
 
 
 def assert_no_other_host(page: Page, blocked: str | None = None) -> None:
-    """No request has gone anywhere but to the server; what the policy blocked has not gone."""
+    """All requests have gone to the server; requests that the policy blocked do not count."""
     import json
 
     sent, failed = {}, set()
@@ -204,7 +204,7 @@ def assert_no_other_host(page: Page, blocked: str | None = None) -> None:
 
 
 def screenshots(page: Page) -> dict[str, bytes]:
-    """At desktop and phone width, which the page is not wider than."""
+    """The page is not wider than the window, at desktop and phone width."""
     images = {}
     for name, width, height in (("desktop", 1280, 900), ("phone", 390, 844)):
         page.browser.execute_cdp_cmd(

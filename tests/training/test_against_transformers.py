@@ -1,4 +1,4 @@
-"""Fifty steps here and fifty steps with Transformers and PEFT, from the same weights, on the same data in one order."""
+"""Fifty steps here and fifty with Transformers and PEFT: the same first weights, the same data, the same order."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_an_adapter_that_peft_wrote_gives_the_same_logits_here(write_checkpoint,
     ids = torch.randint(512, (1, 40))
     with torch.no_grad():
         theirs = model(ids).logits
-    # For a directory of Meta's, and for one of Hugging Face's, whose rows of queries and keys are in another order.
+    # For a Meta directory, and for a Hugging Face one, which has the rows of queries and keys in another order.
     for folder in (ckpt, tmp_path / "hf"):
         assert (logits(folder, ids, adapter=tmp_path / "theirs") - theirs).abs().max() < 1e-5
 
@@ -117,7 +117,7 @@ def test_a_scalar_head_has_the_losses_weights_and_rewards_of_transformers(write_
     assert differences(log, losses) < TOLERANCE and losses[-1] < 0.5 * losses[0]
     theirs = {name: p.detach() for name, p in model.named_parameters()}
     assert relative_difference(load_file(tmp_path / "out" / "model.safetensors"), theirs) < TOLERANCE
-    # What was written is a reward model to Transformers and to `--scorer reward:DIR`.
+    # Transformers and `--scorer reward:DIR` read the result as a reward model.
     trained = LlamaForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     documents = [d for example in steps[0] for d in example.documents]
     with torch.no_grad():
@@ -129,13 +129,13 @@ def test_a_scalar_head_has_the_losses_weights_and_rewards_of_transformers(write_
 def test_a_saved_model_is_read_by_transformers_and_back_and_answers_with_its_new_weights(write_checkpoint, tmp_path):
     ckpt = write_checkpoint(tied_embeddings=True, dtype=torch.bfloat16)
     llama = Llama.build(ckpt, max_seq_len=64, max_batch_size=2, train=True)
-    assert llama.model.norm.weight.dtype == torch.float32  # in bfloat16 most steps of learning are rounded away
+    assert llama.model.norm.weight.dtype == torch.float32  # in bfloat16 rounding would lose most steps
     prompt = [[1, 2, 3, 4]]
     before = llama.generate(prompt, 8, temperature=0)[0]
     optimizer = decaying(llama.model, 0.0)
     for group in optimizer.param_groups:
         group["lr"] = 0.02
-    for _ in range(3):  # a second step has a graph of its own, though the model has a cache
+    for _ in range(3):  # each step has its own graph, although the model has a cache
         loss = torch.nn.functional.cross_entropy(llama.model(torch.tensor(prompt))[0], torch.tensor([7, 7, 7, 7]))
         loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in llama.model.parameters())
@@ -163,7 +163,7 @@ def test_a_saved_model_is_read_by_transformers_and_back_and_answers_with_its_new
 def test_a_model_that_was_built_to_answer_is_saved_bit_for_bit(write_checkpoint, tmp_path):
     ckpt = write_checkpoint()
     llama = Llama.build(ckpt, max_seq_len=64, max_batch_size=1)
-    llama.generate([[1, 2, 3]], 4)  # its matrices are packed from now on
+    llama.generate([[1, 2, 3]], 4)  # packs the matrices
     llama.save(tmp_path / "saved")
     saved, original = (open_shard(folder / "consolidated.00.pth") for folder in (tmp_path / "saved", ckpt))
     assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in saved)

@@ -1,4 +1,4 @@
-"""A step is the same step however it is packed, cut into passes or spread over processes."""
+"""A step is the same step however it is packed, or divided into passes and over processes."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ from llama.training.examples import Document, Example
 from llama.training.loss import LanguageLoss
 from llama.training.report import read_log
 
-# On each number of processes: fine-tunes, each [split over, options, data, checkpoint, result], then answers with each
-# [checkpoint, adapter].
+# On some number of processes: runs fine-tunings [model_parallel_size, options, data, checkpoint, result], then answers
+# with each [checkpoint, adapter].
 SCRIPT = """
 def all_of(runs, adapted):
     for size, options, data, ckpt, out in runs:
@@ -66,7 +66,7 @@ def test_a_document_in_a_packed_row_sees_no_other(write_checkpoint):
     loss = LanguageLoss(model)
     alone = sum(loss(collate([example(n)], 64)) for n in (9, 20, 5, 30))
     assert abs(loss(packed) - alone) < 1e-3  # of a sum of about 400
-    packed.documents[:] = 0  # had they seen each other, this is what the sum would be
+    packed.documents[:] = 0  # if they saw each other, the sum would be this
     assert abs(loss(packed) - alone) > 1
 
 
@@ -86,13 +86,13 @@ def test_passes_are_about_equal_and_a_multiple_of_the_replicas():
     passes = cut_into_passes(examples, 80, 2)
     assert len(passes) == 2 and [sum(e.n_tokens for e in group) for group in passes] == [80, 70]
     assert len(cut_into_passes(examples[:1], 80, 4)) == 4  # three of them empty
-    assert [len(group) for group in cut_into_passes(examples[:2], 5, 1)] == [1, 1]  # no example is cut in two
+    assert [len(group) for group in cut_into_passes(examples[:2], 5, 1)] == [1, 1]  # no example is divided
 
 
 PLAIN = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 5, "lr": 1e-3, "pass_tokens": 128}
 KINDS = {"full": PLAIN, "lora": PLAIN | {"lora_rank": 4, "lr": 1e-2}, "head": PLAIN | {"head": "scalar"}}
 KINDS |= {"head and lora": KINDS["lora"] | {"head": "scalar"}}
-CASES = {  # what is learned by how many processes, over how many of which the model is split
+CASES = {  # for each number of processes: the kinds, each with a model-parallel size
     2: [("full", 2), ("full", 1), ("lora", 2)],
     4: [("full", 4), ("full", 2), ("full", 1), ("lora", 2), ("lora", 4), ("head", 4), ("head and lora", 2)],
 }

@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment, and started again ends with the weights of one that was not, to the bit."""
+"""A run that is killed at any moment and started again ends with the same weights, to the bit."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from llama.training.report import read_log
 
 OPTIONS = {"max_seq_len": 128, "batch_tokens": 300, "epochs": 100, "steps": 12, "lr": 1e-3, "save_every": 2}
 OPTIONS |= {"eval_share": 0.1, "eval_every": 5}
-# Runs each case, and runs it again, killed three times where its log has some lines.
+# Runs each case, and runs it again with three kills, each when the log has some number of lines.
 SCRIPT = """
 data, ckpt, folder, cases = sys.argv[1:4] + [json.loads(sys.argv[4])]
 plain = Trainer.step
 
 def start_run(out, n_processes, size, options, pause):
-    def slower(self, number, passes):  # so that a kill falls between steps, into one, and into saves
+    def slower(self, number, passes):  # so that kills hit steps, saves, and the time between
         time.sleep(pause)
         return plain(self, number, passes)
     Trainer.step = slower
@@ -62,7 +62,7 @@ def untimed_log(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in timed} for line in read_log(folder)]
 
 
-CASES = {  # processes, over how many of them the model is split, options
+CASES = {  # the number of processes, the model-parallel size, options
     "lora": (1, 1, {"lora_rank": 4}),
     "replicas": (2, 1, {}),
     "split": (2, 2, {}),
@@ -79,10 +79,10 @@ def test_a_run_killed_at_three_random_moments_ends_with_the_same_weights_to_the_
         assert files_of(killed) == files_of(whole), name
         logs = [untimed_log(folder.with_name(f"{folder.name}.training")) for folder in (killed, whole)]
         assert logs[0] == logs[1] and len(logs[0]) == OPTIONS["steps"], name
-        assert not list(tmp_path.glob("*.training/step-*"))  # the result is written: its saves go
+        assert not list(tmp_path.glob("*.training/step-*"))  # the saves are removed when the result is written
 
 
-def test_other_data_or_parameters_do_not_go_on_with_a_run(write_checkpoint, tmp_path, monkeypatch):
+def test_a_run_does_not_go_on_with_other_data_or_parameters(write_checkpoint, tmp_path, monkeypatch):
     ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
     other_data, other_ckpt = write_rows(tmp_path / "other.jsonl", seed=1), write_checkpoint("second", seed=1)
 
@@ -94,7 +94,7 @@ def test_other_data_or_parameters_do_not_go_on_with_a_run(write_checkpoint, tmp_
         run(data, tmp_path / "out", ckpt, steps=2)
     assert saves.newest(tmp_path / "out.training") == 2
     for changed, message in [
-        ((data, ckpt, {"lr": 2e-3}), r"started otherwise: lr was 0.001 and is 0.002. Start it so, or pass --force"),
+        ((data, ckpt, {"lr": 2e-3}), r"differently: lr was 0.001 and is 0.002. Start it so, or pass --force"),
         ((other_data, ckpt, {}), "data was '119 examples, "),
         ((data, other_ckpt, {}), "base was "),
         ((data, ckpt, {"lora_rank": 2}), "lora_rank was None and is 2"),
@@ -104,7 +104,7 @@ def test_other_data_or_parameters_do_not_go_on_with_a_run(write_checkpoint, tmp_
             run(rows, tmp_path / "out", base, **{"steps": 2} | options)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("llama.training.saves.remove_all", stopped)
-        run(data, tmp_path / "out", ckpt, steps=2)  # the same goes on, and is killed when its result is there
+        run(data, tmp_path / "out", ckpt, steps=2)  # the same run goes on, and is killed when it has written its result
     before = files_of(tmp_path / "out")
     with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
         run(data, tmp_path / "out", ckpt, steps=3)
@@ -116,7 +116,7 @@ def test_other_data_or_parameters_do_not_go_on_with_a_run(write_checkpoint, tmp_
 
 @pytest.fixture
 def small_files():
-    """No file may become larger than so many bytes, as on a disk that is full."""
+    """No file may exceed this many bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -144,9 +144,7 @@ def test_a_full_disk_leaves_the_last_save_whole_and_nothing_else(tmp_path, small
     assert torch.equal(module.weight, expected)
 
 
-def test_a_run_on_a_disk_that_becomes_full_goes_on_from_its_last_save(
-    write_checkpoint, tmp_path, mount_disk, monkeypatch
-):
+def test_after_the_disk_was_full_a_run_goes_on_from_its_last_save(write_checkpoint, tmp_path, mount_disk, monkeypatch):
     small_disk = mount_disk("3m")
     ckpt, data = write_checkpoint(n_layers=1), write_rows(tmp_path / "rows.jsonl", n=40)
     options = {"steps": 6, "save_every": 2, "lora_rank": 16}
@@ -164,7 +162,7 @@ def test_a_run_on_a_disk_that_becomes_full_goes_on_from_its_last_save(
         run(data, small_disk / "out", ckpt, **options)
     left = {path.name for path in (small_disk / "out.training").iterdir()}
     assert left == {"run.json", "log.jsonl", "step-00000002"} and not (small_disk / "out").exists()
-    with pytest.raises(OSError, match=r"step-00000004 needs [\d,]+ bytes, and [\d,]+ are free"):  # known beforehand
+    with pytest.raises(OSError, match=r"step-00000004 needs [\d,]+ bytes, and [\d,]+ are free"):  # found before writing
         others.write_bytes(bytes(others.stat().st_size + 8192))
         run(data, small_disk / "out", ckpt, **options)
     others.unlink()
@@ -212,7 +210,7 @@ def test_a_save_runs_no_code_and_a_damaged_one_is_refused(tmp_path):
         saves.load(tmp_path, 1, state)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(write_checkpoint, tmp_path, capsys):
+def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_last_good_state(write_checkpoint, tmp_path, capsys):
     ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
     options = {"clip": 0.0, "save_every": 100, "steps": 8}
     import llama.training.trainer as trainer

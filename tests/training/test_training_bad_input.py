@@ -1,4 +1,4 @@
-"""What a user can get wrong: each is refused before the first step, or counted, and says what was found."""
+"""A user's mistakes are refused before the first step, or counted, with what was found."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def learned(example, tokenizer) -> str:
     return tokenizer.decode([i for i, ok in zip(document.ids, document.learned) if ok])
 
 
-def test_each_form_of_a_row_is_learned_as_it_says(read):
+def test_from_each_form_of_a_row_the_right_tokens_are_learned(read):
     dialog = [USER, ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "no"}, USER]
     answers = [{"text": "a", "score": 0.2}, {"text": "b", "score": 0.9}, {"text": "c", "score": None}]
     rows = [{"messages": dialog}, {"prompt": "one", "completion": " two"}, {"text": "three"}]
@@ -60,17 +60,17 @@ def test_each_form_of_a_row_is_learned_as_it_says(read):
     assert all(not document.learned[0] for e in examples for document in e.documents)
 
 
-def test_a_rollout_is_learned_as_it_went_and_open_turns_are_none(read):
+def test_a_whole_rollout_is_learned_and_a_row_with_open_turns_is_skipped(read):
     asked = [USER, {"role": "assistant", "content": "<PLACEHOLDER>"}, {"role": "user", "content": "and?"}]
     drawn = [USER, ANSWER, asked[2], {"role": "assistant", "content": "no"}]
     best, broken_off = ({"text": "no", "score": 1, "messages": drawn, "finish_reason": f} for f in ("stop", "length"))
     rows = [{"messages": asked, "answers": [best]}, {"messages": asked, "answers": [broken_off]}]
-    rows += [{"messages": "hi", "answers": [{"text": "yes", "score": 1}]}]  # as `sample` takes it
+    rows += [{"messages": "hi", "answers": [{"text": "yes", "score": 1}]}]  # a dialog of one turn, as in `sample`
     examples, skipped, tokenizer = read(*rows, {"messages": [*asked, ANSWER]}, {"text": "yes", "finish_reason": "stop"})
     texts = [learned(e, tokenizer) for e in examples]
     assert texts == ["yes<|eot_id|>no<|eot_id|>", "yes<|eot_id|>no", "yes<|eot_id|>"]
     assert "PLACEHOLDER" not in tokenizer.decode(examples[0].documents[0].ids)
-    assert skipped[0] == "1 row has open turns: expected what was answered in their places (the first is line 4)"
+    assert skipped[0] == "1 row has open turns: expected answers in their places (the first is line 4)"
     assert skipped[1].startswith("1 row is broken (the first is line 5: found 'text', 'finish_reason': expected")
 
 
@@ -78,7 +78,7 @@ TEMPLATE = """{% for m in messages %}{{ '<|start_header_id|>' + m.role + ':' + m
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant:' }}{% endif %}"""
 
 
-def test_dialogs_are_learned_in_the_format_of_the_checkpoints_own_template(write_checkpoint):
+def test_dialogs_are_learned_in_the_format_of_the_checkpoints_template(write_checkpoint):
     tokenizer = Tokenizer(write_checkpoint() / "tokenizer.model")
     tokenizer.chat_template = ChatTemplate(TEMPLATE, Path("tokenizer_config.json"), {})
     reader = Reader(tokenizer, 100)
@@ -92,11 +92,11 @@ def test_dialogs_are_learned_in_the_format_of_the_checkpoints_own_template(write
         map(row_of, [1], [{"messages": [USER], "chosen": "yes", "rejected": "no"}])
     )
     assert pair.documents[0].ids == sampled.documents[0].ids
-    # A template that opens an answer with what it does not write in a whole dialog: nothing learned would be drawn.
+    # This template opens an answer with text that is not in a whole dialog: the model would never draw what it learned.
     tokenizer.chat_template = ChatTemplate(TEMPLATE.replace("assistant:", "assistant:<think>"), Path("x"), {})
     reader = Reader(tokenizer, 100)
     assert not reader.read(map(row_of, [1], [{"messages": [USER, ANSWER]}]))
-    assert reader.skipped.lines()[0].startswith("1 row has an answer that the chat template writes otherwise")
+    assert reader.skipped.lines()[0].startswith("1 row has an answer that the chat template does not write after")
 
 
 def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted(read):
@@ -112,7 +112,7 @@ def test_rows_without_an_answer_and_rows_too_long_are_skipped_or_cut_and_counted
     assert [len(e.documents[0].ids) for e in examples] == [60]
     assert [line.split(" (")[0] for line in skipped] == [
         "1 row is longer than max_seq_len = 60: cut",
-        "1 row is longer than max_seq_len = 60, and nothing learned is in their beginning: skipped",
+        "1 row is longer than max_seq_len = 60, with nothing to learn before the cut: skipped",
     ]
     _, skipped, _ = read({"messages": [USER], "answers": [{"text": "a", "score": 0.2}]}, threshold=0.5)
     assert skipped[0].startswith("1 row has no answer with a score of at least 0.5")
@@ -137,7 +137,7 @@ def test_a_data_set_with_nothing_to_learn_from_is_refused(write_checkpoint, tmp_
         run(write(tmp_path / "empty.jsonl"), tmp_path / "out", ckpt)
     with pytest.raises(ValueError, match="nothing to learn from: 1 row has no turn of the assistant"):
         run(write(tmp_path / "users.jsonl", {"messages": [USER]}), tmp_path / "out", ckpt)
-    with pytest.raises(ValueError, match=r"epochs = 0.01 of 3 examples is not one example"):
+    with pytest.raises(ValueError, match=r"epochs = 0.01 of 3 examples is less than one example"):
         run(write(tmp_path / "few.jsonl", *[{"text": "a"}] * 3), tmp_path / "out", ckpt, epochs=0.01)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
 
@@ -202,7 +202,7 @@ def test_a_quantised_checkpoint_takes_an_adapter_and_no_full_fine_tuning(write_c
             run(data, adapter, rounded)
         with pytest.raises(ValueError, match="rounded matrices cannot learn"):
             Llama.build(rounded, max_seq_len=64, train=True)
-        # The adapter learns nearly the same as on the plain weights: the gradients through the codes are right.
+        # The adapter learns nearly the same as on the plain weights, so the gradients through the codes are right.
         log = run(data, adapter, rounded, **options)
         assert max(abs(a["loss"] - b["loss"]) for a, b in zip(log, plain)) < tolerance
         check_an_adapter_beside_codes(rounded, kind, adapter)
@@ -214,10 +214,10 @@ def check_an_adapter_beside_codes(rounded: Path, kind: str, adapter: Path) -> No
     with torch.inference_mode():
         assert (beside.model(ids) - without.model(ids)).abs().max() > 0.1
     copied = copy.deepcopy(beside.model)
-    assert torch.equal(copied(ids), beside.model(ids))  # nothing in it wants gradients
+    assert torch.equal(copied(ids), beside.model(ids))  # none of its parameters requires gradients
     with pytest.raises(ValueError, match="compile = True with an adapter beside quantised weights"):
         Llama.build(rounded, max_seq_len=64, adapter=adapter, compile=True)
-    assert fingerprint(beside) != fingerprint(without)  # no file of answers goes on with the other
+    assert fingerprint(beside) != fingerprint(without)  # so no journal goes on with the other
     with pytest.raises(ValueError, match=f"the weights are in {kind}: expected a model that was built without"):
         without.save(rounded.with_name("saved"))
 
@@ -232,7 +232,7 @@ def test_a_forward_pass_that_would_need_gradients_of_codes_is_an_error(write_che
         model(ids)
 
 
-def test_a_file_where_the_result_should_go_or_no_data_is_refused_first(write_checkpoint, tmp_path):
+def test_an_existing_result_or_missing_data_is_refused_before_anything_runs(write_checkpoint, tmp_path):
     ckpt, data = write_checkpoint(), write_rows(tmp_path / "rows.jsonl")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         finetune(tmp_path / "none.jsonl", tmp_path / "out", ckpt, Options())

@@ -1,4 +1,4 @@
-"""What the tests of training share: data, a run of the package's, and the slow obvious loop with Transformers."""
+"""Shared by the tests of training: data, a run of the package, and the slow obvious loop with Transformers."""
 
 import json
 import random
@@ -16,14 +16,14 @@ from llama.training.examples import Example, Reader
 from llama.training.report import read_log
 from llama.training.trainer import cosine
 
-# The beginning of a script whose runs are forked from a process that has imported everything: an import takes longer
-# than a run. `start` forks the ranks of one, which call a function each, and `ended` waits for them.
+# The beginning of a script that forks its runs from a process that has imported everything, because importing takes
+# longer than a run. `start` forks the ranks of a run, each of which calls a function; `ended` waits for them.
 FORKS = """
 import json, os, random, signal, socket, sys, time, traceback
 import torch
 import torch._dynamo  # as optimizers do
 torch.set_num_threads(1)
-sys.modules["matplotlib.figure"] = None  # curves take longer than the training
+sys.modules["matplotlib.figure"] = None  # drawing curves takes longer than the training
 import llama.training.sft
 from llama import Llama
 from llama.training import Options, finetune
@@ -95,7 +95,7 @@ def run(data: Path, out: Path, ckpt: Path, **options) -> list[dict]:
 
 
 def steps_of(data: Path, ckpt: Path, pairs: bool = False, **options) -> list[list[Example]]:
-    """The examples of each step that `run` with these options does."""
+    """The examples of each step of a `run` with these options."""
     settings = {"batch_tokens": 300, "epochs": 100, "steps": 50, "seed": 1} | options
     examples = Reader(Tokenizer(ckpt / "tokenizer.model"), 128, pairs=pairs).read(Rows(data))
     steps = plan_steps(examples, settings["batch_tokens"], settings["epochs"], settings["seed"], settings["steps"])
@@ -103,7 +103,7 @@ def steps_of(data: Path, ckpt: Path, pairs: bool = False, **options) -> list[lis
 
 
 def hugging_face(ckpt: Path, folder: Path):
-    """The same weights as Transformers' model, float32."""
+    """Transformers' model with the same weights, float32."""
     from transformers import LlamaForCausalLM
 
     convert(ckpt, folder, "hf")
@@ -120,7 +120,7 @@ def padded(documents: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def decaying(model: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, whose decay leaves the norms out, as Transformers' Trainer does."""
+    """AdamW without decay of the norms, like Transformers' Trainer."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if "norm" not in name], "weight_decay": weight_decay},
