@@ -18,56 +18,69 @@ namespace {
 
 // ---- few rows: vectors
 
-template <int BITS, int P, int R>
-void few_rows(const uint8_t* block, const Shape& s, const Rows& x, int64_t row, __m512* out) {
-  for (int r = 0; r < R; r++) out[r] = _mm512_setzero_ps();
-  const __m512i nibble = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+// R rows of x times B blocks: several blocks are several streams from memory, and share the numbers of x.
+template <int BITS, int P, int R, int B>
+void few_rows(const uint8_t* const* blocks, const Shape& s, const Rows& x, int64_t row, __m512 (*out)[kFewRows]) {
+  for (int b = 0; b < B; b++)
+    for (int r = 0; r < R; r++) out[b][r] = _mm512_setzero_ps();
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16), sign = _mm512_set1_epi8(-128);
   for (int64_t g = 0; g < s.n_groups; g++) {
-    const uint8_t* codes = codes_of<BITS>(block, s, g);
     const int64_t start = g * s.group, size = std::min(s.group, s.k - start);
-    __m512i even[R][P], odd[R][P];
-    for (int r = 0; r < R; r++)
-      for (int p = 0; p < P; p++) even[r][p] = odd[r][p] = _mm512_setzero_si512();
+    const uint8_t* codes[B];
+    __m512i even[B][R][P], odd[B][R][P];
+    for (int b = 0; b < B; b++) {
+      codes[b] = codes_of<BITS>(blocks[b], s, g);
+      for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) even[b][r][p] = odd[b][r][p] = _mm512_setzero_si512();
+    }
     for (int64_t from = 0; from < size; from += x.step) {
       const int8_t* x_at[R][P];
       for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) x_at[r][p] = x.at(row + r, p, start + from);
       for (int64_t k = 0; k < x.step; k += 8) {
-        __m512i a, b;  // four columns each, without a sign
-        if (BITS == 8) {
-          const uint8_t* line = codes + (from + k) * kRows;
-          a = _mm512_xor_si512(_mm512_loadu_si512(line), sign);
-          b = _mm512_xor_si512(_mm512_loadu_si512(line + kLine), sign);
+        __m512i a[B], c[B];  // four columns each, without a sign; of 4 bits, those of c are in the upper halves
+        for (int b = 0; b < B; b++) {
+          const uint8_t* line = codes[b] + (from + k) * kRows / (BITS == 8 ? 1 : 2);
           _mm_prefetch(line + kAhead, _MM_HINT_T0);
-          _mm_prefetch(line + kAhead + kLine, _MM_HINT_T0);
-        } else {
-          const uint8_t* line = codes + (from + k) * kRows / 2;
-          __m512i both = _mm512_loadu_si512(line);
-          a = _mm512_and_si512(both, nibble);
-          b = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-          _mm_prefetch(line + kAhead, _MM_HINT_T0);
+          if (BITS == 8) _mm_prefetch(line + kAhead + kLine, _MM_HINT_T0);
+          if (BITS == 8) {
+            a[b] = _mm512_xor_si512(_mm512_loadu_si512(line), sign);
+            c[b] = _mm512_xor_si512(_mm512_loadu_si512(line + kLine), sign);
+          } else {
+            __m512i both = _mm512_loadu_si512(line);
+            a[b] = _mm512_and_si512(both, low);
+            c[b] = _mm512_and_si512(both, high);
+          }
         }
         for (int r = 0; r < R; r++)
           for (int p = 0; p < P; p++) {
             int32_t x0, x1;
             std::memcpy(&x0, x_at[r][p] + k, 4);
             std::memcpy(&x1, x_at[r][p] + k + 4, 4);
-            even[r][p] = _mm512_dpbusd_epi32(even[r][p], a, _mm512_set1_epi32(x0));
-            odd[r][p] = _mm512_dpbusd_epi32(odd[r][p], b, _mm512_set1_epi32(x1));
+            const __m512i first = _mm512_set1_epi32(x0), second = _mm512_set1_epi32(x1);
+            for (int b = 0; b < B; b++) {
+              even[b][r][p] = _mm512_dpbusd_epi32(even[b][r][p], a[b], first);
+              odd[b][r][p] = _mm512_dpbusd_epi32(odd[b][r][p], c[b], second);
+            }
           }
       }
     }
-    const Scales scales = scales_of<BITS>(BITS == 8 ? block : codes - kLine);
-    for (int r = 0; r < R; r++) {
-      constexpr int offset = BITS == 8 ? 128 : 8;  // that was added to the codes
-      const int64_t at = (row + r) * s.n_groups + g;
-      __m512i sum[P];
-      for (int p = 0; p < P; p++)
-        sum[p] = _mm512_sub_epi32(_mm512_add_epi32(even[r][p], odd[r][p]), _mm512_set1_epi32(offset * x.sums[at * P + p]));
-      out[r] = add_group<BITS>(out[r], joined<BITS, P>(sum), scales, x.totals[at]);
+    for (int b = 0; b < B; b++) {
+      const Scales scales = scales_of<BITS>(BITS == 8 ? blocks[b] : codes[b] - kLine);
+      for (int r = 0; r < R; r++) {
+        constexpr int offset = BITS == 8 ? 128 : 8;  // that was added to the codes
+        const int64_t at = (row + r) * s.n_groups + g;
+        __m512i sum[P];
+        for (int p = 0; p < P; p++) {
+          const __m512i upper = BITS == 8 ? odd[b][r][p] : _mm512_srai_epi32(odd[b][r][p], 4);
+          sum[p] = _mm512_sub_epi32(_mm512_add_epi32(even[b][r][p], upper), _mm512_set1_epi32(offset * x.sums[at * P + p]));
+        }
+        out[b][r] = add_group<BITS>(out[b][r], joined<BITS, P>(sum), scales, x.totals[at]);
+      }
     }
   }
-  for (int r = 0; r < R; r++) out[r] = _mm512_mul_ps(out[r], _mm512_set1_ps(x.scales[row + r]));
+  for (int b = 0; b < B; b++)
+    for (int r = 0; r < R; r++) out[b][r] = _mm512_mul_ps(out[b][r], _mm512_set1_ps(x.scales[row + r]));
 }
 
 // ---- one product
@@ -105,48 +118,64 @@ struct Buffer {  // memory of one thread, kept from call to call
   ~Buffer() { std::free(data); }
 };
 
+struct Task {  // blocks that are multiplied together, and where their results go
+  const uint8_t* blocks[kBlocksPerTask];
+  int64_t columns[kBlocksPerTask];
+  __mmask16 masks[kBlocksPerTask];
+  int64_t n_blocks;
+  Task(const Product& p, int64_t number) {
+    n_blocks = std::min(kBlocksPerTask, p.n_blocks - number * kBlocksPerTask);
+    for (int64_t i = 0; i < kBlocksPerTask; i++) {  // the last one again, where some are missing
+      const int64_t block = number * kBlocksPerTask + std::min(i, n_blocks - 1);
+      const Part& part = part_of(p, block);
+      const int64_t local = block - part.first_block;
+      blocks[i] = part.blocks + local * p.shape.block_bytes;
+      columns[i] = part.first_row + local * kRows;
+      masks[i] = first(part.rows - local * kRows);
+    }
+  }
+};
+
 template <int BITS, int P>
-void vector_task(const Product& p, int64_t first_block, int64_t last_block, const Rows& x, uint8_t* y) {
-  for (int64_t b = first_block; b < last_block; b++) {
-    const Part& part = part_of(p, b);
-    const int64_t local = b - part.first_block, at = part.first_row + local * kRows;
-    const uint8_t* block = part.blocks + local * p.shape.block_bytes;
-    const __mmask16 mask = first(part.rows - local * kRows);
-    __m512 out[kFewRows];
-    for (int64_t row = 0; row < x.n; row += kFewRows) {
-      const int64_t n = std::min(kFewRows, x.n - row);
-      if (n == 1) few_rows<BITS, P, 1>(block, p.shape, x, row, out);
-      if (n == 2) few_rows<BITS, P, 2>(block, p.shape, x, row, out);
-      if (n == 3) few_rows<BITS, P, 3>(block, p.shape, x, row, out);
-      if (n == 4) few_rows<BITS, P, 4>(block, p.shape, x, row, out);
-      for (int64_t r = 0; r < n; r++) store(y, (row + r) * p.out_features + at, p.type, mask, out[r]);
+void vector_task(const Product& p, const Task& task, const Rows& x, uint8_t* y) {
+  for (int64_t row = 0; row < x.n; row += kFewRows) {
+    const int64_t n = std::min(kFewRows, x.n - row);
+    __m512 out[kBlocksPerTask][kFewRows];
+    if (n == 1) few_rows<BITS, P, 1, kBlocksPerTask>(task.blocks, p.shape, x, row, out);
+    for (int64_t b = 0; b < task.n_blocks; b++) {
+      if (n == 2) few_rows<BITS, P, 2, 1>(task.blocks + b, p.shape, x, row, out + b);
+      if (n == 3) few_rows<BITS, P, 3, 1>(task.blocks + b, p.shape, x, row, out + b);
+      if (n == 4) few_rows<BITS, P, 4, 1>(task.blocks + b, p.shape, x, row, out + b);
+      for (int64_t r = 0; r < n; r++)
+        store(y, (row + r) * p.out_features + task.columns[b], p.type, task.masks[b], out[b][r]);
     }
   }
 }
 
 template <int BITS, int P>
-void tile_task(const Product& p, int64_t first_block, int64_t last_block, const Rows& x, float* sums, uint8_t* room,
-               uint8_t* y) {
+void one_tile_task(const Product& p, const Task& task, const Rows& x, uint8_t* y) {
 #ifdef __AMX_INT8__
-  const uint8_t* blocks[kBlocksPerTask];
-  for (int64_t i = 0; i < kBlocksPerTask; i++) {
-    const int64_t b = std::min(first_block + i, last_block - 1);
-    const Part& part = part_of(p, b);
-    blocks[i] = part.blocks + (b - part.first_block) * p.shape.block_bytes;
-  }
+  __m512 out[kBlocksPerTask][kTileRows];
+  few_rows_by_tiles<BITS, P>(task.blocks, p.shape, x, out);
+  for (int64_t b = 0; b < task.n_blocks; b++)
+    for (int64_t row = 0; row < x.n; row++)
+      store(y, row * p.out_features + task.columns[b], p.type, task.masks[b], out[b][row]);
+#endif
+}
+
+template <int BITS, int P>
+void tile_task(const Product& p, const Task& task, const Rows& x, float* sums, uint8_t* room, uint8_t* y) {
+#ifdef __AMX_INT8__
   if (BITS == 4)
-    many_rows_of_4_bits<P>(blocks, p.shape, x, sums, room);
+    many_rows_of_4_bits<P>(task.blocks, p.shape, x, sums, room);
   else
-    many_rows_of_8_bits<P>(blocks, p.shape, x, sums, room);
-  for (int64_t b = first_block; b < last_block; b++) {
-    const Part& part = part_of(p, b);
-    const int64_t local = b - part.first_block, at = part.first_row + local * kRows;
-    const __mmask16 mask = first(part.rows - local * kRows);
+    many_rows_of_8_bits<P>(task.blocks, p.shape, x, sums, room);
+  for (int64_t b = 0; b < task.n_blocks; b++)
     for (int64_t row = 0; row < x.n; row++) {
-      __m512 acc = _mm512_load_ps(sums + (row * kBlocksPerTask + b - first_block) * kRows);
-      store(y, row * p.out_features + at, p.type, mask, _mm512_mul_ps(acc, _mm512_set1_ps(x.scales[row])));
+      __m512 acc = _mm512_load_ps(sums + (row * kBlocksPerTask + b) * kRows);
+      acc = _mm512_mul_ps(acc, _mm512_set1_ps(x.scales[row]));
+      store(y, row * p.out_features + task.columns[b], p.type, task.masks[b], acc);
     }
-  }
 #endif
 }
 
@@ -166,7 +195,8 @@ void multiply(const Product& p, const uint8_t* x, int64_t n_rows, int64_t in_fea
     rows.sums = reinterpret_cast<int32_t*>(rows.totals + padded * s.n_groups);
     const uint8_t* x_from = x + from * in_features * element;
     uint8_t* y_from = y + from * p.out_features * element;
-    const bool tiles = p.tiles && n > kFewRows, alone = n < 8;
+    // One row is fastest with vectors; then a tile, as long as all planes fit it.
+    const bool one = p.tiles && n > 1 && n * P <= kTileRows, tiles = p.tiles && !one && n > kFewRows, alone = n < 8;
     if (alone)
       for (int64_t row = 0; row < n; row++) make_integers(rows, row, x_from, in_features, p.type, s.group);
     std::atomic<int64_t> next_row{0}, next_task{0};
@@ -187,16 +217,20 @@ void multiply(const Product& p, const uint8_t* x, int64_t n_rows, int64_t in_fea
         configure_tiles<P>(rows.tile_rows, rows.step);
 #endif
       }
-      for (int64_t task; (task = next_task++) < n_tasks;) {
-        const int64_t first_block = task * kBlocksPerTask;
-        const int64_t last_block = std::min(first_block + kBlocksPerTask, p.n_blocks);
-        if (tiles)
-          tile_task<BITS, P>(p, first_block, last_block, rows, sums, room, y_from);
+#ifdef __AMX_INT8__
+      if (one) configure_one_tile(n * P, rows.step);
+#endif
+      for (int64_t number; (number = next_task++) < n_tasks;) {
+        const Task task(p, number);
+        if (one)
+          one_tile_task<BITS, P>(p, task, rows, y_from);
+        else if (tiles)
+          tile_task<BITS, P>(p, task, rows, sums, room, y_from);
         else
-          vector_task<BITS, P>(p, first_block, last_block, rows, y_from);
+          vector_task<BITS, P>(p, task, rows, y_from);
       }
 #ifdef __AMX_INT8__
-      if (tiles) _tile_release();
+      if (one || tiles) _tile_release();
 #endif
     }
   }

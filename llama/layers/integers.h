@@ -17,6 +17,7 @@ constexpr int64_t kLine = 64;          // bytes of a vector
 constexpr int64_t kBlocksPerTask = 4;  // what a thread takes at a time
 constexpr int64_t kMaxBytes = 1 << 20; // of the planes of x at a time: they should stay in a core's cache
 constexpr int64_t kTileRows = 16;
+constexpr int64_t kMaxGroup = 128;     // columns of 4 bits that share a scale
 constexpr int64_t kChunkRows = 64;     // of x whose sums stay in the first cache
 constexpr int64_t kChunkColumns = 512; // of which the codes do
 constexpr int64_t kAhead = 4096;       // bytes that are asked of the memory ahead

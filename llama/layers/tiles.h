@@ -1,31 +1,15 @@
-// Products of many rows with AMX, whose tiles multiply 16 rows of x by 16 rows of codes, 64 columns at a time.
-// Intel's Architectures Software Developer's Manual, volume 1, chapter 18.
+// Products with AMX: a tile of x times a tile with 64 columns of 16 rows of codes.
 
 #pragma once
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#include "amx.h"
 #include "integers.h"
 
 #ifdef __AMX_INT8__
 
 namespace {
 
-constexpr int64_t kArchReqXcompPerm = 0x1023, kXfeatureXtileData = 18;  // docs.kernel.org/arch/x86/xstate
-
-bool may_use_tiles() { return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtileData) == 0; }
-
-// The intrinsics of tiles do not tell the compiler which memory they read and write.
-inline void touch(void* memory) { asm volatile("" ::"r"(memory) : "memory"); }
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// The first tiles are the sums of two blocks, 2 * plane + block. Then, for two planes, come the integers of each and
+// For many rows, the first tiles are the sums of two blocks, 2 * plane + block. Then, for two planes, come the integers of each and
 // the codes of each block; for three, one tile of either.
 template <int P>
 void configure_tiles(int64_t n_rows, int64_t step) {
@@ -80,7 +64,7 @@ inline void store_tiles(int32_t (*sums)[2][kTileRows][kRows]) {
 // Adds the products of `size` columns of 16 rows of x with those of two blocks.
 template <int P>
 inline void add_products(const Rows& x, int64_t row, int64_t column, int64_t size, const uint8_t* const* codes) {
-  touch(const_cast<uint8_t*>(codes[0]));
+  touch(codes[0]);
   const int8_t* integers = x.at(row, 0, column);  // of the planes one after the other, step by step
   const int64_t plane = x.tile_rows * x.step;
   for (int64_t k = 0; k < size; k += x.step, integers += P * plane) {
@@ -111,16 +95,94 @@ inline void add_products(const Rows& x, int64_t row, int64_t column, int64_t siz
   }
 }
 
-// The codes of a group as signed bytes, [k / 4][16 rows][4]: as tiles take them. Those of 8 bits lie so.
+// The 4-bit codes of a group as bytes, [k / 4][16 rows][4], the form that tiles take and that 8-bit codes have already.
+template <bool SIGNED>
 inline void spread(const uint8_t* codes, int64_t size, uint8_t* out) {
-  const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(8);
+  const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(SIGNED ? 8 : 0);
   for (int64_t k = 0; k < size; k += 8) {
     __m512i both = _mm512_loadu_si512(codes + k * kRows / 2);
     _mm_prefetch(codes + k * kRows / 2 + kAhead, _MM_HINT_T0);
     __m512i a = _mm512_and_si512(both, nibble), b = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-    _mm512_store_si512(out + k * kRows, _mm512_sub_epi8(a, offset));
-    _mm512_store_si512(out + k * kRows + kLine, _mm512_sub_epi8(b, offset));
+    _mm512_store_si512(out + k * kRows, SIGNED ? _mm512_sub_epi8(a, offset) : a);
+    _mm512_store_si512(out + k * kRows + kLine, SIGNED ? _mm512_sub_epi8(b, offset) : b);
   }
+  touch(out);
+}
+
+// For few rows of x, whose planes fit one tile: tiles 0 to 3 are the sums of four blocks, 4 the integers, 5 to 7 codes.
+void configure_one_tile(int64_t n_integers, int64_t step) {
+  TileConfig config;
+  for (int t = 0; t < 8; t++) {
+    config.bytes[t] = t == 4 ? step : kLine;
+    config.rows[t] = t < 5 ? n_integers : step / 4;
+  }
+  touch(&config);
+  _tile_loadconfig(&config);
+}
+
+// Four blocks times few rows of x, into `out` [block][row]. 8-bit codes go from memory straight into tiles, 4-bit codes
+// by way of the first cache. Four blocks are four streams, which keep the memory busier than one.
+template <int BITS, int P>
+void few_rows_by_tiles(const uint8_t* const* blocks, const Shape& s, const Rows& x, __m512 (*out)[kTileRows]) {
+  alignas(64) int32_t products[kBlocksPerTask][kTileRows][kRows];
+  alignas(64) uint8_t bytes[kBlocksPerTask][BITS == 4 ? kMaxGroup * kRows : 1];
+  for (int64_t g = 0; g < s.n_groups; g++) {
+    const int64_t start = g * s.group;
+    const uint8_t *codes[kBlocksPerTask], *at[kBlocksPerTask];
+    for (int b = 0; b < kBlocksPerTask; b++) {
+      codes[b] = codes_of<BITS>(blocks[b], s, g);
+      if (BITS == 4) spread<false>(codes[b], s.group, bytes[b]);
+    }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < s.group; k += x.step) {
+      for (int b = 0; b < kBlocksPerTask; b++) {
+        at[b] = (BITS == 4 ? bytes[b] : codes[b]) + k * kRows;
+        for (int64_t byte = 0; BITS == 8 && byte < x.step * kRows; byte += kLine)
+          _mm_prefetch(at[b] + kAhead + byte, _MM_HINT_T0);
+      }
+      _tile_loadd(4, x.at(0, 0, start + k), x.step);
+      _tile_loadd(5, at[0], kLine);
+      _tile_loadd(6, at[1], kLine);
+      _tile_loadd(7, at[2], kLine);
+      if (BITS == 8) {
+        _tile_dpbssd(0, 4, 5);
+        _tile_loadd(5, at[3], kLine);
+        _tile_dpbssd(1, 4, 6);
+        _tile_dpbssd(2, 4, 7);
+        _tile_dpbssd(3, 4, 5);
+      } else {
+        _tile_dpbsud(0, 4, 5);
+        _tile_loadd(5, at[3], kLine);
+        _tile_dpbsud(1, 4, 6);
+        _tile_dpbsud(2, 4, 7);
+        _tile_dpbsud(3, 4, 5);
+      }
+    }
+    _tile_stored(0, products[0], kLine);
+    _tile_stored(1, products[1], kLine);
+    _tile_stored(2, products[2], kLine);
+    _tile_stored(3, products[3], kLine);
+    touch(products);
+    for (int b = 0; b < kBlocksPerTask; b++) {
+      const Scales scales = scales_of<BITS>(BITS == 8 ? blocks[b] : codes[b] - kLine);
+      for (int64_t row = 0; row < x.n; row++) {
+        const int64_t at_group = row * s.n_groups + g;
+        __m512i sum[P];
+        for (int p = 0; p < P; p++) {
+          sum[p] = _mm512_load_si512(products[b][p * x.n + row]);
+          if (BITS == 4) sum[p] = _mm512_sub_epi32(sum[p], _mm512_set1_epi32(8 * x.sums[at_group * P + p]));
+        }
+        const __m512 before = g == 0 ? _mm512_setzero_ps() : out[b][row];
+        out[b][row] = add_group<BITS>(before, joined<BITS, P>(sum), scales, x.totals[at_group]);
+      }
+    }
+  }
+  for (int b = 0; b < kBlocksPerTask; b++)
+    for (int64_t row = 0; row < x.n; row++)
+      out[b][row] = _mm512_mul_ps(out[b][row], _mm512_set1_ps(x.scales[row]));
 }
 
 // Four blocks times all rows of x, into sums [row][block][16]. `room` takes the codes of the blocks as bytes.
@@ -134,7 +196,7 @@ void many_rows_of_4_bits(const uint8_t* const* blocks, const Shape& s, const Row
       for (int64_t b = 0; b < kBlocksPerTask; b++) {
         uint8_t* bytes = room + (kBlocksPerTask * g + b) * s.group * kRows;
         const uint8_t* stored = codes_of<4>(blocks[b], s, g);
-        if (from == 0) spread(stored, s.group, bytes);
+        if (from == 0) spread<true>(stored, s.group, bytes);
         scales[b] = scales_of<4>(stored - kLine);
         codes[b] = bytes;
       }
