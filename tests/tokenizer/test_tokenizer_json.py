@@ -59,7 +59,7 @@ def test_a_tokenizer_without_the_tokens_of_a_chat_says_so_when_one_is_asked_for(
     tokenizer = Tokenizer(path)
     assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id) == (263, 260, None, -1)
     assert tokenizer.encode("the the") == [258, 32, 258]  # "the the" is cut into words before anything is merged
-    with pytest.raises(ValueError, match=r"has no <\|end_header_id\|>, <\|eot_id\|>, .* not one for dialogs"):
+    with pytest.raises(ValueError, match=r"has no <\|end_header_id\|>, <\|eot_id\|>, .* not made for dialogs"):
         ChatFormat(tokenizer).encode_dialog_prompt([{"role": "user", "content": "hi"}])
 
 
