@@ -207,7 +207,7 @@ def test_config_json_adds_a_stop_and_takes_none_away(with_template):
 
 REFUSED = {
     "{{ raise_exception('System role not supported') }}": "the chat template of .*own refuses the dialog: System role",
-    "{% for m in messages %}": "tokenizer_config.json: the chat_template is not one .*: fix it there, delete it",
+    "{% for m in messages %}": "tokenizer_config.json: the chat_template is not valid .*: fix it there, delete it",
     "{{ ''.__class__.__mro__ }}": "the chat template fails .SecurityError",
     "{{ '{:>999999999}'.format(1) }}": "the chat template fails .SecurityError",
     "{{ 'a'.ljust(999999999) }}": "the chat template fails .SecurityError",
