@@ -119,7 +119,9 @@ def test_a_tokenizer_json_becomes_the_rank_file_it_was_made_of(write_checkpoint,
     first, second = content["added_tokens"][:2]
     first["content"], second["content"] = second["content"], first["content"]
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"Meta's format has the 256 special tokens .* has <\|end_of_text\|> in an"):
+    with pytest.raises(
+        ValueError, match=r"Meta's format has only the 256 special tokens .* has <\|end_of_text\|> in an"
+    ):
         convert(tmp_path / "hf", tmp_path / "moved", "meta")
     assert not (tmp_path / "moved").exists()
 

@@ -127,10 +127,10 @@ def test_beam_searches_sampled_lines_and_a_stream_between_two_records_run_beside
 
 BROKEN = {
     '{"id": 1, "prompt"': "not JSON: Expecting ':' delimiter",
-    '{"prompt": "x", "temprature": 1}': "'temprature' is not known: did you mean temperature? expected one of prompt, ",
+    '{"prompt": "x", "temprature": 1}': "'temprature' is not a field of a row: did you mean temperature? expected one",
     '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a number of at least 0",
     '{"prompt": "x", "temperature": [1, 2]}': "temperature = [1, 2]: expected a number",
-    '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not known",
+    '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not a field of a row",
     '{"prompt": "x", "num_return_sequences": 20000000}': "= 20000000: expected an integer of at most 10,000",
     f'{{"prompt": "x", "metadata": {"[" * 400}NaN{"]" * 400}}}': "nested deeper than 100 levels",
     '{"prompt": "x", "num_beams": 9, "temperature": 0}': "num_beams = 9: expected at most max_batch_size = 4",

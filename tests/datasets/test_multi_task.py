@@ -63,7 +63,7 @@ def test_the_metrics_are_those_of_the_field(metric, found, gold, expected):
         ({"metric": "accuracy", "gold": None}, "found metric alone: expected both `gold` and `metric`"),
         ({"metric": "hit@0", "gold": "x"}, "metric = 'hit@0': expected accuracy, exact_match, hit@K, ndcg or ndcg@K"),
         ({"metric": "f1", "gold": "x"}, "metric = 'f1'"),
-        ({"match": "("}, r"match: '\(' is no regular expression"),
+        ({"match": "("}, r"match: '\(' is not a regular expression"),
         ({"match": 5}, "match = 5: expected a regular expression"),
         ({"parse": {"integers": 2, "least": "1"}}, 'expected "integer"'),
     ],

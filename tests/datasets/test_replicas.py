@@ -118,7 +118,7 @@ def near(a: object, b: object) -> bool:
 
 def test_a_model_that_is_built_here_is_refused(write_checkpoint):
     llama = Llama.build(write_checkpoint(), None, 256, 4, device="cpu")
-    with pytest.raises(TypeError, match=r"replicas = 2 with a Llama that is built here: expected the checkpoint's dir"):
+    with pytest.raises(TypeError, match=r"replicas = 2 with a Llama of this process: expected the checkpoint's dir"):
         run_batch(llama, ROWS, replicas=2)
 
 

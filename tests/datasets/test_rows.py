@@ -111,7 +111,7 @@ def test_any_csv_is_read_as_pythons_strict_reader_reads_it_or_refused_as_there(t
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('"a" b,1', "line 3: a cell has text after its closing quote, so it cannot be told where rows end"),
+        ('"a" b,1', "line 3: a cell has text after its closing quote, so nobody can tell where rows end"),
         ('"said ""x"" "and" left",2', "line 3: a cell has text after its closing quote"),
         ('"5" disk",3', "line 3: a cell has text after its closing quote"),
         ('"said "x\nand left",3', "line 3: a cell has text after its closing quote"),

@@ -69,11 +69,11 @@ def test_what_is_read_of_an_answer(parse, answer, parsed):
         ({"tasks": {"a": {"user": "{}"}}}, "task 'a': user: {} with nothing"),
         ({"tasks": {"a": {"user": "x", "prompt": "y"}}}, "task 'a': expected either 'user'"),
         ({"tasks": {"a": {"system": "x"}}}, "task 'a': expected either 'user'"),
-        ({"tasks": {"a": {"user": "x", "regex": "y"}}}, "task 'a': 'regex' is not known"),
+        ({"tasks": {"a": {"user": "x", "regex": "y"}}}, "task 'a': 'regex' is not a key of a task"),
         ({"tasks": {"a": {"user": "x", "options": {"temprature": 0}}}}, "task 'a': 'temprature' is not a decoding"),
         (
             {"tasks": {"a": {"user": "x", "parse": {"regex": "("}}}},
-            "task 'a': parse: '(' is no regular expression: missing )",
+            "task 'a': parse: '(' is not a regular expression: missing )",
         ),
         (
             {"tasks": {"a": {"user": "x", "parse": {"integers": 0}}}},

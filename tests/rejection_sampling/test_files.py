@@ -92,11 +92,11 @@ def folder(tmp_path):
 def test_killed_and_started_again_on_replicas_too_it_gives_the_lines_of_an_undisturbed_run(folder):
     undisturbed = run(folder, *SAMPLE, "-n", "8")
     assert undisturbed.returncode == 0, undisturbed.stderr
-    assert "line 6: 'temprature' is not known" in undisturbed.stderr
+    assert "line 6: 'temprature' is not a field of a row" in undisturbed.stderr
     expected, summary = read(folder / "out.jsonl"), undisturbed.stdout
     assert len(expected) == 24 and "23 prompts, 184 answers, 0 without a score; 1 line failed" in summary
     assert (
-        "'temprature' is not known: did you mean temperature? expected one of prompt, messages, tokens"
+        "'temprature' is not a field of a row: did you mean temperature? expected one of prompt, messages, tokens"
         in expected["broken"]["error"]
     )
     record = expected["sum12"]
@@ -149,7 +149,7 @@ def test_answers_that_are_in_a_file_are_scored_with_or_without_their_prompts(fol
     for name in drawn.keys() - {"broken"}:
         assert [a["text"] for a in again[name]["answers"]] == [a["text"] for a in drawn[name]["answers"]]
         assert again[name]["scores"] == drawn[name]["scores"] and again[name]["best"] == drawn[name]["best"]
-    assert "it has no answer: 'temprature' is not known" in again["broken"]["error"]
+    assert "it has no answer: 'temprature' is not a field of a row" in again["broken"]["error"]
 
     assert run(folder, "batch", "in.jsonl", "batch.jsonl", "--max_gen_len", "60").returncode == 0
     args = ["rescore", "batch.jsonl", "scored.csv", "--scorer", "scorers:total", "--prompts", "in.jsonl"]
@@ -261,8 +261,8 @@ def test_a_line_that_cannot_be_sampled_is_an_error_that_says_why(demo, tmp_path)
         "open": ({"messages": [P, *DIALOG]}, "message 0 is open: a dialog is a list of one or more messages"),
         "no token": ({"prompt": "x", "stop": [10**6]}, "stop names token 1000000: expected ids from 0 to"),
         "greedy": ({"prompt": "x", "temperature": 0}, "temperature = 0 with n = 2: expected more than 0"),
-        "beams": ({"prompt": "x", "num_beams": 2}, "'num_beams' is not known"),
-        "logprobs": ({"prompt": "x", "logprobs": True}, "'logprobs' is not known"),
+        "beams": ({"prompt": "x", "num_beams": 2}, "'num_beams' is not a field of a row"),
+        "logprobs": ({"prompt": "x", "logprobs": True}, "'logprobs' is not a field of a row"),
     }
     write_lines(tmp_path / "in.jsonl", *({"id": name, **line} for name, (line, _) in broken.items()))
     summary = sample_files(demo, tmp_path / "in.jsonl", tmp_path / "out.jsonl", length, Plan(2), "length", **HOT)
