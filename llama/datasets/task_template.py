@@ -191,7 +191,7 @@ def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
         raise ValueError(f"{key}: {error}; expected {{field}}, and {{{{ or }}}} for a brace") from None
     for _, field, spec, conversion in parts:
         if field is not None and (not field or spec or conversion or "." in field or "[" in field):
-            raise ValueError(f"{key}: {{{field}}} with nothing, or more than a name, in it: expected {{field}}")
+            raise ValueError(f"{key}: {{{field}}} is not the name of a field: expected {{field}}")
     return [(text, field) for text, field, *_ in parts]
 
 

@@ -160,7 +160,7 @@ def test_a_damaged_record_of_the_run_is_refused(tmp_path, rows, change, message)
     sidecar = tmp_path / "out.jsonl.run.json"
     for content in (json.loads(sidecar.read_text()) | change, [1], "[" * 100_000):
         sidecar.write_text(content if isinstance(content, str) else json.dumps(content))
-        with pytest.raises(ValueError, match=r"out.jsonl.run.json is damaged \(.*\): expected what a run") as caught:
+        with pytest.raises(ValueError, match=r"out.jsonl.run.json is damaged \(.*\): expected the sidecar") as caught:
             Journal(tmp_path / "out.jsonl", rows, PARAMETERS)
         assert message in str(caught.value) or not isinstance(content, dict)
 

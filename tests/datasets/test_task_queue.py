@@ -23,7 +23,7 @@ for others_are_quick in (True, False):  # one queue after the other
     n_taken, found = 0, []
     while (task := queue.take()) is not None:
         n_taken += 1
-        queue.give(task)
+        queue.put(task)
         found += queue.results()
     found += queue.results(wait=True)
     n_taken = parallel.gather_from_replicas([n_taken])
@@ -48,7 +48,7 @@ for what in ("raises", "date"):
                 print("result", result, flush=True)
         else:
             while (task := queue.take()) is not None:
-                queue.give(task["line"])
+                queue.put(task["line"])
     except (KeyError, TypeError) as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
 """

@@ -64,9 +64,9 @@ def test_what_is_read_of_an_answer(parse, answer, parsed):
         ({"tasks": {"a": {"user": "{x"}}}, "task 'a': user: expected '}' before end of string"),
         (
             {"tasks": {"a": {"user": "{x.__class__}"}}},
-            "task 'a': user: {x.__class__} with nothing, or more than a name",
+            "task 'a': user: {x.__class__} is not the name of a field",
         ),
-        ({"tasks": {"a": {"user": "{}"}}}, "task 'a': user: {} with nothing"),
+        ({"tasks": {"a": {"user": "{}"}}}, "task 'a': user: {} is not the name"),
         ({"tasks": {"a": {"user": "x", "prompt": "y"}}}, "task 'a': expected either 'user'"),
         ({"tasks": {"a": {"system": "x"}}}, "task 'a': expected either 'user'"),
         ({"tasks": {"a": {"user": "x", "regex": "y"}}}, "task 'a': 'regex' is not a key of a task"),
