@@ -337,7 +337,7 @@ def test_an_open_turn_that_nothing_fills_is_an_error(demo, tmp_path):
     for name, answers, prompts in (("a", scored, source), ("b", whole, None), ("c", whole, source)):
         rescore_files(answers, tmp_path / f"{name}.jsonl", length, Plan(9), "length", prompts=prompts)
         error = records(tmp_path / f"{name}.jsonl")[1]["error"]
-        assert "the dialog has open turns, and the record does not say what came of them: expected its `turns`" in error
+        assert "the dialog has open turns, and the record does not have the answers in them: expected its" in error
 
 
 def test_another_file_of_prompts_is_refused_and_so_is_one_with_an_id_twice(tmp_path):

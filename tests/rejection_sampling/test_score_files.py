@@ -131,7 +131,7 @@ def test_the_scorers_of_the_command_line_go_by_the_same_names_in_python(demo, mo
         ("reward:/nowhere", "scorer 'reward:/nowhere': there is no directory /nowhere"),
         ("wrong:f", r"scorer 'wrong:f': wrong fails \(SyntaxError: .*wrong.py, line 1"),
         ("needs:f", r"scorer 'needs:f': needs fails \(ModuleNotFoundError: No module named 'not_there'\)"),
-        ("wrong.py:f", "scorer 'wrong.py:f': a module goes without its .py: expected wrong:f"),
+        ("wrong.py:f", "scorer 'wrong.py:f': a module is named without .py: expected wrong:f"),
         (5, r"scorer = 5: expected a function \(row, answers\), or one of logprob, mean_logprob"),
         (None, "scorer = None: expected a function"),
     ],

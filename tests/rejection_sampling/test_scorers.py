@@ -50,9 +50,7 @@ def test_an_answer_without_tokens_has_no_mean_logprob_which_would_be_the_best_th
     empty = answers("")[0] | known
     (mean, none), (missing, error) = score_answers(Logprob(demo, mean=True), ROW, [*answers("55"), empty])
     assert mean < 0 and none is None
-    assert (
-        missing is None and error == "ValueError: the answer has no tokens to take the mean over: expected one or more"
-    )
+    assert missing is None and error == "ValueError: the answer has no tokens, and so no mean: expected one or more"
     assert Logprob(demo)(ROW, [empty]) == [0.0]
 
 
@@ -131,7 +129,7 @@ def test_a_reward_is_the_models_score_of_the_prompt_and_the_answer(reward_model)
 
 def test_a_row_of_token_ids_has_no_reward_and_says_so(reward_model):
     ((score, error),) = score_answers(Reward(reward_model), {"tokens": [1, 2]}, answers("55"))
-    assert score is None and "the line has token ids alone, and this scorer reads text: give the line" in error
+    assert score is None and "the line has only token ids, and this scorer reads text: give the line" in error
 
 
 @pytest.mark.parametrize(
