@@ -40,7 +40,7 @@ Answer:
 {answer}
 
 Is this answer correct and helpful? Reply with Yes or No."""
-NO_ANSWER_IN_TEMPLATE = "the judge's template has no {answer}: expected {answer}, and {prompt} where it is needed"
+NO_ANSWER_IN_TEMPLATE = "the judge's template has no {answer}: expected {answer}, and {prompt} if it is needed"
 
 KINDS = "logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function"
 

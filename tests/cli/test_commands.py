@@ -289,7 +289,7 @@ def test_the_context_is_what_the_embedded_model_was_trained_on_and_else_2048(wri
 def test_an_empty_text_has_no_score(write_checkpoint, capfd):
     with pytest.raises(SystemExit):
         cli.main(["score", "", "--ckpt_dir", str(write_checkpoint())])
-    assert capfd.readouterr().err.splitlines()[-1] == "llama: the text is empty: expected some to score"
+    assert capfd.readouterr().err.splitlines()[-1] == "llama: the text is empty: expected a text to score"
 
 
 def test_a_mistake_in_a_real_process():
@@ -376,7 +376,7 @@ def test_help_says_what_each_option_means(capsys):
     assert "of every token of the prompt and the answer so far" in chat  # the second line of its docstring
     assert "--ckpt_dir STR Meta's directory or Hugging Face's; the embedded checkpoint when left out" in chat
     assert "--system STR the system prompt" in chat
-    assert "-n INT, --n INT" in sample and "Under torchrun, which has an option --n of its own, write -n" in sample
+    assert "-n INT, --n INT" in sample and "Under torchrun write -n, because torchrun has an option --n" in sample
     assert "(default: 1)" in chat.partition("--max_batch_size INT")[2].partition("--device")[0]
     assert "(default: 16)" in batch.partition("--max_batch_size INT")[2].partition("--device")[0]
 

@@ -417,7 +417,7 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_goes_on(write_checkpoint, 
     )
     result = run_python(code, "batch", *files, OMP_NUM_THREADS="1")
     assert result.returncode == 130, result.stderr
-    assert "has what was done, and the same command goes on from there" in result.stderr
+    assert "has the answers so far, and the same command goes on from there" in result.stderr
     before = (tmp_path / "out.jsonl").read_bytes()
     assert before.endswith(b"\n") and 0 < before.count(b"\n") < 200
     assert run_command(*files).returncode == 0
