@@ -1,4 +1,4 @@
-"""`llama sample` and `llama rescore`: real processes, real kills, and the same lines whatever happened on the way."""
+"""`llama sample` and `llama rescore`: real processes, real kills, and the same lines after them."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def command(folder: Path, *args: str, n_processes: int = 0) -> subprocess.Popen:
 
 
 def run(folder: Path, *args: str, n_processes: int = 0) -> subprocess.CompletedProcess:
-    """A command, to its end: here, or in processes of its own."""
+    """Runs a command to its end: in this process, or in others."""
     if n_processes:
         process = command(folder, *args, n_processes=n_processes)
         out, err = process.communicate(timeout=120)
@@ -272,7 +272,7 @@ def test_a_line_that_cannot_be_sampled_is_an_error_that_says_why(demo, tmp_path)
         assert message in found[name]["error"], name
 
 
-def test_it_goes_on_with_the_same_options_however_they_are_said_and_with_no_other_model(demo, tmp_path):
+def test_it_goes_on_with_the_same_options_however_written_and_with_no_other_model(demo, tmp_path):
     files = write_lines(tmp_path / "in.jsonl", {"prompt": "One day"}), tmp_path / "out.jsonl"
 
     def louder(ids, logits):
@@ -358,7 +358,7 @@ def test_another_file_of_prompts_is_refused_and_so_is_one_with_an_id_twice(tmp_p
     assert files[1].read_bytes() == before
 
 
-def test_a_scored_record_keeps_what_was_known_of_its_answers(demo, tmp_path):
+def test_a_scored_record_keeps_the_other_fields_of_its_answers(demo, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "One day"})
     sample_files(demo, source, tmp_path / "drawn.jsonl", length, Plan(3), "length", **HOT)
     rescore_files(tmp_path / "drawn.jsonl", tmp_path / "again.jsonl", Logprob(demo), Plan(9), "logprob")
@@ -375,7 +375,7 @@ def test_a_scored_record_keeps_what_was_known_of_its_answers(demo, tmp_path):
     assert "tokens" not in scored  # they are not the prompt's
 
 
-def test_what_a_template_has_asked_is_scored_with_it(demo, tmp_path):
+def test_an_answer_to_a_template_is_scored_with_the_filled_prompt(demo, tmp_path):
     template = {"tasks": {"t": {"user": "What is {a} + 2?", "options": {"max_gen_len": 5}}}}
     source = write_lines(tmp_path / "in.jsonl", {"id": 1, "a": 7})
     run_batch_files(demo, source, tmp_path / "read.jsonl", template=template)
@@ -384,7 +384,7 @@ def test_what_a_template_has_asked_is_scored_with_it(demo, tmp_path):
     assert records(tmp_path / "out.jsonl")[1]["scores"][0] < 0
 
 
-def test_of_kept_answers_the_summary_has_no_curve(demo, tmp_path):
+def test_the_summary_of_kept_answers_has_no_curve(demo, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "One day"})
     plan = Plan(4, keep=2)
     assert len(sample_files(demo, source, tmp_path / "drawn.jsonl", length, plan, "length", **HOT).curve) == 3

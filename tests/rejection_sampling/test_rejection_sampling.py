@@ -1,4 +1,4 @@
-"""Rejection sampling in memory: the answers of the plain door, one prefill, the best kept, draws until a threshold."""
+"""Rejection sampling in memory: the answers of a plain call, one prefill, the best kept, draws until a threshold."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def test_the_answers_are_those_of_num_return_sequences_with_their_logprobs(demo)
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
-def test_drawn_in_rounds_they_are_the_same_as_at_once(demo, n):
+def test_answers_drawn_in_rounds_are_the_same_as_at_once(demo, n):
     at_once = rejection_sample(demo, ROWS, check, n=12, **HOT)
     in_rounds = rejection_sample(demo, ROWS, lambda r, a: [0.0] * len(a), n, threshold=1, max_samples=12, **HOT)
     assert texts(in_rounds) == texts(at_once)
