@@ -97,6 +97,7 @@ class ChatFormat:
         return ids[0] == ids[1]
 
     def _built_in_prompt(self, dialog: Dialog) -> list[int]:
+        """Ids of a dialog, up to where the assistant's answer begins."""
         if self.tokenizer.kind == "llama2":
             return self._llama2_prompt(dialog)
         ids = [self.tokenizer.bos_id]
