@@ -35,7 +35,7 @@ def check_target(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
     """Checks an output before there is anything to write. Missing folders are made when the run begins.
 
     Raises:
-        ValueError: its name has the ending of no format; or it, its journal or its sidecar is one of the inputs.
+        ValueError: its name ends in none of the formats; or it, its journal or its sidecar is one of the inputs.
         OSError: it is a directory, or its place cannot be written.
         ImportError: its format needs pyarrow.
     """
