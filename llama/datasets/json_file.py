@@ -4,9 +4,12 @@ Knows nothing of what the rows mean.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+SPACE = re.compile(r"\s*")
 
 
 def is_one_document(lines: list[bytes]) -> bool:
@@ -27,7 +30,7 @@ def read_json_rows(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not UTF-8: {error}") from None
     decoder, values, at = json.JSONDecoder(), [], 0
     try:
-        while (at := _skip(text, at)) < len(text):
+        while (at := SPACE.match(text, at).end()) < len(text):
             value, at = decoder.raw_decode(text, at)
             values.append(value)
     except RecursionError:
@@ -38,13 +41,6 @@ def read_json_rows(path: Path) -> Iterator[Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     yield from values[0] if len(values) == 1 and isinstance(values[0], list) else values
-
-
-def _skip(text: str, at: int) -> int:
-    """The first place from `at` on that is not white space."""
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
 
 
 def write_json_array(file: BinaryIO, records: Iterator[bytes], indent: int | None) -> None:

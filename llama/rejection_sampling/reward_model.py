@@ -17,6 +17,7 @@ from llama import parallel
 from llama.checkpoint.config import REWARD_MODEL, args_from_config, context_length, read_json
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.loading import load_weights
+from llama.checkpoint.meta import require_directory
 from llama.checkpoint.open import find_tokenizer
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
@@ -115,10 +116,8 @@ class RewardModel:
 
 def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, HuggingFaceCheckpoint, int | None]:
     """A reward model's tokenizer, its weights, and its padding id."""
-    expected = "a reward model's directory, as Transformers writes it: config.json and model.safetensors"
-    if not ckpt_dir.is_dir():
-        what = "is a file" if ckpt_dir.exists() else "does not exist"
-        raise FileNotFoundError(f"reward model {ckpt_dir} {what}: expected {expected}")
+    expected = "config.json and model.safetensors of a reward model, as Transformers writes them"
+    require_directory("reward model", ckpt_dir, expected)
     if not (ckpt_dir / "config.json").is_file():
         found = "Meta's checkpoint of a language model" if (ckpt_dir / "params.json").is_file() else "no config.json"
         raise ValueError(f"{ckpt_dir} has {found}: expected {expected}")

@@ -425,7 +425,7 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--scorer", "scorers:nothing"], "scorers.py has no such name: expected a function (row, answers)"),
         (["--scorer", "best"], "scorer 'best': expected one of logprob, mean_logprob, reward:DIR, judge"),
         (["--scorer", "reward:nowhere"], "there is no directory nowhere: expected a model's"),
-        (["--scorer", f"reward:{DEMO}"], "has Meta's checkpoint of a language model: expected a reward model's"),
+        (["--scorer", f"reward:{DEMO}"], "has Meta's checkpoint of a language model: expected config.json and"),
         (["--scorer", "reward:rm"], "says vocab_size 512, but the tokenizer has 2304 tokens"),
         (["--temperature", "0"], "--temperature = 0 with n = 16"),
         (["--threshold", "0.5"], "--threshold = 0.5 without max_samples"),

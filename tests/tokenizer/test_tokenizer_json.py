@@ -78,7 +78,7 @@ def test_a_tokenizer_without_chat_tokens_refuses_a_dialog(tmp_path):
         (lambda c: c.update(normalizer={"type": "NFC"}), r"the pattern None"),
         (lambda c: c["model"].update(dropout=0.1), r"has dropout = 0.1: expected null"),
         (lambda c: c["model"].update(end_of_word_suffix="</w>"), r"has end_of_word_suffix = '</w>': expected null"),
-        (lambda c: c["added_tokens"].pop(1), r"added_tokens have \[260, 262\].*expected 260 and on"),
+        (lambda c: c["added_tokens"].pop(1), r"added_tokens have \[260, 262\].*expected ids from 260 on"),
         (lambda c: c["added_tokens"][0].update(content="<s>"), r"has no <\|begin_of_text\|> among its added_tokens"),
         (lambda c: c.pop("added_tokens"), r"is JSON, but KeyError \('added_tokens'\)"),
     ],
