@@ -152,9 +152,9 @@ def hf_tokenizer(folder):
 
 
 def test_other_directories_are_refused_and_named_in_the_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist: expected a directory with config.json"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist: expected a directory with config.json"):
         RewardModel.build(tmp_path / "none")
-    with pytest.raises(ValueError, match="Meta's checkpoint of a language model: expected config.json and model"):
+    with pytest.raises(ValueError, match=r"Meta's checkpoint of a language model: expected config.json and model"):
         RewardModel.build(DEMO)
     transformers_model(random_model(**SHAPE)).save_pretrained(tmp_path / "lm")
     write_byte_tokenizer(tmp_path / "lm" / "tokenizer.model")
