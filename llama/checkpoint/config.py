@@ -35,7 +35,7 @@ CONFIG = {
 }
 REQUIRED = ("dim", "n_layers", "n_heads")
 
-# The only values of config.json that this package supports; other keys are free.
+# Keys of config.json that must have these values, if they are there.
 SUPPORTED = {"quantization_config": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 # How Llama 3.1 and later scale their rotary embedding (`model.rotary_frequencies`), apart from the factor.

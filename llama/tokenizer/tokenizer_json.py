@@ -20,7 +20,7 @@ MAX_VOCABULARY_BYTES = 4_000_000
 SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 # For str.translate. The file writes a byte as the character of the same number if that is visible, else as the next
-# character from U+0100 on. `_BYTES` maps back; it maps characters that stand for no byte to U+FFFF, which is no byte.
+# character from U+0100 on. `_BYTES` maps back; it maps other characters below U+0100 to U+FFFF, which is no byte.
 _VISIBLE, _OTHERS = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}, iter(range(0x100, 0x200))
 _CHARS = {byte: chr(byte if byte in _VISIBLE else next(_OTHERS)) for byte in range(256)}
 _BYTES = dict.fromkeys(range(0x100), 0xFFFF) | {ord(char): byte for byte, char in _CHARS.items()}
