@@ -236,7 +236,7 @@ def test_a_wrong_command_line_is_explained_in_a_few_lines(words, expected, nothi
             "--num_beams = 4 with --temperature = 1.0: a beam search ",
         ),
         ("batch IN out.jsonl --replicas 0", "--replicas = 0: expected an integer of at least 1"),
-        ("sample a b --scorer logprob --keep 17", "--keep = 17: expected at most the 16 answers"),
+        ("sample a b --scorer logprob --keep 17", "--keep = 17: expected at most 16, the number"),
         ("sample a b --scorer logprob -n 0", "--n = 0: expected an integer of at least 1"),
         ("sample IN - --scorer logprob", "-: only `llama batch` reads and writes standard streams: expected a file"),
         ("sample IN out.jsonl --scorer best", "--scorer 'best': expected one of logprob, mean_logprob, reward:DIR"),

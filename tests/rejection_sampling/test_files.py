@@ -429,7 +429,7 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--scorer", "reward:rm"], "says vocab_size 512, but the tokenizer has 2304 tokens"),
         (["--temperature", "0"], "--temperature = 0 with n = 16"),
         (["--threshold", "0.5"], "--threshold = 0.5 without max_samples"),
-        (["--keep", "17"], "--keep = 17: expected at most the 16 answers"),
+        (["--keep", "17"], "--keep = 17: expected at most 16, the number"),
         (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file with"),
         (["--plot", "in.jsonl/x.png"], "in.jsonl is a file: expected a directory for the PNG"),
         (["--plot", "."], "--plot . is a directory: expected a PNG to write"),
