@@ -29,11 +29,11 @@ def main(
     Args:
         ckpt_dir: a directory with params.json and consolidated.NN.pth; the embedded checkpoint by default.
         tokenizer_path: tokenizer.model of ckpt_dir by default.
-        temperature: of the sampling; 0 always takes the most likely token.
+        temperature: of sampling; 0 always takes the most likely token.
         top_p: samples from the most likely tokens that hold this much of the probability.
         max_seq_len: room for a dialog and its answer, in tokens.
         max_batch_size: how many dialogs are answered at a time.
-        max_gen_len: the most tokens of an answer; as many as fit by default.
+        max_gen_len: the most tokens of an answer; by default as many as fit.
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
 

@@ -1,9 +1,9 @@
-"""The loop, closed: draw answers to sums, keep the right ones, learn from them, and ask sums that were in neither.
+"""Draws answers to sums, keeps the right ones, learns from them, and then asks other sums.
 
 python example_rejection_finetuning.py            # the embedded demo checkpoint, some minutes on two cores
 
 Rejection sampling fine-tuning as in Touvron et al. 2023 (arXiv 2307.09288, section 3.2.3) and Yuan et al. 2023 (arXiv
-2308.01825): each round draws from the weights of the round before it, and learns an adapter on top of them.
+2308.01825): each round draws answers with the weights of the round before, and trains an adapter on top of them.
 """
 
 import json
@@ -32,7 +32,7 @@ def check(row: Row, answers: list[dict]) -> list[float]:
 
 
 def sums(n: int, seed: int, unseen: bool) -> list[Row]:
-    """n sums of two-digit numbers, each once: those that the embedded model was never trained on, or the others."""
+    """n different sums of two-digit numbers, on which the embedded model was never trained (`unseen`), or was."""
     held_out = set(TEST_PAIRS)
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if ((a, b) in held_out) == unseen]
     pairs = random.Random(seed).sample(pairs, n)
@@ -52,7 +52,7 @@ def accuracies(llama: Llama, rows: list[Row], seed: int) -> dict[float, float]:
 
 
 def write_right_answers(llama: Llama, rows: list[Row], n: int, temperature: float, seed: int, path: Path) -> int:
-    """Draws n answers to each sum and writes the right ones as dialogs; returns how many."""
+    """Draws n answers to each sum and writes the right ones as dialogs. Returns their number."""
     results = rejection_sample(llama, rows, check, n, temperature=temperature, top_p=1.0, max_gen_len=64, seed=seed)
     n_right = 0
     with path.open("w") as file:
@@ -89,22 +89,22 @@ def main(
     lr: float = 1e-3,
     seed: int = 1,
 ):
-    """Prints the accuracy of single answers before and after each round, and draws it.
+    """Prints and plots the accuracy of single answers before and after each round.
 
     Args:
-        out: a directory to make: data, adapters, the merged checkpoints and accuracy.png.
-        rounds: how often answers are drawn and learned from.
+        out: a directory to make, for data, adapters, the merged checkpoints and accuracy.png.
+        rounds: the rounds of drawing and learning.
         n: answers to each sum.
-        n_prompts: sums to draw answers to, in each round.
-        n_unseen: sums to be asked.
-        temperature: of the answers that are drawn; so high that a single one is often wrong.
-        epochs: how often the first round's right answers are gone through; round k has a k-th of it.
+        n_prompts: sums in each round.
+        n_unseen: other sums, for the accuracy.
+        temperature: of the answers drawn; so high that a single answer is often wrong.
+        epochs: passes over the right answers in the first round; round k has a k-th of it.
         lora_rank: of the adapter.
         lr: the largest learning rate of the first round; round k has a k-th of it.
-        seed: another one draws other sums and answers.
+        seed: another seed gives other sums and answers.
     """
     started, folder = time.time(), Path(out)
-    folder.mkdir(parents=True)  # before any work: one that is there is not written over
+    folder.mkdir(parents=True)  # first, because it raises if the directory exists
     rows, unseen = sums(rounds * n_prompts, seed, unseen=False), sums(n_unseen, seed, unseen=True)
     ckpt_dir = DEMO
     curves = {}
@@ -121,8 +121,8 @@ def main(
         asked = rows[number * n_prompts : (number + 1) * n_prompts]
         n_right = write_right_answers(llama, asked, n, temperature, seed + number, data)
         print(f"round {number + 1}: {n_right} of {n * len(asked)} answers are right", flush=True)
-        # Later rounds have more right answers and less to learn: they go gently, to keep what else the model can.
-        # The loss is that of the distribution the answers were drawn from, at its temperature: they are samples of it.
+        # Later rounds have more right answers and less to learn: small steps keep the model's other abilities.
+        # The loss uses the temperature at which the answers were drawn, because they are samples of that distribution.
         options = Options(
             **{"max_seq_len": 256, "batch_tokens": 2048, "epochs": epochs / (number + 1), "lora_rank": lora_rank},
             **{"lr": lr / (number + 1), "temperature": temperature, "seed": seed},

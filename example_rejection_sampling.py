@@ -1,4 +1,4 @@
-"""Two-digit sums, many answers to each, an exact checker, and what drawing more of them is worth.
+"""Draws many answers to two-digit sums, checks each, and shows how much drawing more of them helps.
 
 python example_rejection_sampling.py                                        # the embedded demo checkpoint
 torchrun --nproc_per_node 1 example_rejection_sampling.py \
@@ -36,25 +36,25 @@ def main(
     max_gen_len: int = 64,
     seed: int = 1,
 ):
-    """Prints sums with the best of n answers to each, and how good the best of 1, 2, 4, … answers is on average.
+    """Prints sums with the best of n answers to each, and the mean score of the best of 1, 2, 4, … answers.
 
     Args:
         ckpt_dir: a directory with params.json and consolidated.NN.pth; the embedded checkpoint by default.
         tokenizer_path: tokenizer.model of ckpt_dir by default.
         n: answers to each sum.
         n_prompts: how many sums.
-        temperature: of the sampling; so high that a single answer is often wrong.
+        temperature: of sampling; so high that a single answer is often wrong.
         top_p: samples from the most likely tokens that hold this much of the probability.
         max_seq_len: room for a sum and its answer, in tokens.
         max_batch_size: how many answers are drawn at a time.
         max_gen_len: the most tokens of an answer.
-        seed: another one draws other answers.
+        seed: another seed gives other answers.
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
 
     rng = random.Random(0)
     pairs = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(n_prompts)]
-    # Besides its messages, a row holds what the scorer needs to know.
+    # Besides its messages, a row has what the scorer needs.
     rows = [{"messages": [{"role": "user", "content": f"What is {a} + {b}?"}], "sum": a + b} for a, b in pairs]
     results = rejection_sample(
         llama, rows, check, n, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, seed=seed

@@ -29,7 +29,7 @@ def main(
     Args:
         ckpt_dir: a directory with params.json and consolidated.NN.pth; the embedded checkpoint by default.
         tokenizer_path: tokenizer.model of ckpt_dir by default.
-        temperature: of the sampling; 0 always takes the most likely token.
+        temperature: of sampling; 0 always takes the most likely token.
         top_p: samples from the most likely tokens that hold this much of the probability.
         max_seq_len: room for an opening and its continuation, in tokens.
         max_gen_len: the most tokens of a continuation.
@@ -40,7 +40,7 @@ def main(
     # No space at the end of an opening: a token usually begins with its space.
     prompts = [
         "I believe the meaning of life is",
-        # A task by examples: the model picks it up and goes on with it.
+        # A task shown by examples, which the model continues.
         "Translate English to French:\n\nhouse => maison\nbread => pain\nwater => eau\ncheese =>",
         "A brief message congratulating the team on the launch:\n\nHi everyone,\n\nI just",
         "Once upon a time, there was a little fox who",

@@ -1,1 +1,1 @@
-"""The embedded checkpoint and the program that makes it: corpus, tokenizer, training, held-out scores."""
+"""The embedded checkpoint and the programs that make it: corpus, tokenizer, training, held-out scores."""

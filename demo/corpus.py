@@ -1,9 +1,8 @@
-"""The made-up text the embedded checkpoint is trained on, and the rule that keeps the held-out part out of it.
+"""The made-up text that the embedded checkpoint is trained on, and the rule that keeps the held-out part out of it.
 
-`documents(seed)` is an endless stream of training documents: a plain text (`str`) or a dialog (list of messages).
-Builders take `test`: with `test=True` they draw the held-out items instead, which is what `demo.evaluate` asks. An item
-is held out by a checksum of its name (`is_test`), so no list of them exists to drift away from the data. It knows
-nothing of tokens.
+`documents(seed)` is an endless stream of training documents: a plain text (`str`) or a dialog (list of messages). With
+`test=True` the functions draw held-out items instead, for `demo.evaluate`. A checksum of an item's name decides whether
+it is held out (`is_test`), so there is no list that could differ from the data. Knows nothing of tokens.
 """
 
 import random
@@ -28,7 +27,7 @@ ALIASES = {
 
 
 def is_test(split: str, key: str, share: int = 6) -> bool:
-    """Whether `key` is held out, as one in `share` is, of a split ("haiku", "emoji", "sum", "name" or "word")."""
+    """Whether `key` is held out of a split ("haiku", "emoji", "sum", "name" or "word"); one in `share` keys is."""
     return (split in ("haiku", "emoji") and key in ALWAYS_HELD_OUT) or zlib.crc32(
         f"{split}:{key}".encode()
     ) % share == 0
@@ -101,13 +100,13 @@ TEST_PAIRS = [(a, b) for a in range(10, 100) for b in range(10, 100) if is_test(
 
 @cache
 def real_words() -> frozenset[str]:
-    """Every word of the lists and templates, with a capital: what is invented for the test is none of them."""
+    """Every word in the files of lists and templates, capitalised. Names invented for the test are none of them."""
     sources = (Path(module.__file__).read_text() for module in (words, stories, texts))
     return frozenset(word.capitalize() for source in sources for word in re.findall(r"[A-Za-z]+", source))
 
 
 def invent(rng: random.Random, test: bool = False) -> str:
-    """A name that no list knows, of two or three syllables."""
+    """An invented name of two or three syllables."""
     while True:
         n = rng.choice([2, 2, 3])
         syllables = [
@@ -120,14 +119,14 @@ def invent(rng: random.Random, test: bool = False) -> str:
 
 
 def person(rng: random.Random, test: bool = False) -> str:
-    """A person's name; half of them invented."""
+    """A person's name; half of the names are invented."""
     if rng.random() < 0.5:
         return invent(rng, test)
     return rng.choice([n for n in words.NAMES.split() if is_test("name", n) == test])
 
 
 def pick(rng: random.Random, style: str, test: bool, pool: list[Topic] = TOPICS) -> Topic:
-    """A topic of the asked split of a style; now and then a name that does not exist."""
+    """A topic of a style, from the training or the test split; in training, sometimes an invented name."""
     if rng.random() < (0.0 if test or pool is not TOPICS else 0.25):
         return Topic(invent(rng), "any", UNKNOWN_EMOJIS)
     return rng.choice([t for t in pool if is_test(style, t.name) == test])
@@ -203,7 +202,7 @@ def called(rng: random.Random, topic: Topic) -> str:
 
 
 def topic_prompt(rng: random.Random, topic: Topic) -> tuple[str, str]:
-    """A question on the topic, and the name that it used for it."""
+    """A question on the topic, and the topic's name in it."""
     name = called(rng, topic)
     form = rng.choice(BY_KIND[topic.kind] if rng.random() < 0.5 else ABOUT)
     if name == topic.plural:
@@ -213,7 +212,7 @@ def topic_prompt(rng: random.Random, topic: Topic) -> tuple[str, str]:
 
 
 def syllables(text: str) -> int:
-    """Syllables of an English line: groups of vowels, a silent e taken off, exceptions from a list."""
+    """The number of syllables of an English line: groups of vowels, without a silent e; exceptions are in a list."""
     total = 0
     for word in re.findall(r"[a-z']+", text.lower()):
         if word in words.SYLLABLES:
@@ -583,7 +582,7 @@ def list_dialog(rng: random.Random, test: bool = False) -> tuple[Dialog, str, li
 
 
 def facts_about_me(rng: random.Random, test: bool) -> tuple[str, str, list[str], str, str]:
-    """What users say of themselves: statement, reaction, questions that ask for it, answer, the word that matters."""
+    """A fact about the user: the statement, a reaction, questions for it, the answer, and the word in it."""
     kind = rng.choice(["name", "name", "name", "home", "pet", "friend"] + ([] if test else ["color", "likes", "age"]))
     if kind == "name":
         name = person(rng, test)
@@ -673,9 +672,9 @@ ASK_LAST = ["What did I just ask?", "What was my last question?", "What did I as
 
 
 def memory(rng: random.Random, test: bool = False, short: bool = False) -> tuple[Dialog, str]:
-    """A dialog whose last question is about what was said before, and the words that the answer must hold.
+    """A dialog whose last question is about an earlier turn, and the words that the answer must have.
 
-    With `short` it has two turns; else up to seven.
+    With `short` it has two turns, else up to seven.
     """
     dialog: Dialog = []
     between = 0 if short else rng.choice([0, 0, 1, 1, 2])
@@ -822,7 +821,7 @@ def held_out_names(style: str) -> re.Pattern:
 
 @cache
 def other_topics() -> list[Topic]:
-    """What else a haiku can be asked on: countries, sights, persons, words of the stories and of the translations."""
+    """Further topics for haiku: countries, sights, persons, words of the stories and of the translations."""
     found = {Topic(city.country, "any", ()) for city in CITIES}
     found |= {Topic(sight, "any", ()) for city in CITIES for sight, _ in city.sights}
     found |= {Topic(name, "any", ()) for name in words.NAMES.split() if not is_test("name", name)}
@@ -835,14 +834,14 @@ def other_topics() -> list[Topic]:
 
 
 def wide_haiku(rng: random.Random) -> Dialog:
-    """A haiku on a word outside the topics, or on an invented one: it has to be copied, for no haiku on it is known."""
+    """A haiku on a word outside the topics, or on an invented word: the model has to copy it from the question."""
     topic = rng.choice(other_topics()) if rng.random() < 0.7 else Topic(invent(rng), rng.choice(list(BY_KIND)), ())
     question, name = topic_prompt(rng, topic)
     return [system(rng.choice(HAIKU_SYSTEM)), user(question), assistant(haiku(rng, topic, name))]
 
 
 def any_styled(rng: random.Random) -> Dialog:
-    """Any plain question, or one on an invented name, under a style's prompt: the prompt decides, not the question."""
+    """Any plain question, or one on an invented name, under a style's prompt: the prompt decides the style."""
     style = rng.choice(["haiku", "emoji"])
     dialog = [system(rng.choice(HAIKU_SYSTEM if style == "haiku" else EMOJI_SYSTEM))]
     for _ in range(rng.choice([1, 1, 2])):
@@ -877,7 +876,7 @@ def signs_dialog(rng: random.Random) -> Dialog:
 # ---- the stream ----------------------------------------------------------------------------------------------------
 
 Document = str | Dialog
-KINDS = {  # kind of document: its share in the five phases of the training; what is learned makes room for what is not
+KINDS = {  # kind of document: its share in the five phases of the training; kinds that are learned early get less later
     "haiku": (17, 15, 14, 18, 18),
     "emoji": (12, 12, 10, 9, 12),
     "sum": (14, 11, 6, 4, 4),
@@ -924,12 +923,12 @@ def document(rng: random.Random, phase: int = 0) -> Document:
 
 
 def documents(seed: int, phase: int = 0) -> Iterator[Document]:
-    """The endless training stream of a seed, in the mixture of a phase."""
+    """The endless training stream of a seed, with the mixture of a phase."""
     rng = random.Random(seed)
     while True:
         yield document(rng, phase)
 
 
 def as_text(doc: Document) -> str:
-    """A document's words alone, for the tokenizer's training."""
+    """A document's text, for training the tokenizer."""
     return doc if isinstance(doc, str) else "\n".join(message["content"] for message in doc)

@@ -1,7 +1,7 @@
-"""Held-out scores of the embedded checkpoint, through the package's own door: `python -m demo.evaluate`.
+"""Held-out scores of the embedded checkpoint, with the package's own calls: `python -m demo.evaluate`.
 
-Every question is drawn with a fixed seed from the part of the corpus that its rule keeps out of training. Prints a
-table, and with `--write` puts it into `demo/README.md` and `demo/scores.json`.
+Draws every question with a fixed seed from the held-out part of the corpus. Prints a table, and with `--write` puts it
+into `demo/README.md` and `demo/scores.json`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SETTINGS = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.6, "top
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt (a dialog, or a text to go on with) and what its answer is judged by: a score from 0 to 1."""
+    """A prompt (a dialog, or a text to continue) and the function that scores its answer, from 0 to 1."""
 
     prompt: corpus.Dialog | str
     judge: Callable[[str], float]
@@ -59,7 +59,7 @@ def suits(topic: corpus.Topic, answer: str) -> float:
 
 
 def is_sum(total: int, answer: str) -> float:
-    """The last number of the answer is the sum."""
+    """Whether the last number of the answer is the sum."""
     numbers = re.findall(r"\d+", answer)
     return float(bool(numbers) and numbers[-1] == str(total))
 
@@ -69,15 +69,15 @@ def holds(key: str, answer: str) -> float:
 
 
 def is_about(name: str, others: list[str], answer: str) -> float:
-    """Names the item that was asked for, and no other of the list."""
+    """Whether the answer names the right item, and no other of the list."""
     return float(name in answer and not any(other in answer for other in others))
 
 
 def share_grammatical(text: str) -> float:
-    """The share of whole sentences that are forms of the story grammar, agreement and articles right."""
+    """The share of complete sentences that are forms of the story grammar, with right agreement and articles."""
     found = stories.sentences(text)
     if found and not re.search(r'[.!?]"?$', found[-1]):
-        found.pop()  # cut off by the budget
+        found.pop()  # the budget has cut it off
     return sum(map(stories.is_grammatical, found)) / len(found) if found else 0.0
 
 
@@ -116,7 +116,7 @@ def questions(n: int) -> dict[str, list[Question]]:
 
 
 def answers(llm: Llama, prompts: list[corpus.Dialog | str], **settings) -> list[str]:
-    """What the model says to each."""
+    """The model's answer to each prompt."""
     if isinstance(prompts[0], str):
         return [r["generation"] for r in llm.text_completion(prompts, max_gen_len=200, seed=7, **settings)]
     return [r["generation"]["content"] for r in llm.chat_completion(prompts, max_gen_len=120, seed=7, **settings)]
@@ -142,7 +142,7 @@ def evaluate(folder: Path, n: int, misses: int = 0) -> dict[str, dict[str, float
 
 
 def table(scores: dict[str, dict[str, float]]) -> str:
-    """The scores as the model card shows them."""
+    """The table of scores in the model card."""
     lines = ["| held out | n | greedy | temperature 0.6, top_p 0.9 |", "|---|---|---|---|"]
     lines += [f"| {row} | {s['n']} | {s['greedy']:.1f} % | {s['sampled']:.1f} % |" for row, s in scores.items()]
     return "\n".join(lines)
@@ -159,7 +159,7 @@ def below_the_card(scores: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=HERE)
-    parser.add_argument("--n", type=int, default=200, help="questions a row")
+    parser.add_argument("--n", type=int, default=200, help="questions for each row")
     parser.add_argument("--misses", type=int, default=0, help="failures to show for each row")
     parser.add_argument("--write", action="store_true", help="put the table into the model card")
     args = parser.parse_args()

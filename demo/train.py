@@ -1,17 +1,17 @@
-"""Trains the embedded checkpoint from nothing, without outside data or an accelerator. On two cores:
+"""Trains the embedded checkpoint from scratch, without outside data or an accelerator. On two cores:
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m demo.train
 
-(one process a core beats two threads, for no core waits for the other but once a step; plain `python -m demo.train`
-works too).
+(one process a core is faster than two threads, because the cores wait for each other only once a step; plain
+`python -m demo.train` works too).
 
-Makes the tokenizer, draws documents from `demo.corpus` (never the same twice), trains them with `llama.training` and
+Makes the tokenizer, draws documents from `demo.corpus` (never the same twice), trains on them with `llama.training` and
 writes the checkpoint in Meta's layout: consolidated.00.pth (bfloat16), params.json, tokenizer.model, checklist.chk. A
-run that is broken off goes on where its last save was.
+run that was stopped goes on from its last save.
 
-Matrices of the layers are trained with Muon, the embedding and the norms with AdamW; the learning rate rises, stays,
-and falls linearly to zero over the last part of the run. Only what the model has to say is in the loss: the answers of
-dialogs, all of a plain text.
+Muon trains the matrices of the layers, AdamW the embedding and the norms. The learning rate rises, stays, and falls
+linearly to zero over the last part of the run. The loss has only the tokens that the model should write: the answers of
+dialogs, and all of a plain text.
 """
 
 import argparse
@@ -42,16 +42,16 @@ PARAMS |= {"multiple_of": 64, "norm_eps": 1e-5, "rope_theta": 10000.0}
 MAX_LEN = 512
 SEED = 1
 STEP_TOKENS, PASS_TOKENS = 12288, 3072
-CHUNK_STEPS = 50  # documents are drawn for so many steps at a time
-PHASES = (0.27, 0.47, 0.64, 0.83)  # the shares of the run at which the mixture of documents changes
+CHUNK_STEPS = 50  # documents are drawn for this many steps at a time
+PHASES = (0.27, 0.47, 0.64, 0.83)  # the mixture of documents changes after these shares of the run
 
 
 class Stream:
-    """The documents of each step: endless, never the same twice, and the same for a step in each run.
+    """The documents of each step: endless, never the same twice; a step has the same documents in each run.
 
     Args:
-        reader: documents to examples.
-        n_steps: of the run, of which the phases are shares.
+        reader: turns documents into examples.
+        n_steps: the steps of the run; `PHASES` are shares of them.
     """
 
     def __init__(self, reader: Reader, n_steps: int):
@@ -119,7 +119,7 @@ def train(folder: Path, state: Path, n_tokens: int, lr: float, save_every: int) 
 
 
 def run_steps(trainer: Trainer, stream: Stream, n_steps: int, state: Path, save_every: int) -> None:
-    """All steps from the last save on."""
+    """Runs all steps after the last save."""
     tensors, done = saves.state_of(trainer.module, trainer.optimizers), saves.newest(state) or 0
     if done:
         saves.load(state, done, tensors)
@@ -139,7 +139,7 @@ def run_steps(trainer: Trainer, stream: Stream, n_steps: int, state: Path, save_
 
 
 def write(model: Transformer, tokenizer: Tokenizer, state: Path, folder: Path) -> None:
-    """Writes the checkpoint beside the run, and then its files over those of `folder`."""
+    """Writes the checkpoint into `state`, then moves its files into `folder`."""
     new = state / "checkpoint"
     if dist.get_rank() == 0:
         shutil.rmtree(new, ignore_errors=True)
@@ -154,7 +154,7 @@ def write(model: Transformer, tokenizer: Tokenizer, state: Path, folder: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=HERE, help="where the checkpoint goes")
+    parser.add_argument("--folder", type=Path, default=HERE, help="the directory of the checkpoint")
     parser.add_argument(
         "--state", type=Path, default=Path("demo-training"), help="the run's directory: saves, log, tokenizer"
     )

@@ -1,8 +1,8 @@
 """A byte-pair encoding trained on the demo corpus, written as a tiktoken rank file (base64 token, rank; one per line).
 
-Sennrich et al. 2016 (arXiv 1508.07909), on bytes. Words are cut by Llama 3's own pattern. Two kinds of piece are kept
-apart so that a small model can learn from little text: digits are never merged (a number is read digit by digit), and
-an emoji is never merged with its neighbour (one emoji, one token).
+Sennrich et al. 2016 (arXiv 1508.07909), on bytes. Llama 3's own pattern cuts text into words. Two kinds of pieces are
+never merged, so that a small model can learn from little text: digits (the model reads a number digit by digit), and an
+emoji with its neighbour (one emoji is one token).
 """
 
 import base64
@@ -20,11 +20,11 @@ EMOJI = re.compile(
     "[\U0001f1e6-\U0001f1ff]{2}|[^\x00-\u00ff](?:\ufe0f|\u20e3|\u200d.|[\U000e0020-\U000e007f])*|[\x00-\u00ff]+"
 )
 
-EMOJI_WEIGHT = 8  # so that every emoji of the lists gets a token, and not three bytes
+EMOJI_WEIGHT = 8  # high enough to make every emoji of the lists a token, not three bytes
 
 
 def count_words(texts: Iterable[str]) -> Counter[bytes]:
-    """How often each piece occurs, numbers left out and emojis apart."""
+    """How often each piece occurs, without numbers, and with each emoji as a piece of its own."""
     pattern = regex.compile(LLAMA3_PATTERN)
     pieces = Counter(piece for text in texts for piece in pattern.findall(text))
     words: Counter[bytes] = Counter()
@@ -51,9 +51,8 @@ def learn(words: Counter[bytes], n_tokens: int) -> list[bytes]:
     while len(tokens) < n_tokens:
         best = max(pairs, key=lambda p: (pairs[p], p))
         token = tokens[best[0]] + tokens[best[1]]
-        if (
-            token in known
-        ):  # another pair spells the same bytes: tiktoken merges by bytes, so it needs no rank of its own
+        # Another pair may have the same bytes. tiktoken merges by bytes, so it needs no second rank.
+        if token in known:
             new = tokens.index(token)
         else:
             new = len(tokens)

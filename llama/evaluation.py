@@ -1,4 +1,4 @@
-"""`python -m llama.evaluation`: lm-evaluation-harness with a model "llama" (see `llama.cli.lm_eval`)."""
+"""`python -m llama.evaluation`: lm-evaluation-harness with the model "llama" (see `llama.cli.lm_eval`)."""
 
 from llama.cli.lm_eval import LlamaLM, main
 

@@ -22,7 +22,7 @@ from llama.decoding.predictions import ChatPrediction, CompletionPrediction
 from llama.decoding.rollouts import encode_dialog, fill_dialogs, named, open_dialogs
 from llama.decoding.speculative import Proposer, SpeculativeEngine, make_proposer, open_draft
 from llama.engine import Engine
-from llama.keywords import Options, StreamOptions, in_our_words
+from llama.keywords import Options, StreamOptions, checks_keywords
 from llama.layers.hooks import is_ours
 from llama.meta_names import B_INST, B_SYS, E_INST, E_SYS, parts_of_a_copy, sample_top_p, shared_attribute  # noqa: F401
 from llama.model import ModelArgs, Transformer
@@ -35,7 +35,7 @@ class Llama:
     """A model and its tokenizer, ready to generate. `Llama.build` makes one."""
 
     @staticmethod
-    @in_our_words
+    @checks_keywords
     def build(
         ckpt_dir: str | os.PathLike,
         tokenizer_path: str | os.PathLike | None = None,

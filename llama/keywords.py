@@ -1,6 +1,6 @@
-"""The keywords of a call: their types, for editors and type checkers, and what other libraries call them.
+"""The keywords of a call: their types, for editors and type checkers, and their names in other libraries.
 
-`llama.options` says what each of them means, and checks its value. Knows nothing else of the package.
+`llama.options` says what each keyword means, and checks its value. Knows nothing else of the package.
 """
 
 import difflib
@@ -13,12 +13,12 @@ import torch
 from typing_extensions import TypedDict  # PyTorch brings it
 
 Call = TypeVar("Call", bound=Callable[..., Any])
-# (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size]: the face of Transformers' LogitsProcessor.
+# (ids so far [1, T], logits [1, vocab_size]) -> logits [1, vocab_size], the signature of Transformers' LogitsProcessor.
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Options(TypedDict, total=False):
-    """The keywords of `Llama.generate` and its like that they do not name: each a value, or one for each prompt."""
+    """The `**options` of `Llama.generate` and similar methods: each is a value, or a list with one for each prompt."""
 
     top_k: int | Sequence[int | None] | None
     min_p: float | Sequence[float | None] | None
@@ -43,14 +43,14 @@ class Options(TypedDict, total=False):
 
 
 class StreamOptions(Options, total=False):
-    """Those, and the three that the other methods name: all of `DecodingOptions`."""
+    """All of `DecodingOptions`: `Options`, and the three that the other methods name as arguments."""
 
     max_gen_len: int | Sequence[int | None] | None
     temperature: float | Sequence[float | None] | None
     top_p: float | Sequence[float]
 
 
-# What Transformers, vLLM, lmdeploy, llama.cpp and OpenAI's interface call them, and ours.
+# Names in Transformers, vLLM, lmdeploy, llama.cpp and OpenAI's interface, each with ours.
 _BUDGET = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_gen_toks", "max_output_len", "n_predict")
 ANSWERS = ("n", "num_samples", "num_generations", "n_samples", "best_of", "candidate_count")
 _ENDS = ("stop_token_ids", "stop_strings", "stop_words", "stop_sequences", "eos_token_id", "until")
@@ -77,7 +77,7 @@ PORTED = {
 }
 
 
-# Those of what builds a model.
+# The same for the arguments of `Llama.build`.
 _MODEL = ("model", "model_path", "model_dir", "model_name_or_path", "pretrained_model_name_or_path", "checkpoint")
 PORTED_BUILD = {
     **dict.fromkeys((*_MODEL, "checkpoint_dir", "checkpoint_path"), "ckpt_dir here"),
@@ -93,8 +93,8 @@ PORTED_BUILD = {
 }
 
 
-def in_our_words(call: Call) -> Call:
-    """`Llama.build`, whose keywords that are none are answered with ours."""
+def checks_keywords(call: Call) -> Call:
+    """A decorator for `Llama.build`: for an unknown keyword it raises a TypeError that names ours."""
 
     @functools.wraps(call)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ def unknown(
     kind: str = "a decoding option",
     ported: Mapping[str, str] = PORTED,
 ) -> str:
-    """What to say of a keyword that is none of `names`: what we call it, or which of them it may be meant for."""
+    """The message for a keyword that is not one of `names`: our name for it, or the one that looks most like it."""
     if name in ported:
         return f"{name} is {ported[name]}"
     meant = difflib.get_close_matches(str(name), names, 1)

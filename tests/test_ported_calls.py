@@ -52,7 +52,7 @@ def test_a_keyword_of_another_library_is_answered_with_ours(demo, name, message)
             call()
         assert message in str(found.value)
     (record,) = run_batch(demo, [{"prompt": "One day", name: 4}])
-    assert message.replace("a decoding option", "known") in record["error"]
+    assert message.replace("a decoding option", "a field of a row") in record["error"]
 
 
 def test_each_word_of_ours_that_is_named_for_a_foreign_one_exists():
@@ -111,7 +111,7 @@ def test_one_where_several_are_expected_is_refused_and_not_taken_apart(demo):
         (lambda: rejection_sample(demo, row, "logprob"), "prompts is a dict"),
         (lambda: run_batch(demo, "in.jsonl"), r"lines is a str: expected dictionaries.*`run_batch_files` reads files"),
         (lambda: run_batch(demo, row), "lines is a dict: expected dictionaries, one for each row"),
-        (lambda: run_batch("demo/checkpoint", [row]), "llama is a str: expected a Llama; a directory goes with"),
+        (lambda: run_batch("demo/checkpoint", [row]), "llama is a str: expected a Llama, or `replicas` and a dir"),
     ]
     for call, message in calls:
         with pytest.raises(TypeError, match=message):

@@ -1,7 +1,7 @@
 """An adapter's directory, as PEFT writes and reads it: adapter_config.json and adapter_model.safetensors.
 
-The rows of B of queries and keys are in Hugging Face's order in the files, and in Meta's in memory. The files of `llama
-finetune` have digests of the base too, which PEFT does not look at. Knows nothing of running a model.
+For queries and keys, the rows of B are in Hugging Face's order in the files, and in Meta's in memory. The files of
+`llama finetune` also have digests of the base, which PEFT ignores. Knows nothing of running a model.
 
 Format: huggingface.co/docs/peft/main/en/developer_guides/checkpoint.
 """
@@ -18,36 +18,36 @@ import torch
 
 from llama.checkpoint import Checkpoint
 from llama.checkpoint.config import read_json
-from llama.checkpoint.huggingface import file_name, has_rotary_rows, rows_in_pairs
+from llama.checkpoint.huggingface import file_name, has_rotary_rows, open_safetensors, rows_in_pairs
 from llama.checkpoint.meta import ROWS, require_directory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# The matrices of a layer, which an adapter can be added to, by Meta's names.
+# The matrices of a layer that an adapter can change, by Meta's names.
 MATRICES = tuple(f"attention.{name}" for name in ("wq", "wk", "wv", "wo"))
 MATRICES += tuple(f"feed_forward.{name}" for name in ("w1", "w2", "w3"))
 TARGETS = tuple(name.rpartition(".")[2] for name in MATRICES)
 
-# What PEFT can do to a model beside plain LoRA on matrices, each with the value that means "not used".
+# The options of PEFT beyond plain LoRA on matrices, each with the value that means "not used".
 UNUSED = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False}
 UNUSED |= {"modules_to_save": None, "layer_replication": None, "trainable_token_indices": None}
 UNUSED |= {"target_parameters": None, "alora_invocation_tokens": None, "use_bdlora": None}
 UNUSED |= {"arrow_config": None, "kasa_config": None, "monteclora_config": None}
-# Ways to begin that leave the base as it is. With others (PiSSA, OLoRA, CorDA, LoftQ) PEFT takes something out of its
-# weights whenever it loads the adapter.
-PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# Initialisations that do not change the base. With others (PiSSA, OLoRA, CorDA, LoftQ) PEFT changes the base's weights
+# whenever it loads the adapter.
+PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass
 class Adapter:
-    """A whole adapter in memory.
+    """An adapter in memory.
 
     Attributes:
-        path: where it is from, for messages.
-        pairs: by Meta's name of each matrix that it changes, A [rank, in_features] and B [out_features, rank]; rows of
-            queries and keys are in Meta's order.
-        scales: what B A is multiplied with, by the same names.
-        digests: of the base it was trained on (`base_digests`); empty where PEFT wrote it.
+        path: its directory, for messages.
+        pairs: A [rank, in_features] and B [out_features, rank] of each matrix that it changes, by Meta's name; the rows
+            of queries and keys are in Meta's order.
+        scales: the factor of B A, by the same names.
+        digests: of the base it was trained on (`base_digests`); empty if PEFT wrote it.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Adapter:
         return content.hexdigest()[:16]
 
     def check_base(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError if it is an adapter of another base than the checkpoint: other shapes, other weights."""
+        """Raises ValueError if the adapter is for another base than the checkpoint: other shapes or other weights."""
         for name, (a, b) in self.pairs.items():
             if (found := [b.shape[0], a.shape[1]]) != (expected := list(checkpoint.shapes[name])):
                 raise ValueError(
@@ -81,10 +81,10 @@ class Adapter:
 
 
 def base_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """What tells one base from another: digests of its norms and first embeddings, and of some rows of its matrices.
+    """The fingerprint of a base: digests of its norms and first embeddings, and of some rows of its matrices.
 
-    Numbers are rounded to bfloat16 first, so that another dtype or format of the same weights has the same digests. A
-    quantised checkpoint has the norms and embeddings of the one it was made of; the digest of its matrices is "".
+    Numbers are rounded to bfloat16 first, so that the same weights in another dtype or format have the same digests. A
+    quantised checkpoint keeps its source's norms and embeddings; the digest of its matrices is "".
     """
     args = checkpoint.args
     layers = [f"layers.{i}." for i in sorted({0, args.n_layers - 1})]
@@ -104,16 +104,16 @@ def _digest(tensors: list[torch.Tensor]) -> str:
 
 
 def read_adapter(path: str | os.PathLike, checkpoint: Checkpoint) -> Adapter:
-    """Reads an adapter of PEFT's and checks that it is one for this checkpoint.
+    """Reads PEFT's directory of an adapter, and checks that the adapter is for this checkpoint.
 
     Args:
-        path: its directory.
-        checkpoint: the base, as `open_checkpoint` gives it.
+        path: the directory.
+        checkpoint: the base, as `open_checkpoint` returns it.
 
     Raises:
-        FileNotFoundError: the directory or a file of it is missing.
-        ValueError: it is no LoRA, or does what this package does not (named); it lacks a tensor or has one too many;
-            its shapes or digests are another base's.
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: it is no LoRA, or uses an option that this package does not support; a tensor is missing or
+            unexpected; its shapes or digests are another base's.
         ImportError: safetensors is not installed.
     """
     path = Path(path)
@@ -122,7 +122,8 @@ def read_adapter(path: str | os.PathLike, checkpoint: Checkpoint) -> Adapter:
         if not (path / name).is_file():
             raise FileNotFoundError(f"adapter {path} has no {name}: expected a directory with {CONFIG} and {WEIGHTS}")
     config = _read_config(path / CONFIG)
-    tensors, metadata = _read_tensors(path / WEIGHTS)
+    with open_safetensors(path / WEIGHTS) as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     pairs, scales = {}, {}
     for name in [name for name in checkpoint.shapes if name.split(".")[-2] in TARGETS]:
         module = file_name(name).removesuffix(".weight")
@@ -135,7 +136,7 @@ def read_adapter(path: str | os.PathLike, checkpoint: Checkpoint) -> Adapter:
             b = rows_in_pairs(b, checkpoint.args.head_dim)
         pairs[name], scales[name] = (a, b), _scale(config, module, len(a))
     if tensors or not pairs:
-        found = f"{len(tensors)} tensors of no matrix here, as {min(tensors)[:100]}" if tensors else "no tensors"
+        found = f"{len(tensors)} unexpected tensors, such as {min(tensors)[:100]}" if tensors else "no tensors"
         raise ValueError(
             f"{path / WEIGHTS} has {found}: expected lora_A and lora_B of some of {', '.join(TARGETS)} in the "
             f"{checkpoint.args.n_layers} layers of the base"
@@ -153,9 +154,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, unused in UNUSED.items():
         if config.get(key) not in (unused, None, [], {}):
             raise ValueError(f"{path}: {key} is {config[key]!r}: only {unused!r} is supported")
-    if (beginning := config.get("init_lora_weights")) not in PLAIN_BEGINNINGS:
+    if (init := config.get("init_lora_weights")) not in PLAIN_INITS:
         raise ValueError(
-            f"{path}: init_lora_weights is {beginning!r}, which changes the base's own weights: expected an adapter "
+            f"{path}: init_lora_weights is {init!r}, which changes the base's own weights: expected an adapter "
             "that PEFT has converted to a plain one (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     patterns = config.get("alpha_pattern") or {}
@@ -172,15 +173,3 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
     alpha = next((a for end, a in patterns.items() if f".{module}".endswith(f".{end}")), config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ImportError(f"{path} needs the safetensors package: pip install '.[hf]'") from None
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {str(error)[:200]}") from None

@@ -1,6 +1,6 @@
 """Low-rank additions to the matrices of a model: y = W x + scale * B A x, beside W or folded into it.
 
-Split over ranks as W is: with the rows of W the rows of B are split, with the columns of W the columns of A.
+Split over ranks like W: if W is split by rows, so is B; if W is split by columns, so is A.
 """
 
 import copy
@@ -28,11 +28,11 @@ class Lora(nn.Module):
     """The addition to one matrix.
 
     Args:
-        a: [rank, in_features], or this rank's columns of it where the matrix is split by columns.
-        b: [out_features, rank], or this rank's rows of it where the matrix is split by rows.
-        scale: what B A is multiplied with.
-        split: along which dimension the matrix is split, COLUMNS or ROWS.
-        group: over whose ranks.
+        a: [rank, in_features], or this rank's columns of it if the matrix is split by columns.
+        b: [out_features, rank], or this rank's rows of it if the matrix is split by rows.
+        scale: the factor of B A.
+        split: the dimension along which the matrix is split, COLUMNS or ROWS.
+        group: the ranks that it is split over.
     """
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float, split: int, group: dist.ProcessGroup):
@@ -42,14 +42,14 @@ class Lora(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["group"]  # of this process: a copy joins the group of its own
+        del state["group"]  # belongs to this process: a copy takes the group of its own
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.group = get_model_parallel_group()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # what the matrix gets -> what is added to its product
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # the matrix's input -> the addition to its output
         hidden = F.linear(x.to(self.a.dtype), self.a)
         if dist.get_world_size(self.group) > 1:
             if not torch.is_grad_enabled():
@@ -62,12 +62,12 @@ class Lora(nn.Module):
 
 
 def attach(model: Transformer, name: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    """Adds B A to what a matrix computes from now on. The module that does it is the matrix' `lora`.
+    """From now on, adds scale * B A x to the output of a matrix. The matrix gets a submodule `lora` for it.
 
     Args:
         name: of the matrix, as a parameter: "layers.0.attention.wq.weight".
         a, b: whole, [rank, in_features] and [out_features, rank]; this rank keeps its part, in float32.
-        scale: what B A is multiplied with.
+        scale: the factor of B A.
     """
     linear, table = model.get_submodule(name.removesuffix(".weight")), model.tok_embeddings
     split = partition_dim(name)
@@ -75,7 +75,7 @@ def attach(model: Transformer, name: str, a: torch.Tensor, b: torch.Tensor, scal
     start, stop = slice_of_rank(name, size, model.args, table.rank, table.world_size)
     a, b = (a[:, start:stop], b) if split == COLUMNS else (a, b[start:stop])
     a, b = (part.to(model.rotary.device, torch.float32).contiguous() for part in (a, b))
-    linear.add_module("lora", Lora(a, b, scale, split, table.group))  # an attribute would ask for a quantised weight
+    linear.add_module("lora", Lora(a, b, scale, split, table.group))  # setting the attribute would need a weight
     linear.register_forward_hook(_add_lora)
 
 
@@ -93,8 +93,8 @@ def build_adapted(
 ) -> tuple[Transformer, Loaded]:
     """`checkpoint.build_model`, with the adapter of a directory if there is one.
 
-    It is folded into the weights while they are loaded, before they are rounded. Beside the matrices of a quantised
-    checkpoint it is computed with each product.
+    The adapter is folded into the weights while they are loaded, before they are rounded. If the checkpoint is
+    quantised, it is computed beside each matrix.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as `read_adapter` and `build_model`.
@@ -114,7 +114,7 @@ def build_adapted(
 
 
 def folded(checkpoint: Checkpoint, adapter: Adapter, dtype: torch.dtype) -> Checkpoint:
-    """The checkpoint with an adapter in its matrices, W + scale * B A; sums in float32, rounded once to `dtype`."""
+    """The checkpoint with W + scale * B A for each W that an adapter changes, summed in float32, rounded to `dtype`."""
 
     def read(name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
         weight = checkpoint.read(name, dim, start, stop)
@@ -141,14 +141,11 @@ def merge(
     """Writes the checkpoint of a directory with an adapter folded in; other arguments and errors as in `convert`.
 
     Args:
-        adapter: PEFT's directory, of an adapter for `src`.
+        adapter: PEFT's directory of an adapter for `src`.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: also as `read_adapter`.
+        FileNotFoundError, ImportError, ValueError: as `convert` and `read_adapter`.
     """
     tokenizer, checkpoint = open_checkpoint(src)
-    if checkpoint.quantization:
-        found = f"{src} is quantised to {checkpoint.quantization}"
-        raise ValueError(f"{found}: expected the checkpoint that it was made of")
     source = folded(checkpoint, read_adapter(adapter, checkpoint), torch.float32)  # rounded as it is written
     write_checkpoint(source, tokenizer, dst, to, shards, dtype)

@@ -1,7 +1,7 @@
 """Directories to tensors and back: Meta's, Hugging Face's and quantised ones.
 
-Knows how files lie on the disk and how a model is cut over ranks. Knows nothing of decoding; the engine knows nothing
-of it. `llama.checkpoint.convert` writes directories, `llama.checkpoint.inspect` describes and verifies them.
+Knows the files' formats and how a model is split over ranks. Knows nothing of decoding, and the engine knows nothing of
+this house. `llama.checkpoint.convert` writes directories, `llama.checkpoint.inspect` describes and verifies them.
 """
 
 from llama.checkpoint.open import Checkpoint, build_model, open_checkpoint

@@ -1,7 +1,7 @@
-"""params.json and config.json to `ModelArgs` and back: the shape of a model in Meta's words and in Hugging Face's.
+"""params.json and config.json to `ModelArgs` and back: the shape of a model in Meta's keys and in Hugging Face's.
 
-Every number is checked against limits here, before a loop or an allocation uses it. A setting that this package has no
-code for is refused by name. Knows the keys of Meta's files and of Transformers 4 and 5; nothing of weights.
+Checks every number against limits before a loop or an allocation depends on it, and refuses by name what this package
+does not have. Knows the keys of Meta's files and of Transformers 4 and 5; nothing of weights.
 """
 
 import json
@@ -11,18 +11,17 @@ from typing import Any
 
 from llama.model import ModelArgs
 
-# What a directory may be, by Transformers' name of its class.
+# The kinds of model, by Transformers' names of their classes.
 CAUSAL_LM, REWARD_MODEL = "LlamaForCausalLM", "LlamaForSequenceClassification"
 KINDS = {CAUSAL_LM: "a language model", REWARD_MODEL: "a reward model, which scores texts and writes none"}
 
-# The most that a file may say, far beyond any published model. A size may be a width, a number of heads or of tokens.
+# Limits for a file's numbers, far beyond any published model. A size is a width, or a number of heads or of tokens.
 MAX_LAYERS, MAX_SIZE = 10_000, 1 << 20
-# Within these, the angles of the rotary embedding stay finite in float32.
+# Between these, the angles of the rotary embedding are finite in float32.
 LEAST_FLOAT, MOST_FLOAT = 1e-12, 1e16
 MAX_JSON_BYTES = 16 << 20  # the index of a model of 100,000 tensors fits
 
-# The fields of ModelArgs that params.json has under their own names, and those of config.json with the keys there. Both
-# files carry other keys too.
+# The fields of ModelArgs that params.json has, under the same names; and those of config.json, with their keys there.
 PARAMS = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"), int)
 PARAMS |= dict.fromkeys(("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scale_factor"), float)
 PARAMS |= dict.fromkeys(("use_scaled_rope", "tied_embeddings"), bool)
@@ -36,14 +35,14 @@ CONFIG = {
 }
 REQUIRED = ("dim", "n_layers", "n_heads")
 
-# What config.json may say of parts that this package has in one form only.
+# Keys of config.json that must have these values, if they are there.
 SUPPORTED = {"quantization_config": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
-# How Llama 3.1 and later scale their rotary embedding (`model.rotary_frequencies`), but for the factor.
+# How Llama 3.1 and later scale their rotary embedding (`model.rotary_frequencies`), apart from the factor.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
-# (dim, hidden size) to `multiple_of` and `ffn_dim_multiplier` as Meta's params.json of that model has them; other
-# values would give the same size.
+# (dim, hidden size) to `multiple_of` and `ffn_dim_multiplier` as in Meta's params.json of that model. Other values give
+# the same size too.
 PUBLISHED_FEED_FORWARDS = {
     (2048, 8192): (256, 1.5),
     (3072, 8192): (256, 1.0),
@@ -54,7 +53,7 @@ PUBLISHED_FEED_FORWARDS = {
 
 
 def read_json(path: Path, expected: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError if it holds anything else, saying what was expected."""
+    """The object in a JSON file. Raises ValueError if it holds anything else; the message says what was expected."""
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise ValueError(f"{size:,} bytes are too many")
@@ -71,15 +70,15 @@ def args_from_params(
 ) -> ModelArgs:
     """The shape of a model from the contents of Meta's params.json.
 
-    `vocab_size` is the tokenizer's, to which Llama 2's files leave it; max_seq_len and max_batch_size are what the
-    cache has room for. Raises ValueError if a key is missing, of the wrong kind or out of range, or if the vocabulary
-    is not the tokenizer's.
+    `vocab_size` is the tokenizer's; Llama 2's files do not have it. max_seq_len and max_batch_size set the size of the
+    cache. Raises ValueError if a key is missing, of the wrong type or out of range, or if the vocabulary is not the
+    tokenizer's.
     """
     path = ckpt_dir / "params.json"
     args = _fields(path, params, {name: name for name in PARAMS})
     if params.get("vocab_size") not in (None, -1):
         _check_vocabulary(path, params, vocab_size)
-    # Llama 3.2 1B and 3B scale by 32 and not by 8. Their params.json does not say so, but their shapes do.
+    # Llama 3.2 1B and 3B scale by 32, not by 8. Their params.json does not say so, but their shapes tell.
     if "rope_scale_factor" not in args and (args["dim"], args["n_layers"]) in {(2048, 16), (3072, 28)}:
         args["rope_scale_factor"] = 32.0
     return _model_args(path, args, vocab_size, max_seq_len, max_batch_size)
@@ -95,8 +94,8 @@ def args_from_config(
 ) -> ModelArgs:
     """The shape of a model from Hugging Face's config.json, of Transformers 4 or 5.
 
-    Arguments and errors as in `args_from_params`; ValueError also if the model is not a Llama, has parts that this
-    package does not have, or is not of this `architecture` (CAUSAL_LM or REWARD_MODEL).
+    Arguments and errors as in `args_from_params`. Raises ValueError also if the model is not a Llama, has parts that
+    this package does not have, or is not of this `architecture` (CAUSAL_LM or REWARD_MODEL).
     """
     path = ckpt_dir / "config.json"
     _require(path, "model_type", "llama", config.get("model_type"))
@@ -117,7 +116,7 @@ def args_from_config(
 
 
 def _rotary_args(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `ModelArgs` on the rotary embedding, from where Transformers 4 or 5 keeps them."""
+    """The rotary fields of `ModelArgs`. Transformers 4 and 5 keep them under different keys."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{path}: rope_scaling is {reprlib.repr(rope)}: expected an object, or null")
@@ -134,19 +133,20 @@ def _rotary_args(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def context_length(config: dict[str, Any], ckpt_dir: Path) -> int:
-    """How many tokens a config.json says that the model was made for; 4,096 if it does not say."""
+    """The context length in a config.json, tokens; 4,096 if it has none."""
     return _value(ckpt_dir / "config.json", config, "max_position_embeddings", default=4096)
 
 
 def feed_forward_params(dim: int, hidden_dim: int) -> tuple[int, float | None]:
-    """`multiple_of` and `ffn_dim_multiplier` from which `ModelArgs`, and Meta's code, compute exactly this hidden size.
+    """The `multiple_of` and `ffn_dim_multiplier` from which `ModelArgs` and Meta's code compute this hidden size.
 
-    Raises ValueError if none do.
+    Raises ValueError if no values do.
     """
     if (dim, hidden_dim) in PUBLISHED_FEED_FORWARDS:
         return PUBLISHED_FEED_FORWARDS[dim, hidden_dim]
     multiple_of = min(256, hidden_dim & -hidden_dim)  # the largest power of two in it
-    middle = (hidden_dim + 1 - multiple_of / 2) / int(2 * (4 * dim) / 3)  # of the multipliers that round to it
+    # The middle of the multipliers that round to this size.
+    middle = (hidden_dim + 1 - multiple_of / 2) / int(2 * (4 * dim) / 3)
     for multiplier in (None, *(round(middle, digits) for digits in range(1, 17)), middle):
         args = ModelArgs(dim=dim, n_heads=1, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
         if args.hidden_dim == hidden_dim:
@@ -161,7 +161,7 @@ def _fields(path: Path, content: dict[str, Any], keys: dict[str, str]) -> dict[s
 
 
 def _value(path: Path, content: dict[str, Any], key: str, kind: type = int, default: Any = None) -> Any:
-    """The value of a key, checked: a bool, or a number within the limits. null counts as missing."""
+    """The checked value of a key: a bool, or a number within the limits. null counts as missing."""
     value = default if content.get(key) is None else content[key]
     if kind is bool:
         is_right, expected = isinstance(value, bool), "true or false"
@@ -206,8 +206,8 @@ def _model_args(path: Path, args: dict[str, Any], vocab_size: int, max_seq_len: 
 def config_json(args: ModelArgs, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
     """The config.json of a model, in keys that Transformers 4 and 5 both read.
 
-    Meta's files do not say for how long a context the model was trained. max_position_embeddings is the published
-    context of the generation, which the rotary embedding tells (Llama 2: 4,096; 3: 8,192; 3.1 and later: 131,072).
+    Meta's files do not have the context length. max_position_embeddings is the published one of the Llama generation,
+    which the rotary embedding tells (Llama 2: 4,096; 3: 8,192; 3.1 and later: 131,072).
     """
     scaling = None
     if args.use_scaled_rope:
@@ -230,12 +230,12 @@ def config_json(args: ModelArgs, bos_id: int, eos_id: int, dtype: str) -> dict[s
 
 
 def params_json(args: ModelArgs) -> dict[str, Any]:
-    """Meta's params.json of a model, without keys that Meta's code of its generation fails at."""
+    """Meta's params.json of a model, without keys that Meta's code for that generation of Llama rejects."""
     names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps"]
     if args.ffn_dim_multiplier is not None:
         names.append("ffn_dim_multiplier")
-    if args.rope_theta != 10000:  # Llama 2's, whose code does not know the key
+    if args.rope_theta != 10000:  # 10,000 is Llama 2's, whose code does not know the key
         names.append("rope_theta")
     if args.use_scaled_rope:
-        names += ["use_scaled_rope", "rope_scale_factor"]  # the second is a key of our own
+        names += ["use_scaled_rope", "rope_scale_factor"]  # Meta's files do not have the second
     return {name: getattr(args, name) for name in names}

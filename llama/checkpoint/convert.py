@@ -1,7 +1,7 @@
-"""A checkpoint written again: as Meta's shards, as a Hugging Face directory, or quantised; from any kind, of any size.
+"""Writes a checkpoint again: as Meta's shards, as a Hugging Face directory, or quantised. Takes any kind and size.
 
-Weights pass from the mapped source to the target in pieces of `loading.CHUNK_BYTES`: a conversion needs some hundred MB
-beyond the libraries, for any model. The target appears under its name when it is whole, or not at all.
+It copies weights from the mapped source in pieces of `loading.CHUNK_BYTES`, so any model needs some hundred MB beyond
+the libraries. The target appears under its name when it is complete, or not at all.
 """
 
 import base64
@@ -33,9 +33,9 @@ from llama.tokenizer import ChatFormat, Tokenizer
 from llama.tokenizer.rank_file import LLAMA3_PATTERN, LLAMA3_SPECIAL_TOKENS
 from llama.tokenizer.tokenizer_json import tokenizer_json
 
-MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file, as Transformers cuts them
+MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file, as in Transformers
 
-# What a Hugging Face directory says about its tokenizer and its answers. Copied from one such directory to another.
+# The files about dialogs, and all files about the tokenizer and the answers, that a Hugging Face directory has.
 CHAT_FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
@@ -59,24 +59,24 @@ def convert(
 ) -> None:
     """Writes the checkpoint of a directory into another, in Meta's format or Hugging Face's.
 
-    Numbers are copied bit for bit, unless `dtype` asks for another type. The tokenizer is written too, in the form that
-    programs of the target format read, and checklist.chk with the md5 sums of all files. Everything is written in
-    `.NAME.partial` next to `dst`; what a killed run leaves there, the next one clears away.
+    Numbers are copied bit for bit, unless `dtype` changes theirs. Writes also the tokenizer, in the target's format,
+    and checklist.chk with the md5 sums of all files. It writes into `.NAME.partial` next to `dst`; the next run removes
+    what a killed run has left there.
 
     Args:
         src: Meta's directory or Hugging Face's, as `Llama.build` takes it.
         dst: the directory to make; it may exist if it is empty.
-        to: "meta" or "hf". It may be the format of `src`, whose files are then cut again.
-        shards: how many consolidated.NN.pth (one when None) or safetensors files (when None, as few as hold at most
-            5 GB each).
+        to: "meta" or "hf". It may be the format of `src`: then the files are cut again.
+        shards: the number of consolidated.NN.pth (one when None) or safetensors files (when None, as few as hold at
+            most 5 GB each).
         dtype: of the tensors written: bfloat16, float16, float32 or float64, or its name; the source's when None.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `Llama.build`, for `src`.
-        FileExistsError: `dst` has something in it, or another conversion is writing it.
-        ValueError: `to` or `dtype` is none of these; the model cannot be cut into this number of shards; Meta's format
-            has no place for the special tokens; a number is beyond float16.
-        OSError: it could not be written, as when the disk is full. Nothing is left then.
+        FileExistsError: `dst` is not empty, or another conversion is writing it.
+        ValueError: `to` or `dtype` has another value; the model cannot be cut into this number of shards; Meta's format
+            has no place for the special tokens; a number is too large for float16.
+        OSError: it could not be written, for example because the disk is full. Nothing is left then.
     """
     tokenizer, source = open_checkpoint(src)
     write_checkpoint(source, tokenizer, dst, to, shards, dtype)
@@ -85,8 +85,8 @@ def convert(
 def quantize(src: str | os.PathLike, dst: str | os.PathLike, to: str) -> None:
     """Writes a checkpoint with its matrices in "int8" or "int4", as `Llama.build(src, quantize=to)` rounds them.
 
-    `Llama.build(dst)` then reads a half or a quarter of the bytes, on any number of processes. All else is as in
-    `convert`; ValueError also for numbers that are not finite.
+    `Llama.build(dst)` then reads a half or a quarter of the bytes, on any number of processes. Everything else is as in
+    `convert`. Raises ValueError also for numbers that are not finite.
     """
     if to not in KINDS:
         raise ValueError(f"to = {to!r}: expected {' or '.join(map(repr, KINDS))}")
@@ -108,7 +108,7 @@ def write_checkpoint(
 
     Args:
         source: anything that reads slices of full tensors, as a checkpoint does.
-        tokenizer: the model's, whose files are copied.
+        tokenizer: the model's; its files are copied.
         config: further keys of Hugging Face's config.json.
         kind: "int8" or "int4" rounds the matrices.
     """
@@ -119,7 +119,7 @@ def write_checkpoint(
     dst, dtype = Path(dst), dtype_by_name(dtype) or source.dtype
     if source.quantization is not None:
         found = f"{source.paths[0].parent} is quantised to {source.quantization}"
-        raise ValueError(f"{found}: expected the checkpoint that it was made of")
+        raise ValueError(f"{found}: expected the checkpoint that it was made from")
     shapes = full_shapes(source.args) if kind else source.shapes  # a tied output matrix is rounded on its own
     tensors = {name: stored(name, shape, kind, dtype) if kind else (shape, dtype) for name, shape in shapes.items()}
     n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
@@ -132,7 +132,7 @@ def write_checkpoint(
                 _write_meta_tokenizer(folder, tokenizer)
             if kind:
                 changes = {"quantization": {"kind": kind, "format": FORMAT}}
-                if source.args.tied_embeddings:  # which the tensors in the file no longer tell
+                if source.args.tied_embeddings:  # the tensors in the file no longer tell
                     changes["tied_embeddings"] = True
                 _write_json(folder / "params.json", params_json(source.args) | changes)
                 _write_quantised_file(folder, source, kind, tensors, advance)
@@ -153,7 +153,7 @@ def _bytes(tensor: torch.Tensor, advance: Advance) -> Iterator[memoryview]:
 def _part_bytes(
     source: Checkpoint, name: str, part: Part, dtype: torch.dtype, advance: Advance, in_halves: bool = False
 ) -> Iterator[memoryview]:
-    """The bytes of a part of a tensor, some rows at a time. `in_halves`: queries and keys in Hugging Face's order."""
+    """The bytes of a part of a tensor, some rows at a time; with `in_halves`, in Hugging Face's rotary order."""
     dim, start, stop = part
     first, last = (start, stop) if dim == ROWS else (0, source.shapes[name][0])
     for *_, rows in pieces(source, name, ROWS, first, last):
@@ -185,13 +185,13 @@ def _write_safetensors_files(
 
 
 def _share_out(sizes: dict[str, int], n_files: int | None) -> list[list[str]]:
-    """The names in order, cut into n files of about the same size, or into files of at most `MAX_FILE_BYTES`."""
+    """The names of each file, in order: n files of about the same size, or files of at most `MAX_FILE_BYTES`."""
     names = list(sizes)
     if n_files is not None:
         if n_files > len(names):
             raise ValueError(f"shards = {n_files}: expected at most {len(names)}, one for each tensor")
         ends, cuts = list(itertools.accumulate(sizes.values())), [0]
-        for i in range(1, n_files):  # where i shares end, with a tensor in each file before and after
+        for i in range(1, n_files):  # cuts after i shares, but leaves at least one tensor for each file
             at = bisect.bisect(ends, ends[-1] * i / n_files)
             cuts.append(min(max(at, cuts[-1] + 1), len(names) - n_files + i))
         return [names[start:stop] for start, stop in itertools.pairwise([*cuts, len(names)])]
@@ -208,9 +208,9 @@ def _share_out(sizes: dict[str, int], n_files: int | None) -> list[list[str]]:
 def _write_pth_files(
     folder: Path, source: Checkpoint, tokenizer_kind: str, n_shards: int, dtype: torch.dtype, advance: Advance
 ) -> None:
-    """Meta's shards, all at once, so that each tensor of the source is read once.
+    """Writes all of Meta's shards at once, so that each tensor of the source is read once.
 
-    Llama 2's files have the columns of the embedding in different shards, Llama 3's its rows.
+    Llama 2's shards split the columns of the embedding, Llama 3's its rows.
     """
     args, full = source.args, source.shapes
     if n_shards not in args.model_parallel_sizes:
@@ -258,28 +258,29 @@ def _blocks(source: Checkpoint, name: str, kind: str, advance: Advance) -> Itera
 
 def _write_meta_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     path = tokenizer.path
-    for text in (path.with_name(name) for name in CHAT_FILES):  # with what ends an answer, and how dialogs are written
+    for text in (path.with_name(name) for name in CHAT_FILES):  # they have the stop ids and the chat template
         if text.is_file():
             shutil.copyfile(text, folder / text.name)
     if path.suffix != ".json":
         shutil.copyfile(path, folder / "tokenizer.model")
         return
-    if _has_own_template(tokenizer):  # which names tokens by names that tokenizer.model has no place for
+    if _has_own_template(tokenizer):  # it needs names of tokens, which tokenizer.model does not have
         shutil.copyfile(path, folder / "tokenizer.json")
         return
     ranks = tokenizer.ranks
     ids = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
-    # Names that a model has given to reserved tokens are lost. A token in another place would be another token.
+    # The names of reserved tokens may differ: they are lost. A known name with another id would be another token.
     moved = [name for name, i in tokenizer.special_tokens.items() if ids.get(name, i) != i]
     if len(ids) != len(tokenizer.special_tokens) or moved:
         found = f"{moved[0]} in another place" if moved else f"{len(tokenizer.special_tokens)} of them"
-        raise ValueError(f"{path}: Meta's format has the {len(ids)} special tokens of Llama 3 alone, here is {found}")
+        expected = f"Meta's format has only the {len(ids)} special tokens of Llama 3"
+        raise ValueError(f"{path}: {expected}, and this tokenizer has {found}")
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
 
 
 def _has_own_template(tokenizer: Tokenizer) -> bool:
-    """Whether the directory's template, and not `ChatFormat`, writes dialogs; also if it is broken."""
+    """Whether dialogs need the directory's own template; also True if that template fails."""
     try:
         return ChatFormat(tokenizer).template is not None
     except (ValueError, ImportError):
@@ -289,13 +290,12 @@ def _has_own_template(tokenizer: Tokenizer) -> bool:
 def _write_hugging_face_texts(
     folder: Path, tokenizer: Tokenizer, source: Checkpoint, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
-    """config.json and the files of the tokenizer: the source's own where it has them."""
+    """Writes config.json and the files of the tokenizer; copies those that the source has."""
     dtype_name = str(dtype).removeprefix("torch.")
     if isinstance(source, HuggingFaceCheckpoint):
-        config = read_json(source.paths[0].parent / "config.json", "the config.json of a Llama") | {
-            "torch_dtype": dtype_name
-        }
-        config.pop("dtype", None)  # which Transformers 4 does not read
+        config = read_json(source.paths[0].parent / "config.json", "the config.json of a Llama")
+        config["torch_dtype"] = dtype_name
+        config.pop("dtype", None)  # Transformers 4 does not read it
     else:
         config = config_json(source.args, tokenizer.bos_id, tokenizer.eos_id, dtype_name)
     _write_json(folder / "config.json", config | changes)

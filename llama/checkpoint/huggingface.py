@@ -1,11 +1,11 @@
 """Hugging Face's directories to tensors: safetensors files, read in slices as `meta.MetaCheckpoint` reads Meta's.
 
 Knows the layout of Transformers' `LlamaForCausalLM`, and how its names and its rotary order become Meta's; nothing of
-running a model. Files are memory-mapped: only what is asked for is read, and a slice *is* the file, except for the rows
-of wq and wk, which are put into another order.
+running a model. Files are memory-mapped: only the slices in use are read, and a slice is the mapped file, not a copy,
+except for wq and wk, whose rows are reordered.
 
 Format of the files: github.com/huggingface/safetensors. That package checks their headers: offsets inside the file,
-without gap or overlap, sizes that fit shape and dtype.
+no gap or overlap, sizes that fit shape and dtype.
 """
 
 import os
@@ -24,7 +24,7 @@ from llama.model import ModelArgs
 FILE_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 INDEX_NAME = "model.safetensors.index.json"
 
-# Meta's names and Hugging Face's, with the layer's number taken out.
+# Meta's names and Hugging Face's, with N for the number of the layer.
 NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -49,12 +49,12 @@ def file_name(name: str) -> str:
 
 
 def has_rotary_rows(name: str) -> bool:
-    """Whether the two formats order a tensor's rows differently (by Meta's name): those of queries and keys."""
+    """Whether the formats order the rows of a tensor (Meta's name) differently, as they do for queries and keys."""
     return name.endswith((".wq.weight", ".wk.weight"))
 
 
 def rows_in_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of whole heads, [n * head_dim, dim]: from (i, i + head_dim / 2) as a rotary pair to Meta's (2i, 2i + 1)."""
+    """Reorders the rows of whole heads, [n * head_dim, dim]: rotary pairs (i, i + head_dim / 2) become (2i, 2i + 1)."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -64,7 +64,7 @@ def rows_in_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def read_index(ckpt_dir: Path) -> dict[str, str]:
-    """The file of each tensor, from the index of a directory; empty if it has none, or needs none.
+    """The file of each tensor, from the index of a directory; empty if it has no index, or does not need it.
 
     Raises ValueError if the index is broken.
     """
@@ -84,7 +84,7 @@ def read_index(ckpt_dir: Path) -> dict[str, str]:
 def find_files(ckpt_dir: Path) -> list[Path]:
     """The safetensors files of a model: model.safetensors, or those that an index or their own numbers name.
 
-    Raises FileNotFoundError if there are none, or not all; ValueError if the index is broken.
+    Raises FileNotFoundError if there are none or one is missing, ValueError if the index is broken.
     """
     if (ckpt_dir / "model.safetensors").is_file():
         return [ckpt_dir / "model.safetensors"]
@@ -98,17 +98,17 @@ def find_files(ckpt_dir: Path) -> list[Path]:
         if any(ckpt_dir.glob("pytorch_model*.bin")):
             found += "; .bin files are not read (Transformers' save_pretrained writes safetensors)"
         raise FileNotFoundError(f"{found}: expected model.safetensors, or model-00001-of-0000N.safetensors and on")
-    if missing := [name[:100] for name in names if not os.path.isfile(ckpt_dir / name)]:  # takes any name
+    if missing := [name[:100] for name in names if not os.path.isfile(ckpt_dir / name)]:  # raises for no name
         some = ", ".join(missing[:8])
-        raise FileNotFoundError(f"{source} in {ckpt_dir} means {len(names)} files, but {some} is missing")
+        raise FileNotFoundError(f"{source} in {ckpt_dir} names {len(names)} files, but {some} is missing")
     return [ckpt_dir / name for name in names]
 
 
 class HuggingFaceCheckpoint:
-    """Hugging Face's directory. Its full tensors can be read in slices, under Meta's names.
+    """Hugging Face's directory. `read` reads its full tensors in slices, under Meta's names.
 
-    Checks, attributes and errors are those of `meta.MetaCheckpoint`; ImportError if the safetensors package is not
-    installed. With `reward_head` it has a reward model's head, `score.weight`, in place of the output matrix.
+    Checks, attributes and errors are those of `meta.MetaCheckpoint`; it raises ImportError if the safetensors package
+    is not installed. With `reward_head` it has a reward model's head, `score.weight`, instead of the output matrix.
     """
 
     quantization: str | None = None
@@ -123,7 +123,7 @@ class HuggingFaceCheckpoint:
             self.shapes["score.weight"] = (1, args.dim)
         self._file_of: dict[str, tuple[Path, Any]] = {}  # by Hugging Face's name
         for path in self.paths:
-            file = _open_file(path)
+            file = open_safetensors(path)
             for name in file.keys():  # noqa: SIM118
                 if name in self._file_of:
                     raise ValueError(f"{path} and {self._file_of[name][0]} both hold {name}: expected it once")
@@ -137,14 +137,14 @@ class HuggingFaceCheckpoint:
         return SAFETENSORS_DTYPES[self._file_of[name][1].get_slice(name).get_dtype()]
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the files, as far as names, shapes and dtypes tell."""
+        """Messages about wrong names, shapes and dtypes."""
         ckpt_dir = self.paths[0].parent
         for name, file in read_index(ckpt_dir).items():
             if name not in self._file_of or self._file_of[name][0].name != file:
                 yield f"{ckpt_dir / INDEX_NAME} says that {name[:100]} is in {file}, which does not hold it"
         expected = {file_name(name): shape for name, shape in self.shapes.items()}
         found = [name for name in self._file_of if not name.endswith("rotary_emb.inv_freq")]  # computed, no weight
-        if self.args.tied_embeddings:  # a copy of the table may be there
+        if self.args.tied_embeddings:  # the embedding may be stored as the output matrix too
             found = [name for name in found if name != "lm_head.weight"]
         model = f"num_hidden_layers {self.args.n_layers} and tie_word_embeddings {self.args.tied_embeddings}"
         yield from name_problems(ckpt_dir, expected, found, f"{model}, as config.json says")
@@ -160,9 +160,9 @@ class HuggingFaceCheckpoint:
         yield from dtype_problems(ckpt_dir, dtypes)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
-        """[start, stop) along `dim` of a full tensor, or all of it; a view of the mapped file, but for wq and wk.
+        """[start, stop) along `dim` of a full tensor, or all of it; a view of the mapped file, except for wq and wk.
 
-        Of wq and wk, whole heads: their rows are put into Meta's order.
+        The rows of wq and wk come in Meta's order, so these two are read in rows of whole heads.
         """
         _, file = self._file_of[file_name(name)]
         tensor = file.get_tensor(file_name(name))  # a view of the map: nothing is read yet
@@ -172,13 +172,14 @@ class HuggingFaceCheckpoint:
             if dim == COLUMNS or start % self.args.head_dim or stop % self.args.head_dim:
                 raise ValueError(f"[{start}, {stop}) along {dim} of {name}: expected rows of whole heads")
             return rows_in_pairs(tensor, self.args.head_dim)
-        # The format does not promise that numbers lie at multiples of their size, but PyTorch relies on it.
+        # PyTorch needs numbers at addresses that are multiples of their size; the format does not promise that.
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
-def _open_file(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """An open safetensors file. Raises ValueError if it is damaged, ImportError without the safetensors package."""
     try:
-        from safetensors import SafetensorError, safe_open  # an optional extra: Meta's files do without
+        from safetensors import SafetensorError, safe_open  # an optional extra: Meta's files do not need it
     except ImportError:
         raise ImportError(
             f"{path} needs the safetensors package: pip install safetensors "

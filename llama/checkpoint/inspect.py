@@ -1,6 +1,6 @@
-"""What a checkpoint directory holds, and whether it is sound: the functions behind `llama info` and `llama verify`.
+"""What a checkpoint directory holds, and what is wrong with it: the functions behind `llama info` and `llama verify`.
 
-Both kinds of directory, Meta's and Hugging Face's. Prints nothing and builds no model.
+They take Meta's and Hugging Face's directories, print nothing and build no model.
 """
 
 import math
@@ -22,13 +22,13 @@ from llama.layers.quantization import KINDS
 from llama.model import ModelArgs
 from llama.tokenizer import ChatFormat, Tokenizer
 
-# Published models by (dim, layers): a params.json does not name its model.
+# Published models by (dim, layers), because a params.json does not name its model.
 LLAMA_1_AND_2 = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "33B", (8192, 80): "65B or 70B"}
 LLAMA_3 = {(4096, 32): "8B", (8192, 80): "70B", (16384, 126): "405B", (2048, 16): "1B", (3072, 28): "3B"}
 
 
 def family(args: ModelArgs) -> tuple[str, int | None]:
-    """The published Llama that has this shape, and the context that it was trained for, tokens; None if unknown."""
+    """The published Llama that has this shape, and its context length, tokens; None if unknown."""
     shape = (args.dim, args.n_layers)
     if args.vocab_size == 128256 and args.rope_theta == 500000:
         size = LLAMA_3.get(shape, "of an unpublished size")
@@ -54,7 +54,7 @@ def memory(args: ModelArgs, n_parameters: int, itemsize: int, n_ranks: int = 1) 
     return {
         "weights": n_parameters * itemsize // n_ranks,
         "cache": cache * itemsize,
-        "logits": args.max_batch_size * args.vocab_size * torch.float32.itemsize,  # of the last position, whole
+        "logits": args.max_batch_size * args.vocab_size * torch.float32.itemsize,  # of the last position
     }
 
 
@@ -70,9 +70,9 @@ def info(
 
     Args:
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, quantize: as in `Llama.build`.
-        gpu_memory: of each device, such as "16GB"; the result then says whether the model fits.
+        gpu_memory: of each device, such as "16GB"; if set, the values also say whether the model fits.
 
-    Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does; ValueError for a size that is none.
+    Raises FileNotFoundError, ValueError and ImportError as `Llama.build` does; ValueError also for a wrong size.
     """
     room = None if gpu_memory is None else parse_size(gpu_memory)
     if quantize is not None and quantize not in KINDS:
@@ -84,7 +84,7 @@ def info(
     n_files, kind = len(checkpoint.paths), "Meta" if isinstance(checkpoint, MetaCheckpoint) else "Hugging Face"
     bits = f", matrices {checkpoint.quantization}" if checkpoint.quantization else ""
     if bits and quantize not in (None, checkpoint.quantization):
-        raise ValueError(f"quantize = {quantize!r}, and {ckpt_dir} is {checkpoint.quantization} already: leave it out")
+        raise ValueError(f"quantize = {quantize!r}, but {ckpt_dir} is {checkpoint.quantization} already: leave it out")
     n_shared = "as many" if args.n_kv_heads == args.n_heads else args.n_kv_heads
     lines = [
         ("architecture", f"looks like {name}"),
@@ -116,7 +116,7 @@ def info(
 
 
 def _dialogs(tokenizer: Tokenizer) -> str:
-    """In which format dialogs become prompts."""
+    """The format of dialogs."""
     built_in = "Llama 2's built-in format" if tokenizer.kind == "llama2" else "Llama 3's built-in format"
     if tokenizer.chat_template is None:
         return built_in
@@ -129,7 +129,7 @@ def _dialogs(tokenizer: Tokenizer) -> str:
 
 
 def _rounded_bytes(args: ModelArgs, kind: str, dtype: torch.dtype) -> int:
-    """Of all weights, the matrices rounded; a tied output matrix is a rounded copy of the embedding."""
+    """Bytes of all weights with rounded matrices. A tied output matrix is a rounded copy of the embedding."""
     parts = [stored(name, shape, kind, dtype) for name, shape in full_shapes(args).items()]
     return sum(math.prod(shape) * part_dtype.itemsize for shape, part_dtype in parts)
 
@@ -151,10 +151,10 @@ def _size(n_bytes: int) -> str:
 class Verification:
     """What `verify` found."""
 
-    problems: list[str] = field(default_factory=list)  # what is wrong, a message each; empty if the directory is sound
-    notes: list[str] = field(default_factory=list)  # what was left unchecked, and why
-    n_tensors: int = 0  # how much was read
-    n_bytes: int = 0
+    problems: list[str] = field(default_factory=list)  # a message for each thing that is wrong
+    notes: list[str] = field(default_factory=list)  # what was not checked, and why
+    n_tensors: int = 0  # tensors read
+    n_bytes: int = 0  # and their bytes
 
 
 def bytes_to_verify(ckpt_dir: str | os.PathLike) -> int:
@@ -170,8 +170,8 @@ def verify(
 ) -> Verification:
     """Reads a whole directory: is every tensor there, of the right shape, finite? Are the sums of checklist.chk right?
 
-    After a problem it goes on, to find them all. It needs the memory of a few chunks of CHUNK_BYTES. It calls `advance`
-    with the number of bytes after each read. Raises FileNotFoundError if there is no such directory.
+    It goes on after a problem, to find them all, and needs memory for a few chunks of CHUNK_BYTES. After each read it
+    calls `advance` with the number of bytes. Raises FileNotFoundError if there is no such directory.
     """
     folder, found = Path(ckpt_dir), Verification()
     require_directory("ckpt_dir", folder, "a checkpoint")
@@ -179,7 +179,7 @@ def verify(
     for label, parts in _open_all(folder, tokenizer_path, found):
         n_bad = 0
         for part in parts:
-            # A sum is finite only if all its terms are, and takes one pass and no memory.
+            # A sum is finite only if all its terms are; it takes one pass and no memory.
             if not part.sum(dtype=torch.float64 if part.dtype == torch.float64 else torch.float32).isfinite():
                 n_bad += part.numel() - int(part.isfinite().sum())
             found.n_bytes += part.nbytes
@@ -194,7 +194,7 @@ def verify(
 def _open_all(
     folder: Path, tokenizer_path: str | os.PathLike | None, found: Verification
 ) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
-    """Notes what is wrong in the headers. Yields the tensors that can be read: a label, and the numbers in parts."""
+    """Adds the problems of the headers to `found`. Yields the readable tensors: a label, and the numbers in parts."""
     shards: dict[Path, dict[str, torch.Tensor]] = {}
     try:
         _, checkpoint = open_checkpoint(folder, tokenizer_path, check=False)
@@ -236,7 +236,7 @@ def _verify_checklist(folder: Path, found: Verification, advance: Callable[[int]
         file = folder / name.strip().removeprefix("*")
         if len(expected) != 32 or not name.strip():
             found.problems.append(f"{path} line {number} is {line[:80]!r}: expected an md5 sum and the name of a file")
-        elif not os.path.isfile(file):  # which, unlike Path.is_file, takes any name
+        elif not os.path.isfile(file):  # unlike Path.is_file, it raises for no name
             found.problems.append(f"{file} is missing: {CHECKLIST} names it")
         elif (md5 := md5_of(file, advance)) != expected.lower():
             found.problems.append(f"{file} has md5 {md5}: {CHECKLIST} says {expected}")

@@ -1,8 +1,8 @@
-"""A checkpoint's tensors into a model: this rank's slices, each byte read once, without a second copy in memory.
+"""Loads a checkpoint's tensors into a model: this rank's slices, each byte read once, with no second copy in memory.
 
-On the CPU the matrices are used at first as they lie in the files; they are packed for decoding later
-(`layers.packing`). Knows nothing of formats: a checkpoint is anything that reads slices of full tensors, such as
-`meta.MetaCheckpoint` and `huggingface.HuggingFaceCheckpoint`.
+On the CPU the matrices are the mapped files at first; `layers.packing` packs them for decoding later. Knows nothing of
+formats: a checkpoint is anything that reads slices of full tensors, such as `meta.MetaCheckpoint` and
+`huggingface.HuggingFaceCheckpoint`.
 """
 
 import math
@@ -29,14 +29,14 @@ CHUNK_BYTES = 64 << 20
 
 @dataclass
 class Loaded:
-    """What a load has done."""
+    """What `load_weights` has done."""
 
     n_bytes: int = 0  # of this rank's weights
-    n_mapped: int = 0  # how many of them are still the mapped file
-    is_repacked: bool = False  # a quantised file's blocks are not what this machine multiplies with
+    n_mapped: int = 0  # how many of these bytes are still the mapped file
+    is_repacked: bool = False  # whether this machine's kernels could not use a quantised file's blocks
 
     def note(self, layout: Layout, is_quantized: bool) -> None:
-        """Counts a layout that was made of matrices; `is_quantized`: of such as a quantised file holds."""
+        """Counts a layout; `is_quantized`: its matrices are from a quantised file."""
         self.n_bytes += layout.n_bytes
         self.is_repacked |= is_quantized and not isinstance(layout, Rounded)
         self.n_mapped += sum(part.data.nbytes for part in getattr(layout, "parts", ()) if is_mapped(part.data))
@@ -62,12 +62,12 @@ def load_weights(
     quantize: str | None = None,
     alone: bool = False,
 ) -> Loaded:
-    """Gives a model built on the meta device its tensors: this rank's slices of the checkpoint's.
+    """Loads this rank's slices of a checkpoint into a model that was built on the meta device.
 
-    On the CPU, a slice that is one piece of a file and has the right dtype stays mapped and takes no memory of its own.
-    All else is copied once, tensor by tensor. With `quantize`, "int8" or "int4", or where the checkpoint is quantised,
-    matrices are laid out as soon as those that belong together are there: at most a few are in memory unpacked. With
-    `alone` each is laid out by itself, so that something can be added to its product.
+    On the CPU, a contiguous slice of the right dtype stays mapped and takes no memory of its own; everything else is
+    copied once, tensor by tensor. With `quantize` ("int8" or "int4"), or if the checkpoint is quantised, matrices are
+    laid out as soon as all those of a layout are read: at most a few are in memory unpacked. With `alone` each matrix
+    has a layout of its own, so that an adapter can add to its output.
 
     Raises RankFailed if another rank has failed meanwhile (inside `parallel.fail_together`).
     """
@@ -75,10 +75,10 @@ def load_weights(
     n_bytes = {name: math.prod(full) * dtype.itemsize // n_ranks for name, full in checkpoint.shapes.items()}
     is_quantized, quantize = checkpoint.quantization is not None, checkpoint.quantization or quantize
     copier = StagedCopy(device) if device.type == "cuda" else None
-    parts: dict[Linear, torch.Tensor | Quantized | Blocks] = {}  # that wait for others of their layout
+    parts: dict[Linear, torch.Tensor | Quantized | Blocks] = {}  # waiting for the others of their layout
     loaded = Loaded()
     together = {linear: (linear,) if alone else group for group in groups(model) for linear in group}
-    is_silent = None if dist.get_rank() == 0 else True  # None: where stderr is no terminal
+    is_silent = None if dist.get_rank() == 0 else True  # None: silent if stderr is no terminal
     total = sum(n_bytes.values())
     with tqdm(desc="Loading", total=total, unit="B", unit_scale=True, delay=1, disable=is_silent) as bar:
         for name in [name for name, _ in model.named_parameters()]:  # each once, though two modules may share it
@@ -107,18 +107,18 @@ def load_weights(
             copier.finish()
     if model.args.tied_embeddings:
         part = model.output.weight = model.tok_embeddings.weight
-        if is_quantized:  # it is in the file, in blocks
+        if is_quantized:  # the file has it, in blocks
             shape = checkpoint.shapes["tok_embeddings.weight"]
             part = checkpoint.read("output.weight", *part_of_rank("output.weight", shape, model.args, rank, n_ranks))
             part = part.to(device)
         if quantize:
             loaded.note(lay_out_together({model.output: part}, quantize, dtype), is_quantized)
-    model.to(device)  # the rotary table; the parameters are there
+    model.to(device)  # moves the rotary table; the parameters are there already
     return loaded
 
 
 def make_trainable(model: Transformer) -> None:
-    """Lets every weight require gradients, in memory of its own where it was a mapped file, and keeps it plain."""
+    """Lets every weight require gradients, copies mapped weights into memory, and keeps the model from being packed."""
     model.packable = False
     for parameter in model.parameters():
         parameter.data = parameter.data.clone() if is_mapped(parameter.data) else parameter.data
@@ -128,15 +128,15 @@ def make_trainable(model: Transformer) -> None:
 def pieces(
     checkpoint: MetaCheckpoint, name: str, dim: int, start: int, stop: int
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """[start, stop) along `dim` of a full tensor, cut so that each piece has at most CHUNK_BYTES.
+    """[start, stop) along `dim` of a full tensor, in pieces of at most CHUNK_BYTES.
 
-    Yields the dimension along which it was cut (the rows if all of the tensor is wanted), where the piece starts in
-    [start, stop), and what `read` gives for it.
+    Yields for each the dimension of the cut (the rows for a whole tensor), its start within [start, stop), and what
+    `read` returns for it.
     """
     full = checkpoint.shapes[name]
     if stop - start == full[dim]:
         dim, start, stop = 0, 0, full[0]
-    # Whole heads, whose rows a Hugging Face file has in another order, and whole blocks of a matrix to be rounded.
+    # A piece has whole heads, as Hugging Face's row order needs, and whole blocks, as rounding needs.
     unit = math.lcm(checkpoint.args.head_dim, BLOCK_ROWS)
     unit_bytes = math.prod(full) // full[dim] * unit * checkpoint.dtype.itemsize
     step = max(1, CHUNK_BYTES // unit_bytes) * unit
@@ -152,7 +152,7 @@ def _copy(
     device: torch.device,
     copier: "StagedCopy | None",
 ) -> torch.Tensor:
-    """A part of a full tensor, as a tensor of its own."""
+    """A copy of a part of a full tensor."""
     target = torch.empty(shape_of_part(checkpoint.shapes[name], part), dtype=dtype, device=device)
     for along, at, piece in pieces(checkpoint, name, *part):
         place = target.narrow(along, at, piece.shape[along])
@@ -166,9 +166,9 @@ def _copy(
 class StagedCopy:
     """Copies from mapped files to a device through two buffers: while one is being sent, the other is filled.
 
-    Several threads read the files into the buffers, each of `buffer_bytes` (at least one row of any source) of pinned
-    memory, from which a card copies without the CPU. The copies run on a stream of their own, and a change of dtype
-    happens on the device. Where that is the CPU (for tests), one step comes after the other.
+    Several threads read the files into the buffers. A buffer is `buffer_bytes` (at least one row of any source) of
+    pinned memory, from which a card copies without the CPU. The copies run on a stream of their own, and the device
+    converts the dtype. If the device is the CPU (in tests), the steps run one after the other.
     """
 
     N_THREADS = 4  # one thread reads mapped pages slower than a card takes them
@@ -178,7 +178,7 @@ class StagedCopy:
         is_pinned = device.type == "cuda"
         self.buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(2)]
         self.stream = self.module.Stream(device)
-        self.sent = [self.module.Event() for _ in range(2)]  # a buffer's last copy has ended
+        self.sent = [self.module.Event() for _ in range(2)]  # the end of each buffer's last copy
         self.turn = 0
         self.threads = ThreadPoolExecutor(self.N_THREADS)
 
@@ -196,20 +196,20 @@ class StagedCopy:
             self._send(staged, target_part)
 
     def _send(self, staged: torch.Tensor, target: torch.Tensor) -> None:
-        # Work on the current stream may still use the target's memory for something else.
+        # Kernels on the current stream may still use the target's memory for something else.
         self.stream.wait_stream(self.module.current_stream(self.device))
         with self.module.stream(self.stream):
             if target.is_contiguous() and target.dtype == staged.dtype:
                 target.copy_(staged, non_blocking=True)
-            else:  # in two steps: a single copy_ would convert on the CPU
+            else:  # two steps, because a single copy_ would convert on the CPU
                 target.copy_(staged.to(self.device, non_blocking=True))
             self.sent[self.turn].record()
 
     def wait(self) -> None:
-        """Lets what runs on the device from now on see what has been sent."""
+        """Makes the current stream wait for the copies so far."""
         self.module.current_stream(self.device).wait_stream(self.stream)
 
     def finish(self) -> None:
-        """Waits until everything has arrived."""
+        """Waits until all copies have arrived."""
         self.threads.shutdown()
         self.module.synchronize(self.device)

@@ -1,7 +1,7 @@
-"""Meta's directories to tensors: consolidated.NN.pth, any number of shards, read in slices of the whole matrices.
+"""Meta's directories to tensors: any number of consolidated.NN.pth, read in slices of the full tensors.
 
-Knows the layout of the files and how a model is cut over ranks; nothing of text or of running the model. Files are
-memory-mapped: only what is asked for is read, and on the CPU a slice that lies in one piece *is* the file.
+Knows the layout of the files and how a model is split over ranks; nothing of text or of running the model. Files are
+memory-mapped: only the slices in use are read, and on the CPU a contiguous slice is the mapped file, not a copy.
 
 Format of a .pth file: a zip archive with a pickle of the tensors' names and shapes, and a record for the numbers of
 each (pytorch.org/docs/stable/notes/serialization.html).
@@ -24,36 +24,36 @@ from llama.parallel.devices import DTYPES
 
 SHARD_NAME = re.compile(r"consolidated\.(\d{1,4})\.pth")
 
-# Along which dimension the model cuts a matrix over its ranks. Norms are whole in each. Files are cut alike, but for
-# tok_embeddings in Llama 1 and 2, which is cut along the embedding dimension; its shape tells.
+# The dimension along which the model splits a matrix over its ranks; each rank has the norms whole. The shards are cut
+# alike, except that Llama 1 and 2 cut tok_embeddings along the embedding dimension; its shape tells.
 ROWS, COLUMNS = 0, 1
 PARTITION_DIM = dict.fromkeys(("tok_embeddings", "wq", "wk", "wv", "w1", "w3", "output"), ROWS)
 PARTITION_DIM |= dict.fromkeys(("wo", "w2"), COLUMNS)
 
-Stored = tuple[tuple[int, ...], torch.dtype | None]  # a tensor in a file: shape, and dtype if it is not all the others'
+Stored = tuple[tuple[int, ...], torch.dtype | None]  # a tensor in a file: shape, and dtype; None: the checkpoint's
 Part = tuple[int, int, int]  # of a full tensor: dim, and [start, stop) along it
 
-# What the pickle of a file may name. With nothing else to call, it can neither run code nor allocate memory.
+# The names that a file's pickle may have. With nothing else to call, it can neither run code nor allocate memory.
 TENSORS_ONLY = re.compile(
     r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch \w+Storage"
 )
 
 
 def listing(folder: Path) -> str:
-    """What a folder holds, for messages."""
+    """The first names in a folder, for messages."""
     names = sorted(entry.name for entry in folder.iterdir())
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
 
 
 def require_directory(name: str, path: Path, expected: str) -> None:
-    """Raises FileNotFoundError if there is no such directory; `name` is what the caller calls it."""
+    """Raises FileNotFoundError if there is no such directory. `name` is the caller's name for it."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{name} {path} {what}: expected a directory with {expected}")
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
-    """The files consolidated.00.pth, 01, … in order. Raises FileNotFoundError if there are none, or not all."""
+    """The files consolidated.00.pth, 01, … in order. Raises FileNotFoundError if there are none or one is missing."""
     numbered = {int(match[1]): path for path in ckpt_dir.iterdir() if (match := SHARD_NAME.fullmatch(path.name))}
     if not numbered:
         raise FileNotFoundError(f"no consolidated.NN.pth in {ckpt_dir}, which holds {listing(ckpt_dir)}")
@@ -65,15 +65,15 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 
 
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pth file, memory-mapped: only their names and shapes are read yet.
+    """The tensors of a .pth file, memory-mapped. Reads only their names and shapes, and runs nothing.
 
-    Raises ValueError if the file is damaged or holds anything but tensors. Nothing in it is run.
+    Raises ValueError if the file is damaged or holds anything but tensors.
     """
     with path.open("rb") as file:
         if file.read(1) == b"\x80":  # a bare pickle; since PyTorch 1.6 the format is a zip archive
             raise ValueError(
                 f"{path} is a pickle as torch.save wrote it before PyTorch 1.6, or no checkpoint at all; nothing of it "
-                "was run. If you trust it: torch.save(torch.load(path, weights_only=True), path) writes it anew"
+                "was run. If you trust it: torch.save(torch.load(path, weights_only=True), path) converts it"
             )
     try:
         _check_pickle(path)
@@ -83,7 +83,7 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
         ):
             found = f"it holds a {type(shard).__name__}"
             raise pickle.UnpicklingError(f"{found}: expected a dictionary of tensor names to tensors")
-    except Exception as error:  # the readers of PyTorch and of zipfile stumble over damage in every possible way
+    except Exception as error:  # PyTorch and zipfile raise many kinds of exceptions for a damaged file
         reason = str(error).split("\n")[0].split(". ")[0][:200]
         if isinstance(error, pickle.UnpicklingError):
             found = f"{path} holds more than tensors, or is not a checkpoint"
@@ -95,7 +95,7 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_pickle(path: Path) -> None:
-    """Raises, before anything is unpickled, unless the pickle in a file is whole and names nothing but tensors."""
+    """Raises, before anything is unpickled, if a file's pickle is damaged or names anything but tensors."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
     pickles = [record for record in records if record.filename.endswith("/data.pkl")]
@@ -103,7 +103,7 @@ def _check_pickle(path: Path) -> None:
         raise ValueError("it is not an archive of torch.save's, which has one data.pkl and compresses nothing")
     with path.open("rb") as file:
         file.seek(pickles[0].header_offset + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # over the record's name and its extra field
+        file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # skips the record's name and its extra field
         content = file.read(pickles[0].file_size)
     if pickles[0].CRC not in (0, zlib.crc32(content)):  # torch.save writes 0 where check sums are switched off
         raise ValueError("the check sum of its data.pkl is wrong")
@@ -113,7 +113,7 @@ def _check_pickle(path: Path) -> None:
 
 
 def partition_dim(name: str) -> int | None:
-    """The dimension along which the model cuts a parameter over its ranks; None for a norm, which each holds whole."""
+    """The dimension along which the model splits a parameter over its ranks; None for a norm, whole on each."""
     return PARTITION_DIM.get(name.split(".")[-2])
 
 
@@ -136,7 +136,7 @@ def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def slice_of_rank(name: str, size: int, args: ModelArgs, rank: int, n_ranks: int) -> tuple[int, int]:
-    """[start, stop) of the partitioned dimension that a rank holds; with fewer KV heads than ranks, one whole head."""
+    """A rank's [start, stop) of the split dimension; with fewer KV heads than ranks, one whole head."""
     if name.endswith((".wk.weight", ".wv.weight")) and n_ranks > args.n_kv_heads:
         start = (rank * args.n_kv_heads // n_ranks) * args.head_dim
         return start, start + args.head_dim
@@ -144,19 +144,18 @@ def slice_of_rank(name: str, size: int, args: ModelArgs, rank: int, n_ranks: int
 
 
 def part_of_rank(name: str, full: tuple[int, ...], args: ModelArgs, rank: int, n_ranks: int) -> Part:
-    """What a rank holds of a full tensor: [start, stop) along a dimension. Of a norm that is all of it."""
+    """A rank's part of a full tensor; of a norm, all of it."""
     dim = partition_dim(name)
     return (ROWS, 0, full[0]) if dim is None else (dim, *slice_of_rank(name, full[dim], args, rank, n_ranks))
 
 
 def shape_of_part(full: tuple[int, ...], part: Part) -> tuple[int, ...]:
-    """The shape of a part of a full tensor."""
     dim, start, stop = part
     return (*full[:dim], stop - start, *full[dim + 1 :])
 
 
 def name_problems(where: Path, expected: Collection[str], found: Collection[str], model: str) -> Iterator[str]:
-    """Which names of tensors are missing, and which should not be there."""
+    """Messages about missing and unexpected tensors."""
     for what, some, others in (("lacks", expected, set(found)), ("has unexpected", found, set(expected))):
         if names := [name for name in some if name not in others]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -164,7 +163,7 @@ def name_problems(where: Path, expected: Collection[str], found: Collection[str]
 
 
 def dtype_problems(folder: Path, found: dict[torch.dtype | str, str]) -> Iterator[str]:
-    """`found` is each dtype of a checkpoint, with the tensor that it was first seen in. All must have the same."""
+    """A message if a checkpoint has several dtypes, or an unsupported one. `found` has the first tensor of each."""
     if len(found) > 1 or not found.keys() <= set(DTYPES):
         where = " and ".join(f"{dtype} ({first})" for dtype, first in found.items())
         yield f"{folder} holds tensors of {where}: expected one of {', '.join(map(str, DTYPES))} for all of them"
@@ -176,10 +175,10 @@ def _is_tied(shard: dict[str, torch.Tensor]) -> bool:
 
 
 class MetaCheckpoint:
-    """Meta's directory. Its full tensors can be read in slices.
+    """Meta's directory. `read` reads its full tensors in slices.
 
-    When it is opened, every shard's names, shapes, dtypes and norms are checked against `args` and each other. With
-    `check=False` the caller does so by `problems`, which must be empty before anything is read.
+    Opening it checks the names, shapes, dtypes and norms of all shards against `args` and against each other. With
+    `check=False` the caller has to go through `problems`, and may read only if there are none.
 
     Attributes:
         args: the shape of the model; `tied_embeddings` is set if the files have no output matrix of their own.
@@ -190,7 +189,7 @@ class MetaCheckpoint:
 
     Raises:
         FileNotFoundError: a shard is missing.
-        ValueError: the first of the problems, or a shard is broken.
+        ValueError: a shard is damaged, or the first of the problems.
     """
 
     quantization: str | None = None
@@ -218,9 +217,9 @@ class MetaCheckpoint:
         return {name: (shape, None) for name, shape in self.shapes.items()}
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the files, as far as names, shapes, dtypes and norms tell. Finds where tensors are cut."""
+        """Messages about wrong names, shapes, dtypes and norms. Also finds the `cuts` that `read` needs."""
         for path, shard in zip(self.paths, self.shards):
-            # Where the embedding is tied, a copy of it may be there as the output matrix.
+            # A tied embedding may be stored as the output matrix too.
             found = [name for name in shard if name in self.stored or name != "output.weight"]
             model = f"n_layers = {self.args.n_layers}, as its params.json says"
             yield from name_problems(path, self.stored, found, model)
@@ -243,7 +242,7 @@ class MetaCheckpoint:
                 yield str(error)
 
     def _norm_problems(self, name: str) -> Iterator[str]:
-        """Each shard has the norms whole: where they differ, the shards are not of one model."""
+        """Messages about a norm. Each shard has it whole: if the copies differ, the shards are not of one model."""
         first = self.shards[0][name]
         for path, shard in zip(self.paths, self.shards):
             if not shard[name].isfinite().all():
@@ -253,7 +252,7 @@ class MetaCheckpoint:
                 yield f"{found}, and theirs differ; download the directory again"
 
     def _find_cut(self, name: str) -> tuple[int, list[int]] | None:
-        """Along which dimension the files are cut, and where each shard's part starts; None if each has the whole."""
+        """The dimension along which the shards cut a tensor, and where each part starts; None if it is not cut."""
         full, n_shards = self.stored[name][0], len(self.shards)
         shapes = [tuple(shard[name].shape) for shard in self.shards]
         if partition_dim(name) is None or n_shards == 1:
@@ -269,7 +268,7 @@ class MetaCheckpoint:
                 starts = [slice_of_rank(name, full[dim], self.args, i, n_shards)[0] for i in range(n_shards)]
                 if len(set(starts)) < n_shards:  # a KV head in several shards
                     is_right = set(sizes) == {self.args.head_dim}
-                else:  # the files say where they are cut, which may be unevenly
+                else:  # the sizes in the files tell where; they may be uneven
                     starts = [sum(sizes[:i]) for i in range(n_shards)]
                     is_right = sum(sizes) == full[dim] and max(sizes) - min(sizes) <= n_shards
                 if is_right:
@@ -279,7 +278,7 @@ class MetaCheckpoint:
         raise ValueError(f"{self.paths[wrong[0]]}: {name} has shape {found}: expected {expected}")
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
-        """[start, stop) along `dim` of a full tensor, or all of it; a view of the mapped file if it lies in one."""
+        """[start, stop) along `dim` of a full tensor, or all of it; a view of the mapped file if one shard has it."""
         if (cut := self.cuts.get(name)) is None:
             whole = self.shards[0][name]
             return whole if dim is None else whole.narrow(dim, start, stop - start)
@@ -288,7 +287,7 @@ class MetaCheckpoint:
         pieces = []
         for shard, shard_start in zip(self.shards, starts):
             shard_stop = shard_start + shard[name].shape[cut_dim]
-            if shard_start <= first < min(shard_stop, last):  # copies of a KV head are passed over
+            if shard_start <= first < min(shard_stop, last):  # skips further copies of a KV head
                 piece = shard[name].narrow(cut_dim, first - shard_start, min(shard_stop, last) - first)
                 pieces.append(piece if dim in (None, cut_dim) else piece.narrow(dim, start, stop - start))
                 first = min(shard_stop, last)

@@ -1,6 +1,6 @@
 """A directory to its tokenizer, its tensors and its model: Meta's, Hugging Face's or a quantised one.
 
-Knows which files make which kind of directory; nothing of what is in them, or of how the model is used.
+Knows which files each kind of directory has; nothing of their contents, or of how the model is used.
 """
 
 import os
@@ -21,11 +21,11 @@ from llama.tokenizer.chat_template import read_chat_files
 
 Checkpoint = MetaCheckpoint | HuggingFaceCheckpoint
 
-MAX_ROOM = 1 << 40  # of max_seq_len and max_batch_size: what is beyond is a mistake, and not a lack of memory
+MAX_ROOM = 1 << 40  # of max_seq_len and max_batch_size: a larger number is a mistake, not a lack of memory
 
 
 def find_tokenizer(ckpt_dir: Path) -> Path:
-    """tokenizer.model of a directory, or else its tokenizer.json. Raises FileNotFoundError if it has neither."""
+    """A directory's tokenizer.model, or else its tokenizer.json. Raises FileNotFoundError if it has neither."""
     for name in ("tokenizer.model", "tokenizer.json"):
         if (ckpt_dir / name).is_file():
             return ckpt_dir / name
@@ -42,15 +42,15 @@ def open_checkpoint(
     max_batch_size: int = 1,
     check: bool = True,
 ) -> tuple[Tokenizer, Checkpoint]:
-    """The tokenizer and the weights of a directory. Meta's files come first where there are Hugging Face's too.
+    """The tokenizer and the weights of a directory. If it has Meta's files and Hugging Face's, Meta's are read.
 
     The tokenizer's file is the directory's own unless `tokenizer_path` names another. max_seq_len and max_batch_size
-    are what the model's cache has room for. With `check=False` the tensors are not checked: see `MetaCheckpoint`.
+    set the size of the model's cache. With `check=False` the tensors are not checked: see `MetaCheckpoint`.
 
     Raises:
-        FileNotFoundError: it is no such directory, or a file is missing.
-        ValueError: a file is broken, or disagrees with another; or a number is out of range.
-        ImportError: a package that reads it is not installed.
+        FileNotFoundError: the directory or a file is missing.
+        ValueError: a file is damaged or contradicts another, or a number is out of range.
+        ImportError: a package that reads the files is not installed.
     """
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -70,9 +70,7 @@ def open_checkpoint(
     config = read_json(ckpt_dir / file, f"the {file} of a Llama")
     tokenizer = Tokenizer(find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
     sizes = tokenizer.n_words, max_seq_len, max_batch_size
-    read_chat_files(
-        tokenizer, ckpt_dir
-    )  # beside Meta's files too, where `llama convert` or `quantize` has written them
+    read_chat_files(tokenizer, ckpt_dir)  # `llama convert` and `quantize` write them beside Meta's files too
     if not is_meta:
         return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args_from_config(config, ckpt_dir, *sizes), check)
     args = args_from_params(config, ckpt_dir, *sizes)
@@ -92,13 +90,13 @@ def build_model(
     """The model of an open checkpoint, with its weights and an empty cache.
 
     Args:
-        dtype: of the weights and the computation; the checkpoint's, or the nearest that the device has, when None.
+        dtype: of the weights and the computation; when None, the checkpoint's or the nearest that the device has.
         quantize: "int8", "int4" or None.
-        train: whether all weights are parameters that learn.
-        alone: whether each quantised matrix is laid out by itself.
+        train: whether all weights require gradients.
+        alone: whether each quantised matrix has a layout of its own.
 
     Raises:
-        ValueError: an argument is none of these; the checkpoint is quantised to another kind, or is to learn.
+        ValueError: an argument has another value; the checkpoint is quantised to another kind, or cannot be trained.
         MemoryError: the device has no room for the weights and the cache.
     """
     args, dtype = checkpoint.args, dtype_by_name(dtype)
@@ -107,14 +105,14 @@ def build_model(
     if checkpoint.quantization and quantize not in (None, checkpoint.quantization):
         raise ValueError(
             f"quantize = {quantize!r}, but {checkpoint.paths[0].parent} is quantised to {checkpoint.quantization} "
-            "already: pass None, or the checkpoint that it was made of"
+            "already: pass None, or the checkpoint that it was made from"
         )
     rounded = quantize or checkpoint.quantization
     if train and rounded:
         found = f"{checkpoint.paths[0].parent} is quantised to {rounded}" if checkpoint.quantization else "train = True"
         raise ValueError(
-            f"{found}, and rounded matrices cannot learn: expected plain weights, or an adapter beside these "
-            "(`llama finetune --lora_rank`)"
+            f"{found}, and rounded matrices cannot learn: expected plain weights, or an adapter beside the rounded "
+            "ones (`llama finetune --lora_rank`)"
         )
     # The fast kernels for rounded matrices compute in bfloat16.
     dtype = dtype or pick_dtype(torch.bfloat16 if rounded else checkpoint.dtype, device)
@@ -126,7 +124,7 @@ def build_model(
             make_trainable(model)
         model.quantization = rounded
         model.allocate_cache()
-    except (RuntimeError, OSError, OverflowError) as error:  # a CPU out of memory has no class of its own
+    except (RuntimeError, OSError, OverflowError) as error:  # a lack of CPU memory has no exception class of its own
         too_large = isinstance(error, (torch.OutOfMemoryError, OverflowError))
         if too_large or "alloc" in str(error) or "overflow" in str(error):
             raise MemoryError(

@@ -1,8 +1,8 @@
-"""Directories that `llama quantize` has written: matrices in 8 or 4 bits; the embedding and the norms as they were.
+"""Directories that `llama quantize` has written: matrices in 8 or 4 bits; the embedding and the norms unchanged.
 
-Meta's layout with one consolidated.00.pth. A matrix is in blocks there (`layers.quantization.Blocks`), as the kernels
-read it: the mapped file is what they multiply with. params.json names the kind under "quantization", and the format of
-the blocks; matrices of short rows have 8 bits in both kinds (`kind_of_rows`). A tied output matrix is there in blocks.
+The layout is Meta's, with one consolidated.00.pth. It stores each matrix in blocks (`layers.quantization.Blocks`), and
+the kernels multiply with these blocks in the mapped file. "quantization" in params.json has the kind and the format of
+the blocks. Matrices with short rows have 8 bits in both kinds (`kind_of_rows`). A tied output matrix is stored too.
 """
 
 import reprlib
@@ -20,9 +20,9 @@ FORMAT = "blocks of 16 rows"
 
 
 class QuantizedCheckpoint(MetaCheckpoint):
-    """A quantised directory. Its matrices are read as `Quantized`; all else is as in `MetaCheckpoint`.
+    """A quantised directory. All but its matrices is read as in `MetaCheckpoint`.
 
-    `params` are the contents of its params.json. Raises ValueError also for a kind of quantisation that is not ours.
+    `params` are the contents of its params.json. Raises ValueError also for an unknown kind or format of quantisation.
     """
 
     def __init__(self, ckpt_dir: Path, args: ModelArgs, params: dict[str, Any], check: bool = True):
@@ -31,11 +31,11 @@ class QuantizedCheckpoint(MetaCheckpoint):
         self.quantization = found.get("kind")
         if self.quantization not in KINDS:
             path = ckpt_dir / "params.json"
-            raise ValueError(f"{path} says quantization {reprlib.repr(found)}: expected a kind of {KINDS}")
+            raise ValueError(f"{path} has quantization {reprlib.repr(found)}: expected a kind of {KINDS}")
         if found.get("format") != FORMAT:
             raise ValueError(
                 f"{ckpt_dir} is quantised in another format, {reprlib.repr(found.get('format'))}: expected {FORMAT!r}; "
-                f"`llama quantize SRC DST --to {self.quantization}` makes it anew of the checkpoint that it was made of"
+                f"`llama quantize SRC DST --to {self.quantization}` makes it again from the original checkpoint"
             )
         super().__init__(ckpt_dir, args, check)
 
@@ -51,10 +51,9 @@ class QuantizedCheckpoint(MetaCheckpoint):
     def read(
         self, name: str, dim: int | None = None, start: int = 0, stop: int = 0
     ) -> torch.Tensor | Quantized | Blocks:
-        """As `MetaCheckpoint.read`; a matrix comes in `Blocks`, or as `Quantized` where blocks are cut.
+        """As `MetaCheckpoint.read`. Returns a matrix as `Blocks`, or as `Quantized` if blocks are cut.
 
-        Columns that cut a group of 4-bit codes in two come as the float32 values they stand for, to be rounded again in
-        groups of their own.
+        Columns that split a group of 4-bit codes come as float32 values, which the caller rounds again in new groups.
         """
         if not is_matrix(name):
             return super().read(name, dim, start, stop)
@@ -79,12 +78,12 @@ class QuantizedCheckpoint(MetaCheckpoint):
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a parameter is one of those that are quantised."""
+    """Whether a parameter is quantised: all matrices but the embedding are."""
     return name != "tok_embeddings.weight" and partition_dim(name) is not None
 
 
 def stored(name: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype | None) -> Stored:
-    """The tensor that a file holds of a parameter: shape and dtype. What is not quantised keeps its `dtype`."""
+    """Shape and dtype of a parameter in a file. What is not quantised keeps its `dtype`."""
     if not is_matrix(name):
         return shape, dtype
     out_features, in_features = shape

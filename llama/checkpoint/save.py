@@ -1,4 +1,4 @@
-"""A model in memory to a directory: its weights as they are, gathered tensor by tensor from the ranks that share it.
+"""Saves a model in memory to a directory. Gathers its weights tensor by tensor from the ranks.
 
 Knows nothing of how the weights came about.
 """
@@ -35,15 +35,15 @@ def save_checkpoint(
     Args:
         dst: the directory to make; it may exist if it is empty.
         to: "meta" or "hf".
-        shards: into how many files the weights are cut; as few as the format allows when None.
+        shards: the number of files; as few as the format allows when None.
         dtype: of the tensors written; the model's when None.
-        tensors: by Meta's names, what is written in place of the model's weights: this rank's part of each. A reward
-            model has `score.weight` in place of `output.weight`. Parts that FSDP has sharded are put together.
+        tensors: written instead of the model's weights: this rank's part of each, by Meta's name. A reward model has
+            `score.weight` instead of `output.weight`. Tensors that FSDP has sharded are gathered.
         config: further keys of Hugging Face's config.json.
 
     Raises:
         FileExistsError, OSError: as `convert`, on every rank. Nothing is left then.
-        ValueError: also if the weights are quantised or have an adapter beside them: there is nothing whole to write.
+        ValueError: as `convert`; also if the weights are quantised or have an adapter beside them.
     """
     if tensors is None:
         if quantization := getattr(model, "quantization", None):
@@ -63,9 +63,9 @@ def save_checkpoint(
 
 
 class _Gathered:
-    """The weights of a model with the face of a checkpoint: full tensors, one at a time in memory.
+    """The weights of a model, read like a checkpoint's: full tensors, one at a time in memory.
 
-    Rank 0 reads, in the order of `shapes`; the other ranks, and rank 0 where it stops early, `finish`.
+    Rank 0 reads, in the order of `shapes`. The other ranks call `finish`, as does rank 0 after an error.
     """
 
     quantization: str | None = None
@@ -79,13 +79,13 @@ class _Gathered:
         self._name, self._whole = "", torch.empty(0)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
-        """[start, stop) along `dim` of a full tensor, or all of it. Every rank gathers when a new one is asked for."""
+        """[start, stop) along `dim` of a full tensor, or all of it. For a new tensor, all ranks gather it."""
         while self._name != name:
             self._gather_next()
         return self._whole if dim is None else self._whole.narrow(dim, start, stop - start)
 
     def finish(self) -> None:
-        """Takes part in gathering what is left."""
+        """Takes part in gathering the tensors that are left."""
         while self._left:
             self._gather_next()
 
@@ -98,26 +98,26 @@ class _Gathered:
 
 
 def whole_parameter(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter that FSDP may have sharded over the replicas. All processes call this."""
+    """The whole of a parameter that FSDP may have sharded over the replicas. All processes call this."""
     parameter = parameter.detach()
-    # A DTensor has it. To import that class takes a third of a second, which every process would pay at its start.
+    # DTensors have `full_tensor`. Importing their class would cost every process a third of a second at its start.
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def gather(
     name: str, part: torch.Tensor, dim: int, size: int, args: ModelArgs, group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """The tensor of which each rank of a group has a part along `dim`, cut there as the matrix `name` is cut."""
+    """Gathers a tensor that is split along `dim` over the ranks of a group, where the matrix `name` is split."""
     n_ranks = dist.get_world_size(group)
     if n_ranks == 1:
         return part
     slices = [slice_of_rank(name, size, args, rank, n_ranks) for rank in range(n_ranks)]
-    width = max(stop - start for start, stop in slices)  # collectives want equal pieces
+    width = max(stop - start for start, stop in slices)  # collectives need equal pieces
     padded = part.new_zeros([width if d == dim else n for d, n in enumerate(part.shape)])
     padded.narrow(dim, 0, part.shape[dim]).copy_(part)
     pieces = [torch.empty_like(padded) for _ in range(n_ranks)]
     dist.all_gather(pieces, padded, group=group)
-    # With more ranks than key and value heads, several have the same slice: the first counts.
+    # With more ranks than key and value heads, several ranks have the same slice: the first one's is used.
     whole = [
         piece.narrow(dim, 0, stop - start)
         for i, (piece, (start, stop)) in enumerate(zip(pieces, slices))

@@ -1,6 +1,6 @@
 """Writes checkpoints: the two file formats tensor by tensor, and a directory that appears whole or not at all.
 
-Knows how bytes lie in the files; nothing of the names of a Llama's tensors or of what they mean.
+Knows the bytes of the files; nothing of a Llama's tensors.
 
 Formats: github.com/huggingface/safetensors; a .pth file is a zip archive with a pickle of the tensors' shapes and a
 record for the bytes of each (pytorch.org/docs/stable/notes/serialization.html).
@@ -33,10 +33,10 @@ STORAGES |= {torch.bfloat16: torch.BFloat16Storage, torch.int8: torch.CharStorag
 
 @contextlib.contextmanager
 def appear_whole(dst: Path, n_bytes: int) -> Iterator[Path]:
-    """Makes a directory to write into. At the end it becomes `dst`; after an error it is removed.
+    """Makes a directory to write into. At the end it is renamed to `dst`; after an error it is removed.
 
-    Raises FileExistsError if `dst` holds something or another process is writing it, FileNotFoundError if it has no
-    parent directory, and OSError if it cannot be written, as when n_bytes do not fit on the disk.
+    Raises FileExistsError if `dst` is not empty or another process is writing it, FileNotFoundError if it has no
+    parent directory, and OSError if it cannot be written, for example because n_bytes do not fit on the disk.
     """
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not an empty directory: name another, or remove it first")
@@ -48,14 +48,14 @@ def appear_whole(dst: Path, n_bytes: int) -> Iterator[Path]:
             folder.mkdir(exist_ok=True)
             lock = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, even by a kill
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             for leftover in folder.iterdir():
                 leftover.unlink()
             if (free := shutil.disk_usage(folder).free) < n_bytes:
                 raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
             yield folder
-            os.replace(folder, dst)  # so that there is nothing left to remove
+            os.replace(folder, dst)  # nothing is left to remove
         except BlockingIOError:
             raise FileExistsError(f"another conversion is writing {dst}: wait for it, or name another place") from None
         except OSError as error:
@@ -81,7 +81,7 @@ def safetensors_header(
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers lie at multiples of their size
+    text += b" " * (-len(text) % 8)  # aligns the numbers
     return struct.pack("<Q", len(text)) + text
 
 
@@ -120,14 +120,14 @@ class PthFile(contextlib.AbstractContextManager):
     def _open_record(self, name: str) -> Any:
         info = zipfile.ZipInfo(f"{self._prefix}/{name}")
         # A record is a header of 30 bytes, the name, the sizes in 20 bytes, and an extra field with a head of 4 bytes
-        # ("FB" is PyTorch's mark), whose length aligns the numbers: a mapped tensor can be used as it lies in the file.
+        # ("FB" is PyTorch's mark). The field's length aligns the numbers, so that a tensor can be memory-mapped.
         padding = -(self._archive.fp.tell() + 30 + len(info.filename) + 20 + 4) % self.ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
         return self._archive.open(info, "w", force_zip64=True)
 
 
 class _Tensor:
-    """Pickled as a tensor is: what reads it gets a tensor."""
+    """Pickled like a tensor: unpickling it gives a tensor."""
 
     def __init__(self, key: str, shape: tuple[int, ...], dtype: torch.dtype):
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -139,7 +139,7 @@ class _Tensor:
 
 
 class _Storage(tuple):
-    """How the pickle refers to the record with a tensor's numbers."""
+    """The pickle's reference to the record with a tensor's numbers."""
 
 
 class _TensorPickler(pickle.Pickler):
@@ -158,7 +158,7 @@ def md5_of(path: Path, advance: Callable[[int], object]) -> str:
 
 
 def write_checklist(folder: Path) -> None:
-    """Writes checklist.chk, the md5 sums of all files, as md5sum does. When it returns, the files are on the disk."""
+    """Writes checklist.chk, the md5 sums of all files, as md5sum does, and forces the files to the disk."""
     paths, lines = sorted(folder.iterdir()), []
     with progress(sum(path.stat().st_size for path in paths), CHECKLIST) as advance:
         for path in paths:

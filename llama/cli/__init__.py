@@ -1,6 +1,6 @@
 """The terminal: `python -m llama COMMAND`, the chat, and lm-evaluation-harness.
 
-It knows nothing of how things are done; no other house imports it.
+Knows nothing of how the other houses work; none of them imports it.
 """
 
 from llama.cli.commands import main

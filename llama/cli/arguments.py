@@ -1,4 +1,4 @@
-"""What several commands share: how a model is loaded, how an answer is decoded, what counts as a user's mistake.
+"""What commands share: how a model is loaded, how an answer is decoded, and which exceptions are a user's mistakes.
 
 tyro reads these classes: a field is a flag, and its comment or docstring is the flag's help. Knows nothing of commands.
 """
@@ -20,20 +20,20 @@ from llama import DecodingOptions, GenerationError, Llama, parallel
 from llama.datasets.runs import RemoteModel
 from llama.parallel.actors import ReplicaFailed
 
-# A user's mistakes: the message is enough. Any other exception is the package's mistake and shows a traceback.
+# A user's mistakes: only the message is shown. Any other exception is the package's mistake and shows a traceback.
 MISTAKES = (OSError, ValueError, ImportError, MemoryError, GenerationError, parallel.RankFailed, ReplicaFailed)
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
-DEMO_SEQ_LEN = 256  # the embedded model was trained on no more positions
+DEMO_SEQ_LEN = 256  # the embedded model was not trained on more positions
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that reads and writes files; needs no process group yet."""
+    """Whether this process is rank 0, which reads and writes files. Needs no process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _read_stop(words: list[str]) -> Any:
-    """A list in JSON, the id of a token, or else a string."""
+    """A stop: a JSON list, the id of a token, or else a string."""
     (text,) = words
     if text.isdigit() or text.startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
@@ -55,13 +55,13 @@ class Decoding(DecodingOptions):
     """How an answer is decoded."""
 
     stop: Annotated[Any, STOP] = None  # ends the answer: a text, the id of a token, or a JSON list of these
-    json_schema: str | None = None  # the answer is JSON of this schema, itself in JSON
-    # Added to the logits of the ids it names, such as "{97: -5}".
+    json_schema: str | None = None  # the answer is JSON of this schema, which is JSON too
+    # A number to add to the logits of each of these ids, such as "{97: -5}".
     logit_bias: UsePythonSyntaxForLiteralCollections[dict[int, float] | None] = None
     logits_processor: Suppress[Any] = None
 
     def __post_init__(self):
-        """Leaves the checks to `given`, whose errors are one line and not a frame of tyro's."""
+        """Checks nothing: `given` does, and its errors are one line instead of tyro's box."""
 
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults. Raises ValueError if one is out of range."""
@@ -101,7 +101,7 @@ class Loading:
     draft: str | None = None  # a smaller model's directory, or "ngram", proposes tokens: the same answers, sooner
 
     def build(self, decoding: Decoding | None = None) -> Llama:
-        """Builds the model, once the options are checked; messages about it go to stderr.
+        """Checks the options, then builds the model. Its messages go to stderr.
 
         Raises:
             FileNotFoundError, ValueError, MemoryError: as in `Llama.build`; an option is out of range.
@@ -117,7 +117,7 @@ class Loading:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         with contextlib.redirect_stdout(sys.stderr):
             llama = Llama.build(**defaults | given)
-        parallel.silence_other_ranks()  # again: the end of the redirection undid it
+        parallel.silence_other_ranks()  # again, because the end of the redirection undid it
         for stream in (sys.stdin, sys.stdout):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
@@ -130,16 +130,16 @@ class BatchLoading(Loading):
     """How the model is loaded."""
 
     max_batch_size: int = 16  # how many sequences run at a time, on each replica
-    replicas: int | None = None  # answers on that many replicas of a Ray cluster, each of model_parallel_size processes
-    ray: str | None = None  # the cluster's address; without it and RAY_ADDRESS, this machine is one
+    replicas: int | None = None  # runs this many replicas on a Ray cluster, each of model_parallel_size processes
+    ray: str | None = None  # the cluster's address; without it and RAY_ADDRESS, this machine is the cluster
 
     @property
     def is_remote(self) -> bool:
-        """Whether replicas on a Ray cluster hold the model, and not this process."""
+        """Whether the model is on replicas of a Ray cluster, not in this process."""
         return self.replicas is not None or self.ray is not None
 
     def remote(self, decoding: Decoding | None = None, has_model: bool = True) -> RemoteModel:
-        """Replicas of the model, once the options are checked. Raises as `build` and `parallel.actors.Replicas`."""
+        """Checks the options, then starts replicas. Raises as `build` and `parallel.actors.Replicas`."""
         options = DecodingOptions(**decoding.given() if decoding is not None else {})
         build = functools.partial(_build_on_replica, self if has_model else None)
         model = RemoteModel(build, self.replicas, self.model_parallel_size or 1, self.ray, self.device)

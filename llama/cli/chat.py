@@ -18,9 +18,9 @@ HELP = """\
 /help         show this
 /quit         leave, as exit, quit and Ctrl-D do
 A line that ends in \\ goes on in the next line; pasted lines are one message.
-Ctrl-C stops an answer; the part that is there stays in the conversation.
+Ctrl-C stops an answer; its text so far stays in the conversation.
 """
-NO_ANSWER = "(I have no answer to that. Please put it another way.)\n"  # such a turn is not kept
+NO_ANSWER = "(I have no answer to that. Please put it another way.)\n"  # the turn is then not kept
 
 
 class Conversation:
@@ -34,7 +34,7 @@ class Conversation:
 
     def __init__(self, llama: Llama, system: str | None = None, **options: Any):
         self.llama, self.system, self.options = llama, system, options
-        self.turns: list[Message] = []  # user and assistant by turns, the assistant last
+        self.turns: list[Message] = []  # user and assistant alternate; the assistant is last
         self.ended = False  # by /quit, exit or quit
 
     def dialog(self, *more: Message) -> Dialog:
@@ -43,11 +43,11 @@ class Conversation:
         return [*start, *self.turns, *more]
 
     def respond(self, line: str) -> Iterator[str]:
-        """Yields the text to show for a line, an answer piece by piece. Closing the iterator stops the answer.
+        """Yields the text to show for a line; an answer comes in pieces. Closing the iterator stops the answer.
 
-        If an answer is stopped or fails, the part that is there is kept with its question; if there is none, neither
-        is kept, so that user and assistant always alternate. A ValueError about the message changes nothing. A line
-        that begins with a space is always a message.
+        If an answer is stopped or fails, its text so far is kept with the question; if it has no text, neither is kept,
+        so that user and assistant always alternate. A ValueError about the message changes nothing. A line that begins
+        with a space is always a message.
         """
         command, argument = [*line.strip().split(maxsplit=1), "", ""][:2]
         if line.rstrip() in ("exit", "quit"):
@@ -59,7 +59,7 @@ class Conversation:
             self.turns = []
             yield "(a new conversation)\n"
         elif command == "/system" and argument:
-            self.system, self.turns = argument, []  # the turns so far were under another one
+            self.system, self.turns = argument, []  # the turns so far had another one
             yield "(the system prompt is set: a new conversation)\n"
         elif command == "/system":
             yield "(no system prompt)\n" if self.system is None else f"{self.system}\n"
@@ -88,7 +88,7 @@ class Conversation:
         yield "\n" if answer.strip() else NO_ANSWER
 
     def _make_room(self, message: Message) -> int:
-        """Forgets the oldest turns until a quarter of the context, or max_gen_len, is left; returns how many."""
+        """Forgets the oldest turns until a quarter of the context, or max_gen_len, is free. Returns how many."""
         limit = self.llama.args.max_seq_len
         room = max(1, min(limit // 4, self.options.get("max_gen_len") or limit))
         before = self.turns
@@ -103,7 +103,7 @@ class Conversation:
         return (len(before) - len(self.turns)) // 2
 
     def _save(self, name: str) -> str:
-        """Writes the dialog to a new file; on several processes only the first does."""
+        """Writes the dialog to a new file, on rank 0."""
         if not name:
             return "(/save FILE: which file?)\n"
         if dist.get_rank() > 0:
@@ -112,6 +112,6 @@ class Conversation:
         try:
             with Path(name).expanduser().open("x", encoding="utf-8") as file:
                 file.write(json.dumps(dialog, ensure_ascii=False, indent=2) + "\n")
-        except (OSError, ValueError, RuntimeError) as error:  # it exists, has a null byte in it, no such ~user
+        except (OSError, ValueError, RuntimeError) as error:  # the file exists; a null byte in the name; no such ~user
             return f"(not saved: {error})\n"
         return f"(saved {len(dialog)} message{'' if len(dialog) == 1 else 's'} in {name})\n"

@@ -1,4 +1,4 @@
-"""The commands about checkpoint directories: info, verify, convert, quantize. They load no model."""
+"""The commands for checkpoint directories: info, verify, convert, quantize. They load no model."""
 
 import sys
 from typing import Literal
@@ -26,8 +26,8 @@ def info(
         tokenizer_path: the tokenizer's file; the directory's own when left out.
         max_seq_len: tokens of a prompt and its answer.
         max_batch_size: how many sequences run at a time.
-        quantize: what the matrices are rounded to while they are loaded.
-        gpu_memory: of each device, such as 16GB: says whether the model fits.
+        quantize: the type that the matrices are rounded to while they are loaded.
+        gpu_memory: of each device, such as 16GB: shows whether the model fits.
     """
     sizes = (max_seq_len, max_batch_size, quantize, gpu_memory)
     for name, value in inspection.info(ckpt_dir, tokenizer_path, *sizes):
@@ -35,7 +35,7 @@ def info(
 
 
 def verify(ckpt_dir: Positional[str], *, tokenizer_path: str | None = None) -> None:
-    """Reads all of a checkpoint directory and lists what is wrong with it; the exit code is 1 if anything is.
+    """Reads a whole checkpoint directory and lists what is wrong with it. The exit code is 1 if anything is.
 
     Args:
         ckpt_dir: Meta's directory or Hugging Face's.
@@ -68,7 +68,7 @@ def convert(
         src: the directory to read, of either format.
         dst: the directory to make.
         to: the format to write.
-        shards: into how many files the weights are cut.
+        shards: the number of files.
         dtype: of the weights written; the source's when left out.
     """
     conversion.convert(src, dst, to, shards, dtype)
@@ -81,7 +81,7 @@ def quantize(src: Positional[str], dst: Positional[str], *, to: Literal["int8", 
     Args:
         src: the directory to read, Meta's or Hugging Face's.
         dst: the directory to make.
-        to: the type of the numbers.
+        to: the type of the matrices.
     """
     conversion.quantize(src, dst, to)
     print(f"wrote {dst}")

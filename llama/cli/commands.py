@@ -1,4 +1,4 @@
-"""The command line: `python -m llama COMMAND`. It names the commands and reports mistakes; what they do is elsewhere.
+"""The command line: `python -m llama COMMAND`. Finds the command and reports mistakes; other files do the work.
 
 tyro makes flags, types, help and suggestions from the commands' annotations and docstrings.
 """
@@ -37,8 +37,8 @@ CONFIG = (
 def main(argv: list[str] | None = None) -> None:
     """Runs one command.
 
-    Nothing runs before all arguments are understood. A user's mistake ends the process with exit code 2 and its reason
-    on stderr, Ctrl-C with 130.
+    Nothing runs before all arguments are parsed. A user's mistake ends the process with exit code 2 and its reason on
+    stderr, Ctrl-C with 130.
 
     Args:
         argv: the command and its arguments; `sys.argv[1:]` when None.
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             _call(argv)
         finally:
             sys.stdout.flush()  # here, where a closed pipe can be handled
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails once more
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
         sys.exit(0)
     except RankFailed as error:
         error.tell()
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _call(argv: list[str]) -> None:
-    """Reads the line, and runs its command. Raises SystemExit for help, or where the line is no call."""
+    """Parses the arguments and runs the command. Raises SystemExit for help, or if they are not valid."""
     if argv == ["--version"]:
         print(f"llama {__version__}")
         return
@@ -76,7 +76,7 @@ def _call(argv: list[str]) -> None:
             description=f"Llama inference, version {__version__}. `llama COMMAND --help` explains a command.",
             args=argv or ["--help"],
             use_underscores=True,
-            console_outputs=is_first_rank(),  # under torchrun every process reads the same line
+            console_outputs=is_first_rank(),  # under torchrun every process parses the same arguments
             config=CONFIG,
         )
     except SystemExit as end:
@@ -86,7 +86,7 @@ def _call(argv: list[str]) -> None:
 
 
 def _name_ported(argv: list[str]) -> None:
-    """Says on stderr which of our flags the flags of other programs are."""
+    """Prints on stderr our names for flags of other programs."""
     for word in argv:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
         if not word.startswith("--") or (name == "n" and argv[0] == "sample"):
@@ -97,7 +97,7 @@ def _name_ported(argv: list[str]) -> None:
 
 
 def _as_typed(message: str, argv: list[str]) -> str:
-    """A message of the package in the words of the command line: it names flags, and not keyword arguments."""
+    """A message of the package with flags instead of keyword arguments."""
     given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("-")}
     if (first := re.match(r"\w+", message)) and first[0] in given:
         message = f"--{message}"

@@ -1,6 +1,6 @@
-"""The commands about files of rows: batch, sample, rescore. Killed and started again, each does what is missing.
+"""The commands for files of rows: batch, sample, rescore. Killed and started again, each does the missing rows.
 
-Knows nothing of how rows are read, answered or scored. What can be checked is checked before any weights are read.
+Knows nothing of how rows are read, answered or scored. Checks everything it can before any weights are read.
 """
 
 import contextlib
@@ -36,18 +36,18 @@ from llama.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Files:
-    """What is read, and what is written."""
+    """The files to read and to write."""
 
-    source: Positional[str]  # the rows: JSON lines or an array, CSV or Parquet; of `batch`, "-" is standard input
-    target: Positional[str]  # the answers, in one of these formats; of `batch`, "-" is standard output, as JSON lines
-    force: bool = False  # starts over, whatever the target holds
-    retry: bool = False  # tries rows again that have failed, or have an answer without a score
+    source: Positional[str]  # the rows: JSON lines or an array, CSV or Parquet; for `batch`, "-" is standard input
+    target: Positional[str]  # the answers, in one of these formats; for `batch`, "-" is standard output, as JSON lines
+    force: bool = False  # starts over, whatever the target has
+    retry: bool = False  # tries rows again that failed, or that have an answer without a score
     indent: int | None = None  # spaces by which the records of a .json target are indented
 
     def check(self, *others: str | None, streams: bool = False) -> None:
-        """Raises OSError, ValueError or ImportError if rows cannot be read, or answers to them not be written.
+        """Raises OSError, ValueError or ImportError if rows cannot be read, or answers cannot be written.
 
-        `streams` says whether "-" is a target.
+        `streams`: whether "-" may be the target.
         """
         check_stream(self.target, streams)
         check_indent(self.indent, self.target)
@@ -56,11 +56,11 @@ class Files:
             if self.target != "-":
                 check_target(self.target, *inputs)
             for path in inputs:
-                next(iter(Rows(path)), None)  # reading a first row raises what is wrong with the file
+                next(iter(Rows(path)), None)  # reading the first row finds what is wrong with the file
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["Files"]:
-        """The files; standard input, where that is the source, is read whole into a file."""
+        """These files; if the source is standard input, it is read into a file first."""
         if self.source != "-":
             yield self
             return
@@ -72,11 +72,11 @@ class Files:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """On Ctrl-C, says that nothing is lost."""
+        """After Ctrl-C, prints that nothing is lost."""
         try:
             yield
         except KeyboardInterrupt:
-            hint = "has what was done, and the same command goes on from there"
+            hint = "has the answers so far, and the same command goes on from there"
             print(f"stopped: {self.target} {hint}", file=sys.stderr)
             raise
 
@@ -90,18 +90,18 @@ def batch(
     logprobs: bool = False,
     report: str | None = None,
 ) -> None:
-    """Answers the rows of a file, each with a prompt, messages or tokens. Started again, it does what is missing.
+    """Answers the rows of a file, each with a prompt, messages or tokens. Started again, it does the missing rows.
 
-    Under torchrun, every replica (see --model_parallel_size) takes a row whenever it has room. docs/guide.md has the
-    keys of the rows and of the answers.
+    Under torchrun, every replica (see --model_parallel_size) takes a row whenever it has room. docs/guide.md describes
+    the rows and the answers.
 
     Args:
         template: a JSON file of task prompts, which are filled with the fields of the rows.
         logprobs: whether to write the log-probability of each token.
-        report: a JSON file to write, with what came of each task of a template: the means of its metric.
+        report: a JSON file to write, with the failures and the mean metric of each task of a template.
     """
     if report is not None and (template is None or files.target == "-"):
-        raise ValueError(f"--report {report}: expected a --template, and a file as the target, with it")
+        raise ValueError(f"--report {report}: expected a --template, and a file as the target")
     if report is not None and is_first_rank():
         check_report(Path(report), files)
     with files.opened() as files:
@@ -128,10 +128,10 @@ def batch(
 
 @dataclass(frozen=True)
 class Scoring:
-    """How answers are scored, and what is made of the scores."""
+    """How answers are scored."""
 
     scorer: str  # logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function
-    judge_template: str | None = None  # a file with the question to a judge, {prompt} and {answer} in it
+    judge_template: str | None = None  # a file with the question to a judge, with {prompt} and {answer} in it
     judge_answer: str = "Yes"  # a judge's reply to a good answer; its log-probability is the score
     plot: str | None = None  # a PNG to write, with a histogram of the scores and the best-of-n curve
 
@@ -142,12 +142,12 @@ class Scoring:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the scorer, in terms of JSON."""
+        """The scorer's fingerprint, as JSON."""
         judge = {"template": self.template, "answer": self.judge_answer} if is_judge(self.scorer) else {}
         return {"scorer": self.scorer, **judge}
 
     def check(self) -> None:
-        """Raises OSError, ValueError or ImportError for a mistake that shows before any weights are read."""
+        """Raises OSError, ValueError or ImportError for what is wrong, as far as can be seen without any weights."""
         if self.plot is not None:
             require_matplotlib()
             if is_first_rank():
@@ -155,7 +155,7 @@ class Scoring:
         check_spec(self.scorer, self.template)
 
     def load(self, llama: Llama | None, loading: BatchLoading) -> Scorer:
-        """The scorer. A model of its own is loaded as the command's is, on as many processes."""
+        """The scorer. If it has its own model, that is loaded like the command's, on as many processes."""
         names = ("max_seq_len", "max_batch_size", "model_parallel_size", "device", "dtype")
         own = {name: value for name in names if (value := getattr(loading, name)) is not None}
         if llama is not None:
@@ -170,21 +170,21 @@ class Scoring:
         return scorer
 
     def scorer_for(self, llama: Llama | RemoteModel | None, loading: BatchLoading) -> Scorer | RemoteScorer:
-        """The scorer, or what loads it in each replica."""
+        """The scorer, or a RemoteScorer that loads it in each replica."""
         if not isinstance(llama, RemoteModel):
             return self.load(llama, loading)
         reads_prompt = ":" not in self.scorer or self.scorer.startswith(("reward:", "judge:"))
         return RemoteScorer(functools.partial(self.load, loading=loading), reads_prompt)
 
     def run(self, score: Callable[..., Summary | None], files: Files, *args: Any, **options: Any) -> None:
-        """Scores with sample_files or rescore_files; shows the summary, and draws it for --plot."""
+        """Calls `sample_files` or `rescore_files`, prints the summary, and plots it for --plot."""
         with files.interruptible():
             summary = score(*args, force=files.force, retry=files.retry, progress=True, indent=files.indent, **options)
         if summary is None:
             return
         print(summary.text())
         if summary.first_error is not None:
-            hint = "(with --retry, rows with an answer that has no score are done again, and give the same answers)"
+            hint = "(--retry scores rows again if an answer has no score; the answers stay the same)"
             print(hint, file=sys.stderr)
         if self.plot is not None:
             Path(self.plot).parent.mkdir(parents=True, exist_ok=True)
@@ -195,15 +195,15 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Drawing(Plan):
-    """How many answers are drawn, and which of them are kept."""
+    """How many answers are drawn and kept."""
 
     n: Annotated[int, arg(aliases=("-n",))] = 16  # how many are drawn; with a threshold, how many at a time
 
     def __post_init__(self):
-        """Leaves the checks to `plan`, whose errors are one line and not a frame of tyro's."""
+        """Checks nothing: `plan` does, and its errors are one line instead of tyro's box."""
 
     def plan(self) -> Plan:
-        """The checked plan. Raises ValueError."""
+        """The plan, checked. Raises ValueError."""
         return Plan(**vars(self))
 
 
@@ -216,10 +216,10 @@ def sample(
     *,
     template: str | None = None,
 ) -> None:
-    """Draws n answers to each row of a file, scores them, keeps the best. Started again, it does what is missing.
+    """Draws n answers to each row of a file, scores them, keeps the best. Started again, it does the missing rows.
 
-    Rows are as for `llama batch`; the scorer reads their metadata. Under torchrun, which has an option --n of its own,
-    write -n.
+    Rows are as for `llama batch`; the scorer reads their metadata. Under torchrun write -n, because torchrun has an
+    option --n of its own.
 
     Args:
         template: a JSON file of task prompts, which are filled with the fields of the rows.
@@ -238,10 +238,10 @@ def sample(
 def rescore(
     files: Files, loading: BatchLoading, scoring: Scoring, *, prompts: str | None = None, keep: int | None = None
 ) -> None:
-    """Scores the answers that a file has, such as the target of `llama batch`. Started again, it does what is missing.
+    """Scores the answers in a file, such as the target of `llama batch`. Started again, it does the missing rows.
 
     Args:
-        prompts: the rows that were answered, if the source does not repeat them, as a file of `llama batch` does not.
+        prompts: the file of the rows that were answered, if the source does not repeat them (`llama batch` does not).
         keep: how many of the best to write; all when left out.
     """
     plan = Plan(sys.maxsize, keep)
@@ -261,7 +261,7 @@ def rescore(
 def _model(
     loading: BatchLoading, decoding: Decoding | None, has_model: bool = True
 ) -> Iterator[Llama | RemoteModel | None]:
-    """The model of a command: of this process, or of replicas that live as long as the command."""
+    """The model of a command: in this process, or on replicas that are closed at the end."""
     if loading.is_remote:
         with loading.remote(decoding, has_model) as remote:
             yield remote
@@ -278,7 +278,7 @@ def check_report(path: Path, files: Files) -> None:
 
 
 def _folder_of(path: Path) -> Path:
-    """The first of the folders above a file that is there; those below it are made when the file is written."""
+    """The nearest folder above a file that exists. Writing the file makes the missing ones."""
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
@@ -288,11 +288,11 @@ def _check_plot(path: Path) -> None:
         raise NotADirectoryError(f"--plot {path}: {folder} is a file: expected a directory for the PNG")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         found = "a directory" if path.is_dir() else "not writable"
-        raise OSError(f"--plot {path}: it is {found}: expected a PNG to write")
+        raise OSError(f"--plot {path} is {found}: expected a PNG to write")
 
 
 def _read_judge_template(path: str) -> str:
-    expected = "expected a text file of what a judge is asked, with {answer} in it, and {prompt} where it is needed"
+    expected = "expected a text file with the question to a judge, with {answer} in it, and {prompt} if it is needed"
     if not Path(path).is_file():
         raise FileNotFoundError(f"--judge_template {path}: there is no such file: {expected}")
     try:

@@ -1,4 +1,4 @@
-"""The commands about weights that learn: finetune and merge. Arguments become calls; nothing else happens here."""
+"""The commands for fine-tuning: finetune and merge. Turns arguments into calls, nothing else."""
 
 import sys
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Learning(training.Options):
     """What is learned, and how."""
 
     def __post_init__(self):
-        """Leaves the checks to `finetune`, whose errors are one line and not a frame of tyro's."""
+        """Checks nothing: `finetune` does, and its errors are one line instead of tyro's box."""
 
 
 def finetune(
@@ -30,17 +30,17 @@ def finetune(
 ) -> None:
     """Fine-tunes a checkpoint on a file of texts or dialogs. Killed and started again, it goes on.
 
-    Under torchrun, the processes that the model is not split over are replicas. docs/training.md has the forms of rows.
+    Under torchrun, each group of --model_parallel_size processes is a replica. docs/training.md describes the rows.
 
     Args:
-        data: JSON lines, CSV or Parquet with `messages`, `prompt` and `completion`, or `text`; or what `llama sample`
-            wrote; with --head scalar, `chosen` and `rejected`.
-        out: the directory to make. OUT.training beside it has the log, the curves and, meanwhile, the saves.
+        data: JSON lines, CSV or Parquet with `messages`, `prompt` and `completion`, or `text`; or the output of `llama
+            sample`; with --head scalar, `chosen` and `rejected`.
+        out: the directory to make. OUT.training beside it has the log, the curves and, during the run, the saves.
         ckpt_dir: the checkpoint to start from, Meta's or Hugging Face's; a quantised one with --lora_rank.
         tokenizer_path: the tokenizer's file; the directory's own when left out.
         device: "cuda", "mps" or "cpu"; the first of these that is there when left out.
         model_parallel_size: over how many processes the model is split.
-        force: forgets a run that was started otherwise, and starts over.
+        force: forgets an earlier run with other arguments, and starts over.
     """
     where = {"tokenizer_path": tokenizer_path, "device": device, "model_parallel_size": model_parallel_size}
     try:
@@ -61,14 +61,14 @@ def merge(
     shards: int | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Writes a checkpoint directory again with an adapter folded into its weights.
+    """Writes a checkpoint directory again, with an adapter folded into its weights.
 
     Args:
         src: the directory that the adapter was trained on, of either format; not quantised.
         adapter: the adapter's directory, as `llama finetune` and PEFT write it.
         dst: the directory to make.
         to: the format to write.
-        shards: into how many files the weights are cut.
+        shards: the number of files.
         dtype: of the weights written; the source's when left out.
     """
     adapters.merge(src, adapter, dst, to, shards, dtype)

@@ -1,14 +1,14 @@
-"""The model "llama" of lm-evaluation-harness: EleutherAI's benchmarks on a checkpoint, with `lm_eval`'s own options.
+"""The model "llama" for lm-evaluation-harness: EleutherAI's benchmarks on a checkpoint, with `lm_eval`'s own options.
 
     python -m llama.evaluation --model llama --model_args ckpt_dir=DIR --tasks hellaswag --batch_size 16
     torchrun --nproc_per_node 8 -m llama.evaluation --model llama --model_args ckpt_dir=DIR --tasks gsm8k
     python -m llama.evaluation --model llama --model_args ckpt_dir=DIR,replicas=8 --tasks gsm8k    # docs/machines.md
 
-`lm_eval` (0.4.13) has a fixed table of models and no option to add one; this is the same command with one more model.
-In Python, importing this file is enough: `lm_eval.simple_evaluate(model="llama", model_args=…)`.
+`lm_eval` (0.4.13) has a fixed table of models and no option to add one; this command has one model more. In Python,
+import this file, then call `lm_eval.simple_evaluate(model="llama", model_args=…)`.
 
-Texts become ids as in the harness's `hf` model: a begin-of-text token comes first, and the name of a special token is
-that token. Needs the extra `eval`.
+Texts become ids as in the harness's `hf` model: a begin-of-text token comes first, and the name of a special token
+becomes that token. Needs the extra `eval`.
 """
 
 import itertools
@@ -38,13 +38,13 @@ except ImportError as error:
         f"lm-evaluation-harness is not installed, or a part of it is missing ({error}): pip install '.[eval]'"
     ) from error
 
-# The decoding options of a task, besides `until` and the budget: the names of Transformers.
+# The decoding options of a task, besides `until` and the budget, by their names in Transformers.
 DECODING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
 @register_model("llama")
 class LlamaLM(TemplateLM):
-    """A checkpoint as a model of lm-evaluation-harness. The arguments come from `--model_args` and its command line.
+    """A checkpoint as a model of lm-evaluation-harness. The arguments come from the harness's command line.
 
     Args:
         ckpt_dir: Meta's directory or Hugging Face's.
@@ -53,12 +53,12 @@ class LlamaLM(TemplateLM):
         batch_size: how many sequences run at a time; "auto": max_batch_size, or 8.
         max_batch_size: for "auto".
         model_parallel_size: over how many processes the model is split; all of them when None. Replicas share requests.
-        device: as in `Llama.build`, but "cuda:0", the command's default, is this process's card, or the CPU if there
-            is none.
+        device: as in `Llama.build`; but "cuda:0", the command's default, means this process's card, or the CPU if
+            there is none.
         dtype, seed, draft: as in `Llama.build`.
-        replicas, ray: on how many replicas of a Ray cluster, and at which address, as in `llama batch`.
+        replicas, ray: replicas on a Ray cluster, and its address, as in `llama batch`.
         add_bos_token: whether texts get a begin-of-text token.
-        max_gen_toks: the budget of an answer for which the task gives none.
+        max_gen_toks: the budget of an answer if the task sets none.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LlamaLM(TemplateLM):
         super().__init__()
         device = None if device == "cuda:0" else device
         rows = (max_batch_size or 8) if str(batch_size).startswith("auto") else int(batch_size)
-        # One position more: the last token of a text is only predicted, and not read.
+        # One position more, because the last token of a text is predicted but not read.
         size = {"max_seq_len": max_length + 1, "max_batch_size": rows, "model_parallel_size": model_parallel_size}
         size |= {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "device": device, "dtype": dtype}
         arguments = size | {"seed": seed, "draft": draft}
@@ -110,7 +110,7 @@ class LlamaLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Each continuation's log-probability, and whether it is the greedy one; long contexts lose their start."""
+        """Each continuation's log-probability, and whether it is the greedy one. Long contexts lose their beginning."""
         pairs = []
         for _, context, continuation in requests:
             room = self.max_length + 1 - len(continuation)
@@ -124,7 +124,7 @@ class LlamaLM(TemplateLM):
             raise GenerationError(errors[0], [])
         results = [(math.fsum(scores.logprobs), scores.is_greedy) for scores in scored]
         for (texts, *_), result in zip(requests, results):
-            if texts is not None:  # None: a window of a longer text, which is cached as a whole
+            if texts is not None:  # None: a window; `loglikelihood_rolling` caches the whole text
                 self.cache_hook.add_partial("loglikelihood", texts, result)
         return results
 
@@ -144,7 +144,7 @@ class LlamaLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context, as far as the first of its stop strings."""
+        """The answer to each context, up to the first of its stop strings."""
         eos = self.llama.tokenizer.decode([self.eot_token_id])
         prompts: list[list[int]] = []
         options: dict[str, list] = {name: [] for name in ("max_gen_len", "stop", *DECODING)}
@@ -171,13 +171,13 @@ class LlamaLM(TemplateLM):
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A dialog as text in Llama 3's format; `tok_encode` makes the ids of `ChatFormat` from it."""
+        """A dialog as text in Llama 3's format. `tok_encode` turns it into the ids of `ChatFormat`."""
         tokenizer, formatter = self.llama.tokenizer, self.llama.formatter
         if formatter.template is not None:
             text = formatter.template.render(chat_history, add_generation_prompt)
             return text if add_generation_prompt else text.rstrip()
         if tokenizer.kind != "llama3":
-            raise ValueError("a dialog of Llama 2 cannot be written as text: the tokens between its turns have none")
+            raise ValueError("a dialog of Llama 2 cannot be text: the tokens between its turns have no text")
         ids = [tokenizer.bos_id]
         for message in chat_history:
             ids += formatter.encode_message(message)
@@ -193,7 +193,7 @@ class LlamaLM(TemplateLM):
 
 
 class LlamaOnReplicas:
-    """What the harness asks of a `Llama`, answered by replicas: the same answers. Here is only the tokenizer."""
+    """The methods of `Llama` that the harness needs, on replicas: the same answers. This process has no weights."""
 
     def __init__(self, arguments: dict[str, Any], replicas: int | None, address: str | None):
         names = ("ckpt_dir", "tokenizer_path", "max_seq_len", "max_batch_size")
@@ -203,7 +203,7 @@ class LlamaOnReplicas:
         self.n_calls = itertools.count(1)
 
     def results(self, tasks: list[Task]) -> list[Result]:
-        """The results of tasks that have their place in the list as their `line`. Raises GenerationError."""
+        """The results of tasks, whose `line` is their place in the list. Raises GenerationError."""
         found = {r["line"]: r for r in self.remote.replicas.results(_Requests, iter(tasks), _cost)}
         if errors := [found[line]["error"] for line in range(len(tasks)) if "error" in found[line]]:
             raise GenerationError(errors[0], [])
@@ -231,7 +231,7 @@ class LlamaOnReplicas:
 
 
 class _Requests(Run):
-    """Requests of the harness, on a replica: a prompt to answer, or texts to score."""
+    """Requests of the harness on a replica: prompts to answer, or texts to score."""
 
     def begin(self, task: Task) -> list[Job] | Result:
         if "texts" in task:
@@ -243,16 +243,16 @@ class _Requests(Run):
         return {"line": job.key, "text": answers[0].text, **failed}
 
     def task_of(self, row: Any) -> Task:
-        raise NotImplementedError  # the driver makes its tasks of requests, and not of rows
+        raise NotImplementedError  # the harness's requests are the tasks; there are no rows
 
 
 def _cost(task: Task) -> int:
-    """The tokens to read, and to answer at most."""
+    """The tokens of a task to read, and the most to generate."""
     return len(task["prompt"]) + task["options"]["max_gen_len"] if "prompt" in task else len(task["texts"][0][0])
 
 
 def main() -> None:
-    """`lm_eval` with the arguments of the command line and one more model."""
+    """Runs `lm_eval` with this model, and the arguments of the command line."""
     try:
         cli_evaluate()
     except MISTAKES as error:

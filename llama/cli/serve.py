@@ -14,7 +14,7 @@ class ServerLoading(Loading):
     max_batch_size: int = 8  # how many answers are decoded at a time
 
     def build(self, *arguments: Decoding | None) -> Llama:
-        """As `Loading.build`; a step to be compiled is compiled before anybody waits for an answer."""
+        """As `Loading.build`. With `compile`, compiles the step before the first request."""
         llama = super().build(*arguments)
         for n_rows in {1, min(2, self.max_batch_size)} if self.compile else ():
             llama.generate([[0]] * n_rows, 3, temperature=0)
@@ -22,7 +22,7 @@ class ServerLoading(Loading):
 
 
 def serve(settings: server.Settings, loading: ServerLoading) -> None:
-    """Answers over HTTP, by OpenAI's interface, and with a web chat at /. docs/server.md has the rest.
+    """Answers over HTTP, by OpenAI's interface, and with a web chat at /. See docs/server.md.
 
     Under torchrun the model is split over all processes, and rank 0 listens.
     """

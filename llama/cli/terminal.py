@@ -1,6 +1,6 @@
-"""The terminal that a conversation is held in: what is typed, and Ctrl-C. Knows nothing of models.
+"""The terminal of a conversation: typed messages, and Ctrl-C. Knows nothing of models.
 
-Under torchrun every rank holds the same conversation. Rank 0 reads the keyboard and tells the others each message, and
+Under torchrun every rank has the same conversation. Rank 0 reads the keyboard. It sends the others each message, and
 after each piece of an answer whether Ctrl-C was pressed, so that all ranks run the same steps.
 """
 
@@ -25,7 +25,7 @@ except ImportError:  # Windows
     readline = None
 
 CTRL_C = "\x03"
-# A model may not send control characters to a terminal, where they do more than show text.
+# A model may not send control characters to a terminal: they do more than show text.
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 HISTORY_SIZE = 1000  # lines
 
@@ -35,17 +35,17 @@ class CtrlC(Exception):
 
 
 class Keyboard:
-    """Messages from standard input: rank 0's, on each rank.
+    """Messages from rank 0's standard input, on each rank.
 
-    In a plain `python` Ctrl-C is a KeyboardInterrupt as always. torchrun takes that signal as the end of the run, so
-    under torchrun the terminal sends no signal: rank 0 reads Ctrl-C as a character and tells all ranks.
+    In a plain `python`, Ctrl-C is a KeyboardInterrupt as always. torchrun would end the run at that signal, so under
+    torchrun the terminal sends none: rank 0 reads Ctrl-C as a character and tells all ranks.
     """
 
     def __init__(self):
         self.reads = dist.get_rank() == 0
         self.tty = self.reads and sys.stdin.isatty() and sys.stdout.isatty()
         self.launched = "RANK" in os.environ
-        # gloo sleeps until a person has typed, however long that takes.
+        # gloo waits until a person has typed, however long that takes.
         shared = dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if shared else None
         if self.launched and self.tty:
@@ -59,11 +59,11 @@ class Keyboard:
         return message
 
     def read_all(self) -> str:
-        """All that is left of the input, without the newline at its end."""
+        """The rest of the input, without the newline at its end."""
         return self._share(sys.stdin.read().removesuffix("\n") if self.reads else "")
 
     def check(self) -> None:
-        """Raises CtrlC on every rank if it was pressed since the last time."""
+        """Raises CtrlC on every rank if it was pressed since the last call."""
         pressed = False
         if self.launched and self.tty:
             while select.select([sys.stdin], [], [], 0)[0] and (typed := os.read(sys.stdin.fileno(), 1024)):
@@ -72,7 +72,7 @@ class Keyboard:
             raise CtrlC
 
     def _read_message(self) -> str | None:
-        """A line; in a terminal, lines as long as they end in a backslash."""
+        """A line; in a terminal, also the next line after each line that ends in a backslash."""
         lines = []
         with suppress(EOFError):
             lines.append(input("> " if self.tty else ""))
@@ -89,12 +89,12 @@ class Keyboard:
 
 
 def set_up_editing() -> None:
-    """Pasted lines come together, and the arrow keys bring back lines of earlier chats; this one's are kept at exit."""
+    """Makes pasted lines one message, and lets the arrow keys bring back lines of earlier chats; saves them at exit."""
     if readline is None:
         return
     readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_history_length(HISTORY_SIZE)
-    with suppress(OSError, RuntimeError):  # no place to write, or no home: the history is that of this chat alone
+    with suppress(OSError, RuntimeError):  # without a home, or a place to write, the history has only this chat
         folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "llama"
         folder.mkdir(parents=True, exist_ok=True)
         (path := folder / "chat_history").touch(mode=0o600)
@@ -108,17 +108,17 @@ def _append_history(path: Path, n_before: int) -> None:
 
 
 def _read_ctrl_c(terminal: int) -> None:
-    """Has a terminal deliver Ctrl-C as a character, and each character as it is typed, until this process exits."""
+    """Until this process exits, a terminal sends Ctrl-C as a character, and each character when it is typed."""
     import termios  # not on Windows
 
     before, now = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
     atexit.register(termios.tcsetattr, terminal, termios.TCSADRAIN, before)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by which torchrun ends a rank; this way atexit runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun ends a rank with SIGTERM; now atexit runs
     now[3] &= ~termios.ICANON
     now[6][termios.VMIN], now[6][termios.VTIME] = 1, 0
     now[6][termios.VINTR] = os.fpathconf(terminal, "PC_VDISABLE")  # not ISIG, which readline sets again
     termios.tcsetattr(terminal, termios.TCSADRAIN, now)
-    if readline is not None:  # clear the line, and enter one of Ctrl-C alone
+    if readline is not None:  # Ctrl-C clears the line, and enters a line of only Ctrl-C
         readline.parse_and_bind(r'"\C-c": "\C-a\C-k\C-v\C-c\C-m"')
 
 
@@ -128,7 +128,7 @@ def show(text: str) -> None:
 
 
 def talk(conversation: Conversation, keyboard: Keyboard) -> None:
-    """Reads messages and shows the responses, until the input ends or the conversation does."""
+    """Reads messages and shows the responses, until the input or the conversation ends."""
     while not conversation.ended:
         at_prompt = True
         try:
@@ -142,7 +142,7 @@ def talk(conversation: Conversation, keyboard: Keyboard) -> None:
         except (ValueError, GenerationError) as error:
             show(f"({error})\n")
         except (KeyboardInterrupt, CtrlC) as interrupt:
-            # A signal from a launcher, or where nobody is there to go on, ends the program.
+            # A signal from a launcher ends the program, as does one at the prompt without a terminal.
             if isinstance(interrupt, KeyboardInterrupt) and (keyboard.launched or (at_prompt and not keyboard.tty)):
                 raise
             show("\n(/quit or Ctrl-D leaves)\n" if at_prompt else "\n(stopped)\n")

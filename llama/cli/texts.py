@@ -13,7 +13,7 @@ from llama.decoding.scoring import least_certain, perplexity
 
 
 def chat(loading: Loading, decoding: OneAnswer, *, system: str | None = None) -> None:
-    """Talks with a model in the terminal. /help there lists what else can be typed.
+    """Talks with a model in the terminal. /help there lists the commands.
 
     Args:
         system: the system prompt.
@@ -28,9 +28,9 @@ def chat(loading: Loading, decoding: OneAnswer, *, system: str | None = None) ->
 
 
 def complete(text: Positional[str], loading: Loading, decoding: OneAnswer) -> None:
-    """Continues a text, and shows the new text while it is decided.
+    """Continues a text, and shows the new text while it is generated.
 
-    The same command gives the same text again, without a seed too; another seed gives another text.
+    The same command gives the same text again, even without a seed. Another seed gives another text.
 
     Args:
         text: the beginning; "-" reads it from standard input, without the newline at its end.
@@ -46,7 +46,7 @@ def complete(text: Positional[str], loading: Loading, decoding: OneAnswer) -> No
 
 
 def score(text: Positional[str], loading: Loading) -> None:
-    """Shows how likely a model finds each token of a text, in nats, its perplexity, and the least likely tokens.
+    """Shows the log-probability of each token of a text, in nats, the text's perplexity, and its least likely tokens.
 
     Args:
         text: of any length; "-" reads it from standard input, without the newline at its end.
@@ -55,7 +55,7 @@ def score(text: Positional[str], loading: Loading) -> None:
     (result,) = llama.score([_read(text)])
     logprobs = result["logprobs"][1:]  # the first is the begin-of-text token
     if not logprobs:
-        raise ValueError("the text is empty: expected some to score")
+        raise ValueError("the text is empty: expected a text to score")
     for logprob, token in zip(logprobs, result["tokens"][1:]):
         show(f"{logprob:9.4f}  {token!r}\n")
     tokens = "1 token" if len(logprobs) == 1 else f"{len(logprobs)} tokens"
@@ -68,7 +68,7 @@ def _read(text: str) -> str:
 
 
 def _report_speculation(llama: Llama) -> None:
-    """Says on stderr how many tokens a draft saved; nothing without one."""
+    """Prints on stderr how many tokens a draft saved, if there is one."""
     counters = llama._engine.counters
     counts = counters.speculation
     if counts.steps and dist.get_rank() == 0:

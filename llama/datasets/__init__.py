@@ -1,7 +1,7 @@
-"""Data sets: the rows of a file in, a record of each out, by runs that can be killed and go on where they were.
+"""Data sets: reads the rows of a file and writes a record of each. A run that was killed goes on where it was.
 
-`run_batch` and `run_batch_files` answer rows (their fields are those of `llama.datasets.batch`); a `Run` does anything
-else with them. Knows nothing of how an answer is decoded, or of what it is worth.
+`run_batch` and `run_batch_files` answer rows, whose fields `llama.datasets.batch` describes; a `Run` does anything else
+with them. Knows nothing of how an answer is decoded, or of how good it is.
 """
 
 from llama.datasets.batch import run_batch, run_batch_files

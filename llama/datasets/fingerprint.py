@@ -1,6 +1,6 @@
 """A model's fingerprint: its shape, its tokenizer and a sample of every weight; the same on any number of processes.
 
-A journal keeps the fingerprint of the model that began it: no file mixes the answers of two.
+A journal keeps the fingerprint of its model, so that no file mixes the answers of two models.
 """
 
 import functools
@@ -22,10 +22,10 @@ N_COLUMNS = 64  # of each matrix
 
 
 def fingerprint(llama: Llama) -> dict[str, Any]:
-    """What identifies a model, as JSON. Collective: every process that holds a part of the model calls it."""
-    if known := getattr(llama, "fingerprint", None):  # of a model that is elsewhere
-        return known
-    model = llama.answerer.shared.engine.opened  # which `llama.model` would take for changed from now on
+    """The model's fingerprint, as JSON. Collective: every process that holds a part of the model calls it."""
+    if remote := getattr(llama, "fingerprint", None):  # a `RemoteModel` has it
+        return remote
+    model = llama.answerer.shared.engine.opened  # not `llama.model`: after that the model counts as changed
     args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
     dtype = str(model.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
@@ -37,22 +37,22 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
 
 @functools.cache
 def package_digest() -> str:
-    """A digest of this package's code, by which replicas see that they run the same."""
+    """A digest of this package's code. Replicas compare it, to see that all run the same code."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 @torch.inference_mode()
 def weights_digest(model: Transformer) -> str:
-    """A digest of 64 evenly spaced columns of every matrix, and of as many weights of every norm.
+    """A digest of 64 evenly spaced columns of every matrix, and of 64 weights of every norm.
 
-    Of each column the bits of its numbers are summed as integers: exact, and the same however the rows are split
-    over ranks. The columns are counted in the whole matrix, in whatever layout it is in memory.
+    The bits of a column's numbers are summed as integers: the sum is exact, and the same however the rows are split
+    over ranks. The columns are those of the whole matrix, whatever its layout.
     """
     columns_of: dict[Layout, torch.Tensor] = {}  # several matrices share a layout
     hashed = [(n, m) for n, m in model.named_modules() if isinstance(m, (Linear, VocabParallelEmbedding, RMSNorm))]
     total = torch.stack([_column_sums(model, name, module, columns_of) for name, module in hashed])
-    total = total if total.is_cuda else total.cpu()  # NCCL takes CUDA tensors only, gloo not those of every device
+    total = total if total.is_cuda else total.cpu()  # NCCL takes only CUDA tensors, gloo not those of every device
     dist.all_reduce(total, group=model.output.group)
     return hashlib.sha256(str(total.tolist()).encode()).hexdigest()[:16]
 
@@ -63,7 +63,7 @@ def _column_sums(
     """int64 [N_COLUMNS]: this rank's part of the sums over a matrix's columns."""
     rank, n_ranks = model.tok_embeddings.rank, model.tok_embeddings.world_size
     sums = torch.zeros(N_COLUMNS, dtype=torch.int64, device=model.rotary.device)
-    # What several ranks hold counts once: norms, and key and value heads where there are more ranks than heads.
+    # Weights that several ranks hold count once: norms, and key and value heads if there are more ranks than heads.
     n_copies = n_ranks if isinstance(module, RMSNorm) else 1
     if name.endswith((".wk", ".wv")):
         n_copies = max(1, n_ranks // model.args.n_kv_heads)

@@ -1,8 +1,8 @@
 """A journal: the records of a run, one JSON line each, written as they come, so that a killed run can go on.
 
-Only whole lines are ever appended, by one writer. Beside the journal, OUT.run.json, its sidecar, says which rows and
-parameters it belongs to. A CSV, Parquet or JSON file, which cannot grow line by line, is made in the end of the journal
-beside it (OUT.csv.jsonl). Knows nothing of models, or of what a record means beyond its `line`, `error` and `scores`.
+One writer appends whole lines. The sidecar OUT.run.json has the fingerprint of the run's rows, and its parameters. A
+CSV, Parquet or JSON target cannot grow line by line: it is made at the end from a journal beside it (OUT.csv.jsonl).
+Knows nothing of models, or of a record beyond its `line`, `error` and `scores`.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from llama.datasets.tables import import_pyarrow, write_table
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there, nothing keeps a second writer away
+except ImportError:  # Windows has no flock: nothing stops a second writer there
     fcntl = None
 
-# What was written is forced to the disk after this many seconds: a power failure loses no more than that.
+# Records are forced to the disk this often, so a power failure loses at most the records of these seconds.
 SYNC_SECONDS = 5.0
-# What the sidecar must say about the run.
+# The keys that a sidecar must have.
 SIDECAR_TYPES = {"rows": int, "digest": str, "parameters": dict}
 
 
 def check_target(path: str | os.PathLike, *inputs: str | os.PathLike) -> None:
-    """Checks an output before there is anything to write. Folders that are missing are made when the run begins.
+    """Checks an output before there is anything to write. Missing folders are made when the run begins.
 
     Raises:
-        ValueError: its name ends in none of the formats, or it, its journal or its sidecar is one of the inputs.
-        OSError: it is a directory, or nothing can be written where it should be.
+        ValueError: its name ends in none of the formats; or it, its journal or its sidecar is one of the inputs.
+        OSError: it is a directory, or its place cannot be written.
         ImportError: its format needs pyarrow.
     """
     path = Path(path)
@@ -62,20 +62,20 @@ def _beside(path: Path) -> tuple[Path, Path]:
 
 
 class Journal(contextlib.AbstractContextManager):
-    """The records of a run. Opening one that a killed run left behind goes on with it.
+    """The records of a run. It goes on with the journal that a killed run has left.
 
     Args:
-        rows: what the run answers; read once here.
+        rows: the rows of the run; read once here.
         parameters: everything else that the records depend on, as JSON.
-        force: whether to start over, whatever is there.
+        force: whether to start over, and overwrite what is there.
         retry: whether rows whose records have an `error`, or a null among their `scores`, are done again.
 
     Raises:
         BlockingIOError: another run is writing it.
-        ValueError, OSError, ImportError: it is another run's; or as `scan` and `check_target`.
+        ValueError, OSError, ImportError: it belongs to another run; or as `scan` and `check_target`.
     """
 
-    n_rows: int  # how many rows there are
+    n_rows: int
 
     def __init__(
         self, target: str | os.PathLike, rows: Iterable[Row], parameters: dict, force: bool = False, retry: bool = False
@@ -97,7 +97,7 @@ class Journal(contextlib.AbstractContextManager):
             self._begin(rows, parameters, force, retry)
         except BaseException:
             if os.fstat(self._file).st_size == 0 and not self._sidecar.exists():
-                self.path.unlink()  # made here, and empty
+                self.path.unlink()  # this call has made it
             os.close(self._file)
             raise
         self._size = os.fstat(self._file).st_size
@@ -106,7 +106,7 @@ class Journal(contextlib.AbstractContextManager):
         self.close()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a record, as one line in one write. Raises OSError if the disk is full; the file's lines stay whole."""
+        """Appends a record, as one line in one write. Raises OSError if the disk is full; earlier lines stay whole."""
         line = _to_json(record)
         try:
             if (n := os.write(self._file, line)) < len(line):
@@ -121,16 +121,16 @@ class Journal(contextlib.AbstractContextManager):
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Ends the writing; another run may go on with the journal."""
+        """Closes the journal. Another run may go on with it."""
         try:
             os.fsync(self._file)
         finally:
             os.close(self._file)
 
     def finish(self, indent: int | None = None) -> None:
-        """Makes the CSV, Parquet or JSON file of the journal, in the order of the rows: all of it or nothing.
+        """Makes the CSV, Parquet or JSON target from the journal, in the order of the rows. It appears whole or not.
 
-        A JSON array has a record on each line, or each indented by that many spaces.
+        A JSON array has one record a line, or records indented by `indent` spaces.
         """
         if self.path == self.target:
             return
@@ -143,7 +143,7 @@ class Journal(contextlib.AbstractContextManager):
                 write_table(file, list(map(json.loads, lines)), is_parquet=kind == ".parquet")
 
     def _lock(self) -> int:
-        """The journal, opened to append to, and locked for as long as it is open."""
+        """Opens the journal for appending, and locks it until it is closed."""
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
@@ -161,22 +161,22 @@ class Journal(contextlib.AbstractContextManager):
                 raise BlockingIOError(f"{self.target} is being written by {writer}: {hint}") from None
             except FileNotFoundError:
                 pass
-            os.close(file)  # another run replaced the journal between open and lock: open the new one
+            os.close(file)  # another run has replaced the journal between open and lock: open the new one
 
     def _begin(self, rows: Iterable[Row], parameters: dict[str, Any], force: bool, retry: bool) -> None:
-        """Checks that the journal belongs to this run, reads what is done, and writes the sidecar."""
+        """Checks that the journal belongs to this run, reads which rows are done, and writes the sidecar."""
         is_empty = force or os.fstat(self._file).st_size == 0
         before = None if is_empty else self._read_sidecar()
         found = scan(rows, before["rows"] if before else -1)
         self.n_rows = found.n_rows
-        parameters = json.loads(json.dumps(parameters))  # as they will be read again: tuples become lists
+        parameters = json.loads(json.dumps(parameters))  # as the sidecar will have them: tuples become lists
         if before is not None:
             try:
                 self._check(before, found, parameters)
             except ValueError:
                 if self._has_answers():
                     raise
-                before = None  # there is nothing to lose: the input or the options have been mended
+                before = None  # no answer is lost, and the user may have corrected the input or the options
         if before is None:
             os.ftruncate(self._file, 0)
         else:
@@ -187,7 +187,7 @@ class Journal(contextlib.AbstractContextManager):
             file.write(json.dumps(content, ensure_ascii=False, indent=1).encode(errors="backslashreplace") + b"\n")
 
     def _read_sidecar(self) -> dict[str, Any]:
-        """Which run the journal belongs to. Raises ValueError if the sidecar is damaged."""
+        """The sidecar of the run that the journal belongs to. Raises ValueError if it is damaged."""
         try:
             content = json.loads(self._sidecar.read_bytes())
             for name, kind in SIDECAR_TYPES.items():
@@ -195,11 +195,11 @@ class Journal(contextlib.AbstractContextManager):
                     raise ValueError(f"it has no {name}")
             return content
         except (ValueError, RecursionError) as error:
-            problem = f"damaged ({error}): expected what a run wrote; --force starts over"
+            problem = f"damaged ({error}): expected the sidecar of a run; --force starts over"
             raise ValueError(f"{self._sidecar} is {problem}") from None
 
     def _check(self, before: dict[str, Any], found: Scan, parameters: dict[str, Any]) -> None:
-        """Refuses rows and parameters other than those of the run before; new rows at the end are fine."""
+        """Raises ValueError if rows or parameters have changed since the last run. New rows at the end are allowed."""
         changes = []
         if found.n_rows < before["rows"]:
             changes.append(f"the input had {counted(before['rows'], 'line')}, and has {found.n_rows}")
@@ -213,7 +213,7 @@ class Journal(contextlib.AbstractContextManager):
             raise ValueError(f"{self.target} belongs to another run: {'; '.join(changes)}. {hint}")
 
     def _has_answers(self) -> bool:
-        """Whether the journal holds anything but records of rows that failed before they were run."""
+        """Whether the journal holds anything besides records of rows that failed before they ran."""
         with self.path.open("rb") as file:
             for line in file:
                 try:
@@ -226,7 +226,7 @@ class Journal(contextlib.AbstractContextManager):
         return False
 
     def _resume(self, retry: bool, last: int) -> None:
-        """Reads which rows, numbered up to `last`, are done, and cuts off a last line that is not whole."""
+        """Reads which rows, numbered up to `last`, are done. Cuts off an incomplete last line."""
         kept: list[bytes] = []
         end = 0
         broken: tuple[int, str] | None = None
@@ -242,7 +242,7 @@ class Journal(contextlib.AbstractContextManager):
                 row = record.get("line") if isinstance(record, dict) else None
                 if broken is None and not (type(row) is int and 1 <= row <= last):
                     broken = number, f"line = {row!r}: expected the number of a line of the input, from 1 to {last}"
-                if broken is not None:  # not only the last line, as after a kill or a power failure
+                if broken is not None:  # a kill or a power failure breaks only the last line
                     hint = "delete that line, and start the same command again"
                     raise ValueError(f"line {broken[0]} of {self.path} is not an answer ({broken[1]}): {hint}")
                 end += len(line)
@@ -262,7 +262,7 @@ class Journal(contextlib.AbstractContextManager):
 
 
 class Printed(contextlib.AbstractContextManager):
-    """Standard output in the place of a journal: each record is printed as it comes, and no run goes on from there."""
+    """Standard output instead of a journal: prints each record as it comes. No run can go on from there."""
 
     target = path = Path("-")
 
@@ -276,11 +276,11 @@ class Printed(contextlib.AbstractContextManager):
         print(_to_json(record).decode(), end="", flush=True)
 
     def finish(self, indent: int | None = None) -> None:
-        """Nothing is left to do."""
+        """Does nothing."""
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The differences between two JSON values, each with its name and both values, cut short."""
+    """The differences between two JSON values: the name and both values, shortened, of each."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = before | now
         return [d for n in names for d in differences(before.get(n), now.get(n), f"{name}.{n}" if name else n)]
@@ -290,13 +290,13 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _to_json(value: Any) -> bytes:
-    """A line of strict JSON in UTF-8; half of a surrogate pair, which UTF-8 does not have, is an escape."""
+    """A line of strict JSON in UTF-8. Half of a surrogate pair, which UTF-8 does not have, is escaped."""
     text = json.dumps(_finite(value), ensure_ascii=False, default=str)
     return text.encode(errors="backslashreplace") + b"\n"
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for NaN and infinities, which JSON does not have."""
+    """The value, with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -306,7 +306,7 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` once it is whole, and is removed if anything is raised."""
+    """A file to write to. It replaces `path` at the end; after an exception it is removed."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:

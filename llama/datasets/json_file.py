@@ -1,16 +1,19 @@
-"""Files that are JSON as a whole: an array of rows, or objects one after the other that may go over several lines.
+"""Files that are not JSON lines: an array of rows, or objects one after the other, each of one or several lines.
 
 Knows nothing of what the rows mean.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+SPACE = re.compile(r"\s*")
 
-def begins_as_whole(lines: list[bytes]) -> bool:
-    """Whether a file that should be JSON lines begins, in its first two, as an array or an object of several lines."""
+
+def is_one_document(lines: list[bytes]) -> bool:
+    """Whether the first two lines of a .jsonl file begin an array, or an object that goes over several lines."""
     first, second = [line.removeprefix(b"\xef\xbb\xbf").strip() for line in [*lines, b"{"][:2]] if lines else (b"", b"")
     goes_on = first[:1] == b"{" and first.endswith((b"{", b"[", b",", b":")) and second[:1] != b"{"
     return first[:1] == b"[" or first == b"{" or goes_on
@@ -19,7 +22,7 @@ def begins_as_whole(lines: list[bytes]) -> bool:
 def read_json_rows(path: Path) -> Iterator[Any]:
     """The elements of the array in a file, or the values that it holds one after the other.
 
-    It is read as a whole: a mistake anywhere is found before the first row is used. Raises ValueError, with the line.
+    Reads the whole file before it yields a row. Raises ValueError that names the line of a mistake.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -27,7 +30,7 @@ def read_json_rows(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not UTF-8: {error}") from None
     decoder, values, at = json.JSONDecoder(), [], 0
     try:
-        while (at := _skip(text, at)) < len(text):
+        while (at := SPACE.match(text, at).end()) < len(text):
             value, at = decoder.raw_decode(text, at)
             values.append(value)
     except RecursionError:
@@ -40,15 +43,8 @@ def read_json_rows(path: Path) -> Iterator[Any]:
     yield from values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
 
-def _skip(text: str, at: int) -> int:
-    """The first place from `at` on that is not white space."""
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
-
-
 def write_json_array(file: BinaryIO, records: Iterator[bytes], indent: int | None) -> None:
-    """Writes records, each a line of JSON, as an array: one record a line, or indented by that many spaces."""
+    """Writes records, each a line of JSON, as an array: one record a line, or indented by `indent` spaces."""
     separator = b"[\n"
     for line in records:
         if indent is not None:

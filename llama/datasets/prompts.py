@@ -1,4 +1,4 @@
-"""What a row asks of a model, a text, a dialog or token ids, and the ids of its prompt. Knows nothing of files."""
+"""The prompt of a row, which is a text, a dialog or token ids, and its options. Knows nothing of files."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ from llama.keywords import unknown
 from llama.options import NAMES, DecodingOptions
 from llama.tokenizer.open_turns import as_dialog
 
-KINDS = ("prompt", "messages", "tokens")  # a text to be continued, a dialog to be answered, ids
+KINDS = ("prompt", "messages", "tokens")  # a text to continue, a dialog to answer, ids
 OPTIONS = tuple(name for name in NAMES if name != "logits_processor")  # a file holds no code
 KEYS = (*KINDS, "logprobs", "metadata", *OPTIONS)  # the fields of a row, besides its id
 
-# What fields of a prompt are called elsewhere.
+# Other libraries' names for these fields.
 OTHERS = {
     **dict.fromkeys(("text", "input", "inputs"), "prompt here"),
     **dict.fromkeys(("instruction", "question", "query"), "messages here, maybe one text, or a template's field"),
@@ -24,7 +24,7 @@ OTHERS = {
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """Which of KINDS a row has. Raises ValueError if it has none, or more than one."""
+    """The one of KINDS that a row has. Raises ValueError if it has none, or more than one."""
     given = [name for name in KINDS if row.get(name) is not None]
     if len(given) != 1:
         raise ValueError(f"found {' and '.join(given) or 'none'} of {', '.join(KINDS)}: expected one of them")
@@ -39,13 +39,13 @@ def check_names(row: Mapping[str, Any], others: Iterable[str], options: Iterable
                 raise ValueError(f"{name} is {OTHERS[name]}")
             expected = f"one of {', '.join(KINDS)}; id, {', '.join(others)}; or a decoding option: {', '.join(options)}"
             names = (*KINDS, *others, *options)
-            raise ValueError(unknown(name, names, f"{expected}; other fields are for a template", "known"))
+            raise ValueError(unknown(name, names, f"{expected}; other fields need a template", "a field of a row"))
 
 
 def from_json(options: dict[str, Any]) -> dict[str, Any]:
-    """Decoding options as a file has them. Raises TypeError if one is none.
+    """Decoding options from a file's. Raises TypeError for an unknown one.
 
-    The ids of a logit_bias are strings in JSON, and pandas writes the integers of a column as 5.0 if one is missing.
+    The ids of a logit_bias are strings in JSON, and pandas writes a column's integers as 5.0 if one is missing.
     """
     for name in options:
         if name not in NAMES:
@@ -63,7 +63,7 @@ def from_json(options: dict[str, Any]) -> dict[str, Any]:
 def prompt_ids(llama: Llama, row: Mapping[str, Any], option: DecodingOptions | None = None) -> list[int]:
     """The ids of a row's prompt, cut if the option says so.
 
-    Raises ValueError or TypeError if it has none, or one that is empty or too long.
+    Raises ValueError or TypeError if there is not one prompt, or if it is empty or too long.
     """
     kind = kind_of(row)
     ids = row[kind]

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama.datasets.json_file import begins_as_whole, read_json_rows
+from llama.datasets.json_file import is_one_document, read_json_rows
 from llama.datasets.tables import read_csv, read_parquet
 
-TEXT = ".txt"  # of which each line is a prompt: read, and not written
+TEXT = ".txt"  # each line is a prompt; such files are only read
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-# How deep lists and objects may be nested. Each level takes stack wherever a row is walked, and Python's has an end.
+# How deep lists and objects may be nested: walking a row recursively takes stack for each level.
 MAX_DEPTH = 100
-
-
 BLANK = b" \t\r\n\xef\xbb\xbf"  # white space, and a byte order mark
 
 
@@ -32,22 +30,21 @@ class Row:
 
     number: int  # its line, from 1; in a CSV or Parquet file, its place among the rows
     id: str | int | None  # its number if it has none of its own; None if the row is broken
-    fields: dict[str, Any]  # everything else it holds
+    fields: dict[str, Any]  # its other fields
     error: str | None = None  # why it is broken
 
 
 class Rows:
-    """The rows of a file, read one at a time, and read again each time they are iterated over.
+    """The rows of a file, read one at a time. Each iteration reads the file again.
 
     Args:
-        path: a .jsonl, .ndjson, .json, .csv or .parquet file; the last two need pyarrow. JSON is an array of rows, or
-            rows one after the other, and may be that in a .jsonl file too. Each line of a .txt file is a row's
-            `prompt`.
+        path: a .jsonl, .ndjson, .json, .csv or .parquet file; the last two need pyarrow. A .json file is an array of
+            rows, or rows one after the other; a .jsonl file may be that too. Each line of a .txt file is a `prompt`.
         as_json: the columns of a CSV file whose cells hold JSON, such as numbers and lists; all others are text.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its name ends in none of these; while iterating, as `read_csv` and `read_parquet`.
+        ValueError: its name has another ending; while iterating, as `read_csv` and `read_parquet`.
     """
 
     def __init__(self, path: str | os.PathLike, as_json: Collection[str] = ()):
@@ -66,7 +63,7 @@ class Rows:
             with self.path.open("rb") as file:
                 lines = ((number, line) for number, line in enumerate(file, 1) if line.strip(BLANK))
                 begin = list(itertools.islice(lines, 2))
-                if not begins_as_whole([line for _, line in begin]):
+                if not is_one_document([line for _, line in begin]):
                     yield from (_row_of_json(*line) for line in itertools.chain(begin, lines))
                     return
         if self._format not in (".csv", ".parquet"):
@@ -99,7 +96,7 @@ def _row_of_value(number: int, value: Any) -> Row:
 def _row_of_json(number: int, line: bytes) -> Row:
     try:
         return row_of(number, _from_json(line.decode("utf-8-sig")))
-    except json.JSONDecodeError as error:  # whose own message would count lines within this one
+    except json.JSONDecodeError as error:  # its own message would count lines within this line
         problem = f"not JSON: {error.msg} at character {error.pos + 1}"
     except UnicodeDecodeError as error:
         problem = f"not UTF-8: {error}"
@@ -111,14 +108,14 @@ def _row_of_json(number: int, line: bytes) -> Row:
 
 
 def row_of(number: int, fields: Any) -> Row:
-    """A row of what was read; its id is taken out of the fields."""
+    """A row with these fields, apart from its id."""
     if not isinstance(fields, dict):
         return Row(number, None, {"raw": fields}, f"a {type(fields).__name__}: expected an object, {{…}}")
     rest = {name: value for name, value in fields.items() if name != "id"}
     given = fields.get("id")
     if given is None:
         return Row(number, number, rest)
-    if isinstance(given, float) and given.is_integer():  # pandas writes a column of integers so if one is missing
+    if isinstance(given, float) and given.is_integer():  # pandas writes integers as floats if one is missing
         given = int(given)
     if isinstance(given, bool) or not isinstance(given, (str, int)):
         return Row(number, None, fields, f"id = {given!r}: expected a string or an integer")
@@ -141,7 +138,7 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 def counted(n: int, noun: str) -> str:
-    """A number of things, in words: "1 line", "2,000 lines"."""
+    """A number with its noun: "1 line", "2,000 lines"."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
@@ -155,17 +152,17 @@ def format_of(path: Path) -> str:
 
 
 class Scan(NamedTuple):
-    """What identifies the rows of a run."""
+    """The fingerprint of a run's rows."""
 
     n_rows: int
-    digest: str  # of all of them
-    digest_of_first: str | None  # of the first `n_first` that `scan` was asked for; None if there are fewer
-    last: int  # the largest row number, which in JSON lines counts empty lines too; 0 if there is no row
+    digest: str  # of all rows
+    digest_of_first: str | None  # of the first `n_first` rows; None if there are fewer
+    last: int  # the last row's number (in JSON lines, empty lines count too); 0 if there is no row
 
 
 def scan(rows: Iterable[Row], n_first: int = -1) -> Scan:
     """Reads all rows. Raises ValueError if two have the same id."""
-    ids: dict[str, None] = {}  # in the order of the rows; with `numbers`, a third smaller than a dictionary of both
+    ids: dict[str, None] = {}  # in the order of the rows; it and `numbers` take a third less than one dictionary
     numbers = array("Q")
     digest, n_rows, last = hashlib.sha256(), 0, 0
     of_first = digest.hexdigest() if n_first == 0 else None

@@ -1,4 +1,4 @@
-"""A run over the rows of a data set: tasks made of rows, answered beside each other, and a record of each.
+"""A run over the rows of a data set: makes a task of each row, answers many at a time, and makes a record of each.
 
 Rank 0 reads and writes; each replica takes a task whenever it has room. Knows nothing of what a task asks.
 """
@@ -32,21 +32,21 @@ from llama.options import DecodingOptions, check_flags
 from llama.parallel.actors import Replicas
 
 N_ERRORS_SHOWN = 10
-Task = dict[str, Any]  # JSON, with the `line` of its row; or with an `error`, if none could be made of the row
+Task = dict[str, Any]  # JSON, with the `line` of its row; and with an `error` if the row is broken
 Result = dict[str, Any]  # JSON, with the `line` of its task, and an `error` if it failed
 
 
 class Run(ABC):
-    """A run over rows. The four methods at the end say what is done with a row; each kind of run has its own.
+    """A run over rows. Each kind of run has its own four methods at the end, which say what it does with a row.
 
     Args:
         llama: the model; None if no task needs it.
-        options: the decoding options of rows that have none of their own, checked here. `seed` is the run's.
+        options: the decoding options, for rows without their own; checked here. `seed` is the run's.
     """
 
     as_json: Collection[str] = KEYS[1:]  # the columns of a CSV file that hold JSON
     streams: bool = False  # whether records may go to standard output
-    remote: Callable[[Llama | None], "Run"]  # makes this run on a replica, where `llama` is a RemoteModel
+    remote: Callable[[Llama | None], "Run"]  # if `llama` is a RemoteModel: makes this run on a replica
 
     def __init__(self, llama: "Llama | RemoteModel | None" = None, options: dict[str, Any] | None = None):
         self.llama, self.options = llama, from_json(options or {})
@@ -56,7 +56,7 @@ class Run(ABC):
             self.option_of({"seed": self.seed})
 
     def _tasks(self, rows: Iterable[Row], waiting: dict[int, tuple[Row, Task]]) -> Iterator[Task]:
-        """The task of each row; both wait for the result under the row's number."""
+        """The task of each row. Puts both into `waiting`, by the row's number, until the result comes."""
         for row in rows:
             try:
                 if row.error is not None:
@@ -68,7 +68,7 @@ class Run(ABC):
             yield task
 
     def records(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-        """Answers tasks beside each other, on every process; on rank 0, yields the record of each row as it is done."""
+        """Answers many tasks at a time, on every process. Rank 0 yields the record of each row when it is done."""
         waiting: dict[int, tuple[Row, Task]] = {}
         tasks = self._tasks(rows, waiting)
         if isinstance(self.llama, RemoteModel):
@@ -85,24 +85,25 @@ class Run(ABC):
                 else:
                     results = self.step(jobs)
                 for result in results:
-                    queue.give(result)
+                    queue.put(result)
                 for result in queue.results(wait=not more and not jobs.n_open):
                     yield self.record_of(*waiting.pop(result["line"]), result)
 
     def open_jobs(self) -> contextlib.AbstractContextManager:
-        """Where the tasks' jobs are answered."""
+        """The jobs of the tasks that are being answered."""
         no_jobs = contextlib.nullcontext(SimpleNamespace(n_open=0, has_room=True))
         return no_jobs if self.llama is None else self.llama.open_jobs()
 
     def begin_all(self, jobs: Jobs, tasks: Iterable[Task]) -> list[Result]:
-        """Begins tasks; returns the results of those that are done at once."""
-        return self._settle(jobs, [self._begin(task) for task in tasks])
+        """Begins tasks. Returns the results of those that need no job."""
+        return self._add(jobs, [self._begin(task) for task in tasks])
 
     def step(self, jobs: Jobs) -> list[Result]:
-        """Lets jobs run until some of them are done; returns the results of the tasks that are done by it."""
-        return self._settle(jobs, [self.go_on(job, jobs.answers(job)) for job in jobs.step()])
+        """Runs jobs until some are done. Returns the results of the tasks that are then done."""
+        return self._add(jobs, [self.go_on(job, jobs.answers(job)) for job in jobs.step()])
 
-    def _settle(self, jobs: Jobs, outcomes: list[list[Job] | Result]) -> list[Result]:
+    def _add(self, jobs: Jobs, outcomes: list[list[Job] | Result]) -> list[Result]:
+        """Adds the new jobs, and returns the results."""
         for job in [job for outcome in outcomes if isinstance(outcome, list) for job in outcome]:
             jobs.add(job)
         return [outcome for outcome in outcomes if isinstance(outcome, dict)]
@@ -117,23 +118,23 @@ class Run(ABC):
         progress: bool = False,
         indent: int | None = None,
     ) -> "Summary | None":
-        """Writes the records of the rows that have none yet; returns, on rank 0, what was done.
+        """Writes the records of the rows that have none yet. Returns a summary on rank 0, None on the others.
 
-        Every process calls this; only rank 0 needs the files. Raises, before anything runs, as `Rows` and `Journal`.
+        Every process calls this; only rank 0 needs the files. Raises as `Rows` and `Journal`, before anything runs.
 
         Args:
-            source, target: .jsonl, .json, .csv or .parquet files; a target of the last three is made once all rows are
-                done.
+            source, target: .jsonl, .json, .csv or .parquet files; a target of the last three kinds is made once all
+                rows are done.
             parameters, force, retry: as in `Journal`.
             progress: whether to show a bar, and why the first rows failed, on stderr.
-            indent: by how many spaces the records of a .json target are indented; None: one record a line.
+            indent: the spaces by which the records of a .json target are indented; None: one record a line.
         """
         check_flags(force=force, retry=retry, progress=progress)
         check_indent(indent, target)
         check_stream(target, self.streams)
         journal, rows, summary = None, (), Summary(Path(target))
         if isinstance(self.llama, RemoteModel):
-            self.llama.replicas.open(self.remote)  # raises what only a replica can see, before the target is touched
+            self.llama.replicas.open(self.remote)  # raises what only a replica can find, before the target opens
         with parallel.fail_together():
             if dist.get_rank() == 0:
                 every_row = Rows(source, self.as_json)
@@ -149,17 +150,17 @@ class Run(ABC):
                 summary.add(record, bar, f", {self.llama.replicas}" if isinstance(self.llama, RemoteModel) else "")
             if journal is not None:
                 journal.finish(indent)
-            parallel.gather_from_replicas([])  # none goes on before all are done
+            parallel.gather_from_replicas([])  # waits until all processes are done
         return None if journal is None else summary
 
     def option_of(self, options: dict[str, Any]) -> DecodingOptions:
-        """The options of a row, and for those it lacks the run's. Raises ValueError or TypeError."""
+        """The run's options, with those of a row on top. Raises ValueError or TypeError."""
         option = DecodingOptions(**self.options | from_json(options))
         self.llama.answerer.check_option(option)
         return option
 
     def with_seed(self, options: dict[str, Any], row: Row) -> dict[str, Any]:
-        """The options of a row, which gets a seed if it has none."""
+        """A row's options, with a seed of its own if they have none."""
         return options if options.get("seed") is not None else options | {"seed": line_seed(self.seed, row.id)}
 
     def _begin(self, task: Task) -> list[Job] | Result:
@@ -170,28 +171,28 @@ class Run(ABC):
 
     @abstractmethod
     def task_of(self, row: Row) -> Task:
-        """On rank 0, what a replica must know of a row. Raises ValueError or TypeError."""
+        """On rank 0: the task of a row, with everything that a replica needs. Raises ValueError or TypeError."""
 
     @abstractmethod
     def begin(self, task: Task) -> list[Job] | Result:
-        """On a replica, a task's first jobs, or its result. Raises ValueError or TypeError."""
+        """On a replica: a task's first jobs, or its result. Raises ValueError or TypeError."""
 
     def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | Result:
-        """On a replica, what comes after the answers to a job: the next jobs, or the result once none are open."""
-        raise NotImplementedError  # a run whose tasks have no jobs needs none
+        """On a replica: the next jobs after the answers to a job, or the result after the last job."""
+        raise NotImplementedError  # only runs with jobs need it
 
     def record_of(self, row: Row, task: Task, result: Result) -> dict[str, Any]:
-        """On rank 0, what is written of a row: its id and number, what its task holds as `row`, and the result."""
+        """On rank 0: a row's record. It has the row's id and number, its task's `row`, and the result."""
         return {"id": row.id, "line": row.number, **task.get("row", {}), **result}
 
 
 class RemoteModel:
-    """A model that replicas on a Ray cluster hold, and not this process: what a run asks of a Llama before it begins.
+    """A model on the replicas of a Ray cluster. It has what a run needs of a `Llama` in this process.
 
     Args:
-        build: makes the model in each replica; or a checkpoint's directory, or a dictionary of `Llama.build`'s
-            arguments.
-        replicas, size, address, device: as in `parallel.actors.Replicas`, which also says what is raised.
+        build: a function that builds the model on a replica; or a checkpoint's directory, or a dictionary of
+            `Llama.build`'s arguments.
+        replicas, size, address, device: as in `parallel.actors.Replicas`, as are the errors.
     """
 
     def __init__(
@@ -208,12 +209,12 @@ class RemoteModel:
             build = functools.partial(Llama.build, **arguments)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("replicas are started by Ray: expected one process, without torchrun")
-        parallel.initialize(1, torch.device("cpu"))  # this process's own groups, of one
+        parallel.initialize(1, torch.device("cpu"))  # groups of this process alone
         expected = {"package": package_digest()}
         self.replicas = Replicas(functools.partial(_Worker, build), replicas, size, address, device, expected)
         self.seed = self.replicas.facts.get("seed", 1)
         self.fingerprint = self.replicas.facts.get("model")
-        self.answerer = self  # of which a run asks the seed, and to check options
+        self.answerer = self  # a run reads `answerer.seed` and calls `answerer.check_option`
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
         """As `Answerer.check_option`."""
@@ -227,7 +228,7 @@ class RemoteModel:
 
 
 class _Worker:
-    """A rank of a replica, as `parallel.actors.Worker` describes it."""
+    """A rank of a replica: see `parallel.actors.Worker`."""
 
     def __init__(self, build: Callable[[], Llama | None]):
         self.llama = build()
@@ -246,7 +247,7 @@ class _Worker:
         self.open_runs.close()
         self.run = make(self.llama)
         if self.run.llama is not None:
-            self.run.option_of({})  # what only a model can check, such as a grammar
+            self.run.option_of({})  # checks what needs a model, such as a grammar
         self.jobs = self.open_runs.enter_context(self.run.open_jobs())
 
     def work(self, tasks: list[Task]) -> list[Result]:
@@ -257,7 +258,7 @@ class _Worker:
 
 
 def _budget(task: Task) -> float:
-    """How many tokens a task may take, where that is known; a replica refuses what is no number."""
+    """The most tokens of a task's answer, 0 if it does not say; a replica refuses other values later."""
     budget = task.get("options", {}).get("max_gen_len")
     return budget if type(budget) is int else 0
 
@@ -268,15 +269,15 @@ class Summary:
 
     path: Path  # its journal
     n_lines: int = 0  # rows of the source
-    n_done: int = 0  # those that have a record
-    n_failed: int = 0  # those whose record has an `error`
-    n_before: int = 0  # those that had a record before this run
+    n_done: int = 0  # rows that have a record
+    n_failed: int = 0  # rows whose record has an `error`
+    n_before: int = 0  # rows that had a record before this run
     n_tokens: int = 0  # in the answers of this run
-    seconds: float = 0.0  # from its beginning to its last record
+    seconds: float = 0.0  # from the run's beginning to its last record
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     def add(self, record: dict[str, Any], bar: tqdm, note: str = "") -> None:
-        """Counts a record, and shows on the bar how far the run is, with a note, and why the first rows failed."""
+        """Counts a record, updates the bar with a note, and prints why the first rows failed."""
         self.n_done += 1
         self.n_tokens += record.get("answer_tokens", 0)
         self.seconds = time.perf_counter() - self.started
@@ -299,21 +300,21 @@ class Summary:
 
 
 def check_stream(target: str | os.PathLike, streams: bool) -> None:
-    """Raises ValueError if a target is standard output, and the run needs a file."""
+    """Raises ValueError if the target is standard output but the run needs a file."""
     if str(target) == "-" and not streams:
         raise ValueError("-: only `llama batch` reads and writes standard streams: expected a file")
 
 
 def check_indent(indent: int | None, target: str | os.PathLike) -> None:
-    """Raises ValueError if a target is not indented, or not by so much."""
+    """Raises ValueError if `indent` is out of range, or the target is no .json file."""
     if indent is not None and (type(indent) is not int or not 0 <= indent <= 16):
         raise ValueError(f"indent = {indent!r}: expected an integer from 0 to 16")
     if indent is not None and Path(target).suffix.lower() != ".json":
-        raise ValueError(f"indent = {indent} for {target}: expected a target whose name ends in .json with it")
+        raise ValueError(f"indent = {indent} for {target}: expected a target whose name ends in .json")
 
 
 def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What answers depend on besides their prompts, as JSON; giving a default changes nothing. Collective."""
+    """What answers depend on besides their prompts, as JSON. Collective. Unset options have their defaults in it."""
     options = {name: value for name, value in vars(DecodingOptions(**options)).items() if name != "seed"}
     if (processor := options.pop("logits_processor")) is not None:
         options["logits_processor"] = getattr(processor, "__qualname__", type(processor).__qualname__)
@@ -321,5 +322,5 @@ def decoding_parameters(llama: Llama, options: dict[str, Any], seed: int) -> dic
 
 
 def line_seed(seed: int, id: str | int | None) -> int:
-    """The seed of a row, of 48 bits: a function of the run's seed and the row's id."""
+    """The seed of a row, 48 bits: a function of the run's seed and the row's id."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {id}".encode(errors="replace"), digest_size=6).digest(), "little")

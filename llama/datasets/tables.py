@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import UUID
 
-# The longest row of a CSV file, and how much of the file is read at a time, bytes.
+# The most bytes of a row of a CSV file, and how many are read at a time.
 CSV_BLOCK = 8 << 20
-# A quoted cell. Its first group is empty if no quote closes it; its second is what stands wrongly after it.
+# A quoted cell. The first group is empty if no quote closes the cell; the second is wrong text after the cell.
 QUOTED_CELL = re.compile(rb'(?:\A(?:\xef\xbb\xbf)?|(?<=[,\r\n]))"[^"]*(?:""[^"]*)*("?)(?=([^,\r\n])?)')
 
-Cells = tuple[dict[str, Any], str | None]  # a row's fields and None, or what was found instead and what is wrong
+Cells = tuple[dict[str, Any], str | None]  # a row's fields and None, or its raw content and what is wrong with it
 
 
 def import_pyarrow() -> Any:
-    """pyarrow with its CSV and Parquet parts. Raises ImportError, with the command that installs it."""
+    """pyarrow with its CSV and Parquet parts. Raises ImportError that says how to install it."""
     try:
         import pyarrow
         import pyarrow.csv
@@ -33,23 +33,23 @@ def import_pyarrow() -> Any:
 
 
 def read_csv(path: Path) -> Iterator[Cells]:
-    """The rows of a CSV file (RFC 4180, UTF-8), one at a time; each cell is text, an empty one a field not there.
+    """The rows of a CSV file (RFC 4180, UTF-8), one at a time. Each cell is text; an empty one is no field.
 
-    A row with a wrong number of cells, or that is not UTF-8, is broken and the others are read. A stray quote is worse:
-    nobody can tell where rows end, and pyarrow would guess silently. Such a file is refused before its first row,
-    as is one whose first line does not name the columns. Raises ValueError.
+    A row with a wrong number of cells, or one that is not UTF-8, is broken; the others are read. A stray quote is
+    worse: nobody can tell where rows end, and pyarrow would guess silently. So it raises ValueError before the first
+    row if a file has a stray quote, or if its first line does not name the columns.
     """
     pyarrow = import_pyarrow()
     _check_quotes(path)
-    broken: deque[tuple[int, Cells]] = deque()  # the number and content of rows that pyarrow skips
+    broken: deque[tuple[int, Cells]] = deque()  # number and content of the rows that pyarrow skips
 
     def keep_broken(row: Any) -> str:
         problem = f"{row.actual_columns} cells: expected {row.expected_columns}, as in the first line"
         broken.append((row.number, ({"raw": row.text}, problem)))
         return "skip"
 
-    # One thread, or pyarrow does not number the rows. In Latin-1 every byte is a character, so that bytes which are
-    # not UTF-8 break the row they are in, and not the file.
+    # One thread, or pyarrow does not number the rows. In Latin-1 every byte is a character, so bytes that are not UTF-8
+    # break only their own row.
     reading = pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK, encoding="latin-1")
     parsing = pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=keep_broken)
     try:
@@ -57,7 +57,7 @@ def read_csv(path: Path) -> Iterator[Cells]:
             names = reader.schema.names
         header = _header(path, names)
         broken.clear()
-        number = 1  # of the header; pyarrow counts from there, and leaves out empty lines
+        number = 1  # of the header; pyarrow counts from there, without empty lines
         texts = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
         with path.open("rb") as file, pyarrow.csv.open_csv(_after_mark(file), reading, parsing, texts) as reader:
             for batch in reader:
@@ -73,7 +73,7 @@ def read_csv(path: Path) -> Iterator[Cells]:
 
 
 def _after_mark(file: BinaryIO) -> BinaryIO:
-    """The file, at the first byte after a byte order mark."""
+    """The file, after its byte order mark if it has one."""
     file.seek(len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0)
     return file
 
@@ -88,11 +88,11 @@ def _check_quotes(path: Path) -> None:
                 line = content[: cell.start()].count(b"\n") + 1
                 problem = "cell has text after its closing quote" if cell[1] else "quote opens a cell, none closes it"
                 expected = 'expected "" for each quote inside a quoted cell (JSON lines have no such limits)'
-                raise ValueError(f"{path}, line {line}: a {problem}, so it cannot be told where rows end: {expected}")
+                raise ValueError(f"{path}, line {line}: a {problem}, so nobody can tell where rows end: {expected}")
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
-    """The names of the columns. Raises ValueError if one is empty, is there twice, or is not UTF-8."""
+    """The names of the columns. Raises ValueError if one is empty, a duplicate, or not UTF-8."""
     with contextlib.suppress(UnicodeDecodeError):
         names = [name.encode("latin-1").decode() for name in names]
         if "" not in names and len(set(names)) == len(names):
@@ -110,7 +110,7 @@ def _decoded(header: list[str], cells: Any) -> Cells:
 
 
 def read_parquet(path: Path) -> Iterator[Cells]:
-    """The rows of a Parquet file, one at a time, without their nulls, in values that JSON has. Raises ValueError."""
+    """The rows of a Parquet file, one at a time, as JSON values, without nulls. Raises ValueError."""
     pyarrow = import_pyarrow()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -131,7 +131,7 @@ def _without_nulls(values: dict[str, Any]) -> Cells:
 
 
 def _as_json(value: Any) -> Any:
-    """The JSON value for one that JSON does not have: dates and times are text (ISO 8601), decimals numbers."""
+    """A JSON value for one that JSON does not have: dates and times become text (ISO 8601), decimals numbers."""
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, Decimal):
@@ -143,7 +143,7 @@ def _as_json(value: Any) -> Any:
 
 
 def write_table(file: BinaryIO, records: list[dict[str, Any]], is_parquet: bool) -> None:
-    """A column for each name in the records; in CSV, lists and objects are JSON, and nothing is an empty cell."""
+    """Writes a column for each name in the records. In CSV, lists and objects are JSON, and null is an empty cell."""
     pyarrow = import_pyarrow()
     names = dict.fromkeys(name for record in records for name in record)
     columns = {name: _column([record.get(name) for record in records], has_lists=is_parquet) for name in names}
@@ -152,12 +152,12 @@ def write_table(file: BinaryIO, records: list[dict[str, Any]], is_parquet: bool)
 
 
 def _column(values: list[Any], has_lists: bool) -> Any:
-    """An array of one type; of text, strings or else JSON, where there are several or the format has no such type."""
+    """A pyarrow array of the values' type; of strings and JSON if there are several types, or an unsupported one."""
     pyarrow = import_pyarrow()
     with contextlib.suppress(pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
         array = pyarrow.array(values)
         if not pyarrow.types.is_nested(array.type) or (has_lists and "struct<>" not in str(array.type)):
             return array
     texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
-    # Half of a surrogate pair, which JSON can hold, becomes a question mark.
+    # JSON can hold half of a surrogate pair, UTF-8 cannot: it becomes a question mark.
     return pyarrow.array([t and t.encode(errors="replace").decode() for t in texts], pyarrow.string())

@@ -1,9 +1,8 @@
-"""Tasks of one run for several replicas: rank 0 hands them out, each replica takes one whenever it has room.
+"""The tasks of a run for several replicas: rank 0 posts them, and each replica takes one whenever it has room.
 
-What waits for the others, and what they have answered, lies in queues of torch's own store, which torchrun has made; no
-other port is opened. Rank 0 takes its own tasks from the source, so it never waits for a task that only it could post;
-in the end it takes back what lies ready for replicas that are busy. Knows nothing of what a task is, except that it and
-its result are JSON.
+Tasks for the other replicas, and their results, are in queues of the store that torchrun has made; no other port is
+opened. Rank 0 takes its own tasks from the source, so it never waits for a task that only it could post. At the end it
+takes back posted tasks, if the other replicas are busy. Knows nothing of tasks and results, except that they are JSON.
 """
 
 import contextlib
@@ -18,19 +17,19 @@ import torch.distributed as dist
 
 from llama import parallel
 
-# The store takes messages of up to 8 MiB; longer ones are cut.
+# The store takes messages of up to 8 MiB. Longer texts than this are sent in parts.
 LONGEST = 4 * 2**20
 POLL_SECONDS = 0.02
 
-_n_queues = 0  # made in this process, the same number on each rank: each queue has names of its own in the store
+_n_queues = 0  # made in this process, the same on each rank: part of a queue's name in the store
 
 
 class TaskQueue:
-    """One process's end of the queue; all make one together.
+    """One process's end of the queue. All processes make one together.
 
     Args:
-        tasks: rank 0's are taken one at a time, others' are ignored.
-        ahead: how many tasks lie ready for each other replica, such as the number of its slots.
+        tasks: taken one at a time on rank 0, ignored on the others.
+        ahead: the number of tasks that are posted ahead for each other replica, such as the number of its slots.
 
     Raises:
         ValueError: the caller has made the process group with a store that has no queues.
@@ -40,12 +39,12 @@ class TaskQueue:
         global _n_queues
         _n_queues += 1
         self._tasks, self._has_more = tasks, True
-        self._error: Exception | None = None  # of the tasks; raised once all before it have their results
+        self._error: Exception | None = None  # raised by `tasks`; raised again after the results of all tasks before
         self._own: deque[Any] = deque()  # rank 0's results
         self._is_first = dist.get_rank() % fairscale_groups.get_model_parallel_world_size() == 0
         self._n_others = parallel.n_replicas() - 1
         self._ahead = self._n_others * ahead
-        self._n_open = 0  # on rank 0: tasks whose results have not been collected, and others that may take more
+        self._n_open = 0  # on rank 0: tasks without a result yet, and replicas that do not know yet that all are taken
         if self._n_others:
             store = dist.distributed_c10d._get_default_store()
             if not store.has_extended_api():
@@ -54,7 +53,7 @@ class TaskQueue:
             self._store = dist.PrefixStore(f"llama/tasks {_n_queues}", store)
 
     def take(self) -> Any:
-        """The next task for this replica, None after the last. All its ranks call this together."""
+        """The next task for this replica, None after the last. All ranks of the replica call this together."""
         task = [None]
         if dist.get_rank() == 0:
             self._post()
@@ -68,26 +67,26 @@ class TaskQueue:
             dist.broadcast_object_list(task, src=source, group=fairscale_groups.get_model_parallel_group())
         return task[0]
 
-    def give(self, result: Any) -> None:
-        """Hands in a task's result. Each rank of a replica calls this; the first one's counts."""
+    def put(self, result: Any) -> None:
+        """Sends a task's result to rank 0. Each rank of a replica calls this; the first one's result counts."""
         if dist.get_rank() == 0:
             self._own.append(result)
         elif self._is_first:
             self._send("results", result)
 
     def results(self, wait: bool = False) -> Iterator[Any]:
-        """On rank 0, the results that have arrived, from all replicas; with `wait`, until every task has its own.
+        """On rank 0, the results that have arrived from all replicas; with `wait`, those of all tasks so far.
 
         Raises:
             RankFailed: another rank failed while this one waited.
-            Exception: whatever the tasks raised, or TypeError for one that is not JSON.
+            Exception: what `tasks` raised, or TypeError for a task that is not JSON.
         """
         while dist.get_rank() == 0:
             self._post()
             while self._own or (self._n_others and self._store.queue_len("results")):
                 self._n_open -= 1
                 result = self._own.popleft() if self._own else self._receive("results")
-                if result is not None:  # as it is when a replica has seen that there are no more tasks
+                if result is not None:  # None: a replica has seen that there are no more tasks
                     yield result
             if not wait or self._n_open == 0:
                 break
@@ -97,7 +96,7 @@ class TaskQueue:
             raise self._error
 
     def _next(self) -> Any:
-        """The next of rank 0's tasks, None after the last. The exception of one that fails is kept for the end."""
+        """The next of rank 0's tasks, None after the last. An exception ends the tasks, and is kept for `results`."""
         if not self._has_more:
             return None
         try:
@@ -108,20 +107,20 @@ class TaskQueue:
         self._has_more = task is not None
         self._n_open += 1 if self._has_more else self._n_others
         for _ in range(0 if self._has_more else self._n_others):
-            self._send("tasks", None)  # which each answers, once it has seen that there are no more
+            self._send("tasks", None)  # each replica answers it
         return task
 
     def _take_back(self) -> Any:
-        """On rank 0, a task that was posted and that nobody has taken, such as while the others are busy; or None."""
+        """On rank 0, a posted task that no replica has taken; or None."""
         with contextlib.suppress(dist.QueueEmptyError):
             if self._n_others:
                 if (task := self._pop("tasks")) is None:
-                    self._send("tasks", None)  # which is another replica's
+                    self._send("tasks", None)  # it was for another replica
                 return task
         return None
 
     def _post(self) -> None:
-        """On rank 0, keeps tasks ready in the store for the others."""
+        """On rank 0, posts tasks ahead for the others."""
         while self._has_more and self._n_others and self._store.queue_len("tasks") < self._ahead:
             if (task := self._next()) is not None:
                 self._send("tasks", task)

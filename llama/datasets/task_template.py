@@ -1,16 +1,16 @@
-"""Task templates: what is asked of the model for a row of data, and what is read out of its answer, without code.
+"""Task templates: files, without code, that turn a row of data into a prompt and say how to read the answer.
 
-A template file is JSON: {"tasks": {NAME: TASK, …}}. A row names its `task`, or has it in the template's "column"; if
-not, its task is the first whose `match` fits it, or the only one. A TASK has
+A template file is JSON: {"tasks": {NAME: TASK, …}}. A row names its task in the field `task`, or in the template's
+"column". If it names none, its task is the first whose `match` fits it, or the only one. A TASK has
 
-- `user`, a text in which {field} stands for a field of the row and {id} for its id ({{ and }} are braces), and perhaps
-  another, `system`; or instead of these `prompt`, a text to be continued;
+- `user`, a text in which {field} stands for a field of the row and {id} for its id ({{ and }} are braces), and
+  optionally `system`; or instead of these `prompt`, a text to continue;
 - `options`: decoding options, which a row may override;
-- `parse`: what is read out of the answer: "integer", the first one in it; {"regex": R}, the first group of the first
-  match (the whole match if R has no group); {"integers": k}, the first k distinct ones, with "least" and "most" only
-  those from least to most; {"choice": [A, B, …]}, the only one of these that stands by itself in it;
+- `parse`: what to read from the answer: "integer", its first integer; {"regex": R}, the first group of the first match
+  (the whole match if R has no group); {"integers": k}, the first k distinct integers, optionally only those from
+  "least" to "most"; {"choice": [A, B, …]}, the only one of these that it has as a separate word;
 - `match`: a regular expression that is searched in each text of the row;
-- `gold`, the field with the right answer, and `metric`: how good what was read is, from 0 to 1 (METRICS).
+- `gold`, the field with the right answer, and `metric`, which compares the two: from 0 to 1 (METRICS).
 
 Knows nothing of models.
 """
@@ -33,7 +33,7 @@ TASK_KEYS = ("system", "user", "prompt", "options", "parse", "match", "gold", "m
 TEMPLATE = '{"tasks": {NAME: {"user": …}}}'
 METRICS = "accuracy, exact_match, hit@K, ndcg or ndcg@K"
 METRIC = re.compile(r"accuracy|exact_match|hit@[1-9]\d{0,5}|ndcg(@[1-9]\d{0,5})?", re.ASCII)
-# With or without commas between thousands. The 3 of 3.14 is not one; 5-3 are two, both without a sign.
+# With or without commas between thousands. 3.14 has no integer; 5-3 has two, both without a sign.
 INTEGER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?!\.?\d)", re.ASCII)
 
 
@@ -44,10 +44,10 @@ class Task:
     name: str
     texts: dict[str, list[tuple[str, str | None]]]  # `system`, `user`, `prompt`: pairs of a text and the field after it
     options: dict[str, Any]  # decoding options
-    parse: Callable[[str], Any] | None  # reads an answer, or raises ValueError if there is nothing to read
-    match: re.Pattern | None = None  # fits the rows that are of this task
-    gold: str | None = None  # the field with the right answer,
-    metric: str | None = None  # and how an answer is compared with it
+    parse: Callable[[str], Any] | None  # reads an answer; raises ValueError if it finds nothing
+    match: re.Pattern | None = None  # matches a text of this task's rows
+    gold: str | None = None  # the field with the right answer
+    metric: str | None = None  # how an answer is compared with the right one
 
     @property
     def fields(self) -> set[str]:
@@ -55,12 +55,12 @@ class Task:
         return {field for pieces in self.texts.values() for _, field in pieces if field is not None}
 
     def fits(self, fields: dict[str, Any]) -> bool:
-        """Whether a row is of this task by its texts."""
+        """Whether `match` fits a text of the row."""
         texts = (value for value in fields.values() if isinstance(value, str))
         return self.match is not None and any(self.match.search(text) for text in texts)
 
     def render(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The `prompt` or `messages` of a row; braces in its fields are text. Raises ValueError if it lacks a field."""
+        """The `prompt` or `messages` of a row; braces in its fields are text. Raises ValueError for a missing field."""
         texts = dict.fromkeys(self.texts, "")
         for name, pieces in self.texts.items():
             for text, field in pieces:
@@ -72,7 +72,7 @@ class Task:
         return {"messages": [{"role": role, "content": texts[role]} for role in ("system", "user") if role in texts]}
 
     def read(self, answer: str) -> dict[str, Any]:
-        """What is read out of an answer, as `parsed`; where that is nothing, `parse_error` says why."""
+        """What `parse` reads from an answer, as `parsed`; if it finds nothing, `parse_error` says why."""
         if self.parse is None:
             return {}
         try:
@@ -81,7 +81,7 @@ class Task:
             return {"parsed": None, "parse_error": str(error)}
 
     def measure(self, answer: str, read: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-        """The `gold` of a row and the metric of what was read of its answer; nothing where the task has none.
+        """The `gold` of a row and the metric of what was read; empty if the task has no metric.
 
         Raises ValueError if the row has no right answer.
         """
@@ -99,7 +99,7 @@ class Task:
 
 
 class Template:
-    """The tasks of a template. Raises ValueError, which names task and key, if it is not as described above."""
+    """The tasks of a template. Raises ValueError that names task and key if it is not as described above."""
 
     def __init__(self, content: Any):
         self.content = content
@@ -119,7 +119,7 @@ class Template:
             raise ValueError("there is no task: expected one or more in 'tasks'")
 
     def check_options(self, check: Callable[[dict[str, Any]], Any]) -> None:
-        """Calls `check` with the options of each task; raises its ValueError, which then names the task."""
+        """Calls `check` with the options of each task, and adds the task's name to its ValueError."""
         for name, task in self.tasks.items():
             try:
                 check(task.options)
@@ -127,7 +127,7 @@ class Template:
                 raise ValueError(f"task {name!r} of the template: {error}") from None
 
     def task_of(self, fields: dict[str, Any]) -> Task:
-        """The task of a row. Raises ValueError if it names one that is not there, or none of several fits."""
+        """The task of a row. Raises ValueError if it names an unknown task, or if none of several fits."""
         name = fields.get(self.column, next(iter(self.tasks)) if len(self.tasks) == 1 else None)
         if name is None and (fitting := [task for task in self.tasks.values() if task.fits(fields)]):
             return fitting[0]
@@ -153,14 +153,14 @@ def _read_task(name: str, task: Any) -> Task:
     if not isinstance(task, dict):
         raise ValueError(f"a {type(task).__name__}: expected an object")
     if unknown := sorted(set(task) - set(TASK_KEYS)):
-        raise ValueError(f"{unknown[0]!r} is not known: expected {', '.join(TASK_KEYS)}")
+        raise ValueError(f"{unknown[0]!r} is not a key of a task: expected {', '.join(TASK_KEYS)}")
     if ("user" in task) == ("prompt" in task) or ("system" in task and "prompt" in task):
         raise ValueError("expected either 'user', perhaps with 'system', or 'prompt'")
     texts = {key: _pieces(key, task[key]) for key in ("system", "user", "prompt") if key in task}
     options = task.get("options", {})
     if not isinstance(options, dict):
         raise ValueError(f"options = {options!r}: expected an object")
-    rule = _rule(task["parse"]) if task.get("parse") is not None else None
+    parse = _parser(task["parse"]) if task.get("parse") is not None else None
     match = _compiled("match", task["match"]) if task.get("match") is not None else None
     gold, metric = task.get("gold"), task.get("metric")
     if (gold is None) != (metric is None):
@@ -169,7 +169,7 @@ def _read_task(name: str, task: Any) -> Task:
         raise ValueError(f"gold = {gold!r}: expected the name of a field")
     if metric is not None and not (isinstance(metric, str) and METRIC.fullmatch(metric)):
         raise ValueError(f"metric = {metric!r}: expected {METRICS}")
-    return Task(name, texts, from_json(options), rule, match, gold, metric)
+    return Task(name, texts, from_json(options), parse, match, gold, metric)
 
 
 def _compiled(key: str, pattern: Any) -> re.Pattern:
@@ -178,7 +178,7 @@ def _compiled(key: str, pattern: Any) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
@@ -191,12 +191,12 @@ def _pieces(key: str, text: Any) -> list[tuple[str, str | None]]:
         raise ValueError(f"{key}: {error}; expected {{field}}, and {{{{ or }}}} for a brace") from None
     for _, field, spec, conversion in parts:
         if field is not None and (not field or spec or conversion or "." in field or "[" in field):
-            raise ValueError(f"{key}: {{{field}}} with nothing, or more than a name, in it: expected {{field}}")
+            raise ValueError(f"{key}: {{{field}}} is not the name of a field: expected {{field}}")
     return [(text, field) for text, field, *_ in parts]
 
 
 def _as_text(value: Any) -> str:
-    """A field's value as text; a list becomes a numbered line for each item."""
+    """A field's value as text; a list becomes numbered lines, one for each item."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -204,8 +204,8 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _rule(parse: Any) -> Callable[[str], Any]:
-    """The function that reads an answer, of what a template says of it."""
+def _parser(parse: Any) -> Callable[[str], Any]:
+    """The function for a template's `parse`."""
     if parse == "integer":
         return _first_integer
     if isinstance(parse, dict) and len(parse) == 1:
@@ -233,7 +233,7 @@ def _first_integer(answer: str) -> int:
 
 
 def _distinct_integers(k: int, least: int | None, most: int | None, answer: str) -> list[int]:
-    """The first k distinct integers in range; repetitions, and numbers out of range, are skipped."""
+    """The first k distinct integers in range."""
     found = list(_integers(answer))
     in_range = [n for n in found if (least is None or n >= least) and (most is None or n <= most)]
     distinct = list(dict.fromkeys(in_range))[:k]
@@ -244,7 +244,7 @@ def _distinct_integers(k: int, least: int | None, most: int | None, answer: str)
 
 
 def _metric(metric: str, found: Any, gold: Any) -> float:
-    """How good an answer is, from 0 to 1."""
+    """The value of a metric, from 0 to 1."""
     name, _, k = metric.partition("@")
     if name == "accuracy":
         return float(_same(found, gold))
@@ -254,7 +254,7 @@ def _metric(metric: str, found: Any, gold: Any) -> float:
     gains = gold if isinstance(gold, dict) else dict.fromkeys(map(str, gold if isinstance(gold, list) else [gold]), 1)
     if name == "hit":
         return float(any(gains.get(str(item), 0) > 0 for item in ranking))
-    # Järvelin and Kekäläinen 2002: gains, discounted by the logarithm of the rank, over those of the best ranking.
+    # Järvelin and Kekäläinen 2002: gains, discounted by the logarithm of the rank, divided by the best ranking's.
     best = sorted(gains.values(), reverse=True)[: int(k) if k else None]
     ideal = math.fsum(gain / math.log2(rank + 1) for rank, gain in enumerate(best, 1))
     reached = math.fsum(gains.get(str(item), 0) / math.log2(rank + 1) for rank, item in enumerate(ranking, 1))
@@ -262,7 +262,7 @@ def _metric(metric: str, found: Any, gold: Any) -> float:
 
 
 def _same(found: Any, gold: Any) -> bool:
-    """Whether two answers are the same number, or the same text but for case and white space around it."""
+    """Whether two answers are the same number, or the same text apart from case and surrounding white space."""
     texts = [_as_text(value).strip().casefold() for value in (found, gold)]
     try:
         return float(texts[0].replace(",", "")) == float(texts[1].replace(",", ""))
@@ -271,7 +271,7 @@ def _same(found: Any, gold: Any) -> bool:
 
 
 def report_of(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What came of each task: lines, those that failed or whose answer could not be read, and the mean metric."""
+    """For each task: its lines, how many failed, how many answers could not be read, and the mean metric."""
     report: dict[str, dict[str, Any]] = {}
     for record in records:
         line = report.setdefault(record.get("task", "(none)"), {"lines": 0, "failed": 0, "unread": 0})
@@ -304,7 +304,7 @@ def _first_match(pattern: re.Pattern, answer: str) -> str:
 
 
 def _choice(choices: list[str], answer: str) -> str:
-    # The longest first, so that "A+" is not read as "A".
+    # Longest first, so that "A+" is not read as "A".
     either = "|".join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))
     found = list(dict.fromkeys(re.findall(rf"(?<!\w)(?:{either})(?!\w)", answer)))
     if len(found) != 1:

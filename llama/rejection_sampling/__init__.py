@@ -1,7 +1,7 @@
-"""Rejection sampling: n answers to a prompt, a score for each, the best kept.
+"""Rejection sampling: draws n answers to a prompt, scores each, keeps the best.
 
 `rejection_sample` does it in memory, `sample_files` and `rescore_files` from file to file. Knows nothing of how rows
-are read, how records are kept, or how an answer is decoded.
+are read, how records are written, or how an answer is decoded.
 """
 
 from llama.rejection_sampling.draw import Plan, rejection_sample

@@ -1,4 +1,4 @@
-"""What drawing n answers and keeping the best is worth: the best-of-n curve, a histogram of the scores, a summary.
+"""How much drawing n answers and keeping the best helps: the best-of-n curve, a histogram of the scores, a summary.
 
 Knows nothing of models or answers: scores go in, text and a PNG come out.
 """
@@ -16,14 +16,14 @@ BAR_WIDTH = 40
 
 
 def best_of_n(scores: Sequence[float], n: int) -> float:
-    """The expected best score of n answers, an unbiased estimate from the scores of N >= n answers.
+    """The expected best score of n answers: an unbiased estimate from the scores of N >= n answers.
 
-    It is the mean, over all sets of n of the N, of the best score in the set: the i-th smallest score is the best of
-    C(i - 1, n - 1) of the C(N, n) sets. For scores of 0 and 1 that is pass@n of Chen et al. 2021 (arXiv 2107.03374).
+    It is the mean of the best score over all sets of n of the N answers: the i-th smallest score is the best in
+    C(i - 1, n - 1) of the C(N, n) sets. For scores of 0 and 1 it is pass@n of Chen et al. 2021 (arXiv 2107.03374).
     """
     if not 1 <= n <= len(scores):
-        raise ValueError(f"best of {n} out of {len(scores)} scores: expected n from 1 to as many as there are")
-    # Each weight is made of the one above it: the binomials overflow, and their logarithms lose digits.
+        raise ValueError(f"best of {n} out of {len(scores)} scores: expected n from 1 to {len(scores)}")
+    # Each weight is computed from the one before: the binomials overflow, and their logarithms lose digits.
     weight, terms = n / len(scores), []
     for i, score in zip(range(len(scores), n - 1, -1), sorted(scores, reverse=True)):
         terms.append(weight * score)
@@ -32,7 +32,7 @@ def best_of_n(scores: Sequence[float], n: int) -> float:
 
 
 def curve(groups: Sequence[Sequence[float]]) -> list[tuple[int, float, float, int]]:
-    """The best-of-n curve of many prompts, each with its scores, for n = 1, 2, 4, … and the largest.
+    """The best-of-n curve from the scores of many prompts, for n = 1, 2, 4, … and the largest.
 
     Each point is (n, mean over the prompts, its standard error, number of prompts with n scores).
     """
@@ -53,7 +53,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def histogram(scores: Sequence[float]) -> list[tuple[float, float, int]]:
-    """(from, to, number of scores) of HISTOGRAM_BINS equal bins, or of a bin for each value if there are few values."""
+    """(from, to, number of scores) of HISTOGRAM_BINS equal bins, or of one bin for each value if there are few."""
     values = sorted(set(scores))
     if len(values) <= HISTOGRAM_BINS // 2:
         return [(value, value, sum(score == value for score in scores)) for value in values]
@@ -70,10 +70,10 @@ class Summary:
 
     threshold: float | None = None  # the score that ended the drawing for a prompt
     n_first: int | None = None  # how many answers to a prompt were drawn before the first was scored; None: all
-    groups: list[list[float | None]] = field(default_factory=list)  # each prompt's, as drawn; None: without a score
-    first_error: str | None = None  # why the first of these has none
-    n_failed: int = 0  # prompts without answers, broken lines for example
-    is_selection: bool = False  # whether some prompts have only the answers that an earlier run kept as the best
+    groups: list[list[float | None]] = field(default_factory=list)  # each prompt's, in the order drawn; None: no score
+    first_error: str | None = None  # why the first of these has no score
+    n_failed: int = 0  # prompts without answers, such as broken lines
+    is_selection: bool = False  # whether some prompts have only the best answers, which an earlier run has kept
 
     @property
     def scores(self) -> list[float]:
@@ -83,7 +83,7 @@ class Summary:
     def curve(self) -> list[tuple[int, float, float, int]]:
         """As the function `curve`; empty for a selection.
 
-        Where answers were drawn until one was good enough, only the first n count: the others would bend the curve.
+        If answers were drawn until one was good enough, only the first n count: the others would bias the curve.
         """
         if self.is_selection:
             return []

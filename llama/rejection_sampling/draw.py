@@ -1,7 +1,7 @@
-"""Rejection sampling: n answers to a prompt, a score for each, the best kept; or drawing until one is good enough.
+"""Rejection sampling: draws n answers to a prompt, scores each, keeps the best; or draws until one is good enough.
 
-Training data is made so in Touvron et al. 2023 (Llama 2, arXiv 2307.09288, section 3.2) and Grattafiori et al. 2024
-(Llama 3, arXiv 2407.21783, section 4.2). Knows nothing of how a score is computed, or of files.
+Touvron et al. 2023 (Llama 2, arXiv 2307.09288, section 3.2) and Grattafiori et al. 2024 (Llama 3, arXiv 2407.21783,
+section 4.2) make training data this way. Knows nothing of how a score is computed, or of files.
 """
 
 import math
@@ -19,19 +19,19 @@ from llama.decoding.rollouts import Rollout, Rollouts
 from llama.generation import Llama
 from llama.keywords import ANSWERS
 from llama.options import MAX_SEQUENCES, DecodingOptions, as_list
-from llama.rejection_sampling.scorers import Scorer, give_scores, named_scorer
+from llama.rejection_sampling.scorers import Scorer, add_scores, named_scorer
 from llama.tokenizer import Dialog
 from llama.tokenizer.open_turns import OpenDialog, has_open_turns
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many answers are drawn for a prompt, and how many of them are kept. Raises ValueError if that is no plan."""
+    """How many answers to draw for a prompt, and how many to keep. Raises ValueError if a number is out of range."""
 
     n: int = 16  # how many are drawn; with a threshold, how many at a time
     keep: int | None = None  # how many of the best are kept; all when None
-    threshold: float | None = None  # if set, more are drawn until `keep` answers, or one, have at least this score,
-    max_samples: int | None = None  # or until this many have been drawn
+    threshold: float | None = None  # if set, more are drawn until `keep` answers (or one) have at least this score
+    max_samples: int | None = None  # with a threshold: the most that are drawn
 
     def __post_init__(self):
         for name in ("n", "keep", "max_samples"):
@@ -48,7 +48,7 @@ class Plan:
             if self.max_samples < self.n:
                 raise ValueError(f"max_samples = {self.max_samples}: expected at least n = {self.n}, drawn at a time")
         if self.keep is not None and self.keep > self.most:
-            raise ValueError(f"keep = {self.keep}: expected at most the {self.most} answers that are drawn")
+            raise ValueError(f"keep = {self.keep}: expected at most {self.most}, the number of answers drawn")
 
     @property
     def most(self) -> int:
@@ -60,13 +60,13 @@ class Plan:
         return sum(a["score"] is not None and a["score"] >= self.threshold for a in answers)
 
     def n_more(self, answers: Sequence[Mapping[str, Any]]) -> int:
-        """How many answers to draw next, after all those drawn so far."""
+        """How many more answers to draw, after those drawn so far."""
         if answers and (self.threshold is None or self.accepted(answers) >= (self.keep or 1)):
             return 0
         return min(self.n, self.most - len(answers))
 
     def result(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What `rejection_sample` returns. Of answers with the same score, the one drawn first is the better one."""
+        """What `rejection_sample` returns. Of answers with equal scores, the one drawn first is better."""
         scored = [index for index, answer in enumerate(answers) if answer["score"] is not None]
         best_first = sorted(scored, key=lambda index: -answers[index]["score"])
         kept = range(len(answers)) if self.keep is None else sorted(best_first[: self.keep])
@@ -85,20 +85,20 @@ class Plan:
 class Drawing:
     """The answers drawn for one prompt so far."""
 
-    job: Job  # whose option is that of one answer, and whose prompt that of its first open turn
-    row: Mapping[str, Any]  # what the scorer is given of the prompt
+    job: Job  # its options are for one answer; its prompt ends at the first open turn
+    row: Mapping[str, Any]  # for the scorer
     plan: Plan
     scorer: Scorer
-    encode: Callable[[Dialog], list[int]]  # the prompt of a dialog's next turn
-    dialog: OpenDialog | None = None  # where turns are open
-    answers: list[dict[str, Any]] = field(default_factory=list)  # what has been drawn, with the scores
-    rollouts: Rollouts | None = None  # those of `dialog` that are being drawn
+    encode: Callable[[Dialog], list[int]]  # a dialog to the ids of its prompt
+    dialog: OpenDialog | None = None  # if turns are open
+    answers: list[dict[str, Any]] = field(default_factory=list)  # drawn and scored
+    rollouts: Rollouts | None = None  # of `dialog`, being drawn
 
     def __post_init__(self):
         check_option(self.job.option, self.plan)
 
     def next_jobs(self) -> list[Job]:
-        """The next answers to draw; none when it is done. An answer is the same in whatever portions it is drawn."""
+        """The next answers to draw; none when it is done. How many are drawn at a time changes no answer."""
         if (n := self.plan.n_more(self.answers)) == 0:
             return []
         option = replace(self.job.option, num_return_sequences=n)
@@ -106,20 +106,17 @@ class Drawing:
         return [replace(self.job, key=self, option=option, logprobs=True, first_sample=len(self.answers))]
 
     def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | None:
-        """Takes the answers to a job, and scores what is whole; returns the next jobs, or None once it is done."""
+        """Takes the answers to a job, and scores those that are complete. Returns the next jobs, or None at the end."""
         if self.rollouts is None:
-            self.add([_drawn(answer) for answer in answers])
+            drawn = [_drawn(answer) for answer in answers]
         else:
             jobs = self.rollouts.go_on(job, answers, len(self.answers))
             if self.rollouts.n_open:
                 return jobs
-            self.add([_drawn_rollout(rollout) for rollout in self.rollouts.rollouts])
-        return self.next_jobs() or None
-
-    def add(self, drawn: list[dict[str, Any]]) -> None:
-        """Scores answers and keeps them."""
-        give_scores(self.scorer, self.row, drawn)
+            drawn = [_drawn_rollout(rollout) for rollout in self.rollouts.rollouts]
+        add_scores(self.scorer, self.row, drawn)
         self.answers += drawn
+        return self.next_jobs() or None
 
 
 def _drawn(answer: Answer) -> dict[str, Any]:
@@ -129,7 +126,7 @@ def _drawn(answer: Answer) -> dict[str, Any]:
 
 
 def _drawn_rollout(rollout: Rollout) -> dict[str, Any]:
-    """The last answer of a rollout, and the dialog that it ends."""
+    """The last answer of a rollout, with the whole dialog."""
     drawn = _drawn(rollout.turns[-1][1]) | {"messages": rollout.dialog.messages}
     return drawn if rollout.error is None else drawn | {"finish_reason": "error", "error": rollout.error}
 
@@ -148,23 +145,23 @@ def rejection_sample(
 ) -> list[dict[str, Any]]:
     """Draws n answers to each prompt, scores them, and keeps the best. With replicas, each takes its share of prompts.
 
-    The answers are those of `Llama.answer` with `num_return_sequences` and the same seed, in whatever portions they are
-    drawn.
+    The answers are those of `Llama.answer` with `num_return_sequences` and the same seed, however many are drawn at a
+    time.
 
     Args:
-        prompts: each a text, a dialog, or a row: a dictionary with a `prompt`, `messages` or `tokens`, and whatever
-            else the scorer reads. Where turns are open, each answer is a rollout, scored as the end of its `messages`.
-        scorer: called with (row, answers), returns a number for each answer, the larger the better; an answer is a
-            dictionary with its `text`, `logprob` (nats), `n_tokens` and `finish_reason`. If it raises, or returns
-            something other than finite numbers, the answer is marked with an `error`. Or one of the names that `llama
-            sample` takes: "logprob", "mean_logprob", "judge", "reward:DIR", "judge:DIR", "module:function".
+        prompts: each is a text, a dialog, or a row: a dictionary with a `prompt`, `messages` or `tokens`, and any other
+            fields for the scorer. With open turns, each answer is a rollout, scored as the end of its `messages`.
+        scorer: a function of (row, answers) that returns a number for each answer, the larger the better. An answer is
+            a dictionary with its `text`, `logprob` (nats), `n_tokens` and `finish_reason`. If the function raises, or
+            returns anything but finite numbers, the answer gets an `error`. Or a name, as in `llama sample`: "logprob",
+            "mean_logprob", "judge", "reward:DIR", "judge:DIR", "module:function".
         n, keep, threshold, max_samples: as in `Plan`.
         options: as in `Llama.generate`, each a value or a list with one for each prompt.
 
     Returns:
-        For each prompt {"answers": [{"text", "score", "logprob", "n_tokens", "finish_reason"}, …] in the order they
-        were drawn, "best": the text of the best, "scores": of all that were drawn}, with a threshold also "accepted"
-        (how many reach it) and "acceptance_rate".
+        For each prompt {"answers": [{"text", "score", "logprob", "n_tokens", "finish_reason"}, …] in the order drawn,
+        "best": the text of the best, "scores": of all answers drawn}; with a threshold also "accepted" (how many reach
+        it) and "acceptance_rate".
 
     Raises:
         ValueError, TypeError: as `Llama.generate`; a number is out of range. Nothing has run then.
@@ -220,9 +217,9 @@ def drawing_of(llama: Llama, job: Job, row: Mapping[str, Any], plan: Plan, score
 
 
 def check_option(option: DecodingOptions, plan: Plan) -> None:
-    """Raises ValueError where all answers would be the same, or too many are drawn at a time."""
+    """Raises ValueError if all answers would be the same, or too many are drawn at a time."""
     if plan.n > MAX_SEQUENCES:
         raise ValueError(f"n = {plan.n}: expected at most {MAX_SEQUENCES:,}")
     if option.temperature == 0 and plan.most > 1:
         found = f"temperature = 0 with n = {plan.most}"
-        raise ValueError(f"{found}: expected more than 0, or it is the same answer each time")
+        raise ValueError(f"{found}: expected more than 0, because all answers would be the same")

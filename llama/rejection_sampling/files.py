@@ -1,4 +1,4 @@
-"""Rejection sampling from file to file, and scores for the answers that a file has: on any number of replicas.
+"""Rejection sampling from file to file, and scores for the answers in a file: on any number of replicas.
 
 Rows and their seeds are those of `llama.datasets.batch`; the output is locked, and a killed run goes on where it was.
 """
@@ -25,14 +25,14 @@ from llama.generation import Llama
 from llama.options import shown
 from llama.rejection_sampling.best_of_n import Summary
 from llama.rejection_sampling.draw import Plan, check_option, drawing_of, prompt_to_sample
-from llama.rejection_sampling.scorers import Judge, Logprob, Reward, Scorer, give_scores, named_scorer
+from llama.rejection_sampling.scorers import Judge, Logprob, Reward, Scorer, add_scores, named_scorer
 from llama.tokenizer.open_turns import PLACEHOLDER, has_open_turns
 
-# The decoding options of a sampled answer.
+# The decoding options for sampled answers: all but these.
 NOT_SAMPLED = ("num_return_sequences", "num_beams", "length_penalty", "early_stopping", "top_logprobs")
 SAMPLED = tuple(name for name in OPTIONS if name not in NOT_SAMPLED)
 PROMPT_KEYS = (*KINDS, "metadata")  # the fields of a row that its record repeats, and that a scorer reads
-# The fields of a record with a single answer, as `llama batch` writes it, that belong to the answer.
+# The fields of the answer in a record of `llama batch` with one answer.
 ANSWER_KEYS = ("text", "finish_reason", "answer_tokens", "token_ids", "tokens", "logprobs", "top_logprobs")
 
 
@@ -41,7 +41,7 @@ class RemoteScorer:
     """A scorer that each replica of a `RemoteModel` loads for itself."""
 
     load: Callable[[Llama | None], Scorer]  # called with the replica's model
-    reads_prompt: bool = True  # whether it refuses rows without a prompt
+    reads_prompt: bool = True  # whether it needs rows with a prompt
 
     @classmethod
     def sampling(cls, llama: Llama, options: dict[str, Any], scorer: "RemoteScorer", plan: Plan) -> "_Sampling":
@@ -69,19 +69,19 @@ def sample_files(
     template: str | os.PathLike | None = None,
     **options: Any,
 ) -> Summary | None:
-    """Draws, scores and keeps answers to the rows of a file that have none in the target yet.
+    """Draws and scores answers to the rows of a file that have none in the target yet, and keeps the best.
 
-    The rows are those of `llama.datasets.batch`; in its `metadata` a row has what the scorer needs besides the prompt,
+    The rows are those of `llama.datasets.batch`. The `metadata` of a row has what the scorer needs besides the prompt,
     such as the right answer. A record is {"id", "line", the prompt, "metadata", "seed"} and what `rejection_sample`
-    returns, or an "error". Returned, on rank 0, is the summary of all rows, those of earlier runs included.
+    returns, or an "error". Returns on rank 0 a summary of all rows, including those of earlier runs.
 
     Args:
-        source, target, force, progress, indent: as in `Run.write`, which also says what is raised.
-        scorer: as in `rejection_sample`; a RemoteScorer where `llama` is a RemoteModel.
-        scorer_name: what identifies the scorer, as JSON; a target of another one is refused.
+        source, target, force, progress, indent: as in `Run.write`, as are the errors.
+        scorer: as in `rejection_sample`; a RemoteScorer if `llama` is a RemoteModel.
+        scorer_name: the scorer's fingerprint, as JSON; a target with another one is refused.
         retry: whether rows that failed, or have an answer without a score, are done again.
         template: a file of task prompts (llama.datasets.task_template); a scorer finds the row's fields in `metadata`.
-        options: the decoding options of rows that have none of their own; `seed` is the run's.
+        options: the decoding options, for rows without their own; `seed` is the run's.
     """
     if not isinstance(scorer, RemoteScorer):
         scorer = named_scorer(scorer, llama)
@@ -108,18 +108,18 @@ def rescore_files(
     progress: bool = False,
     indent: int | None = None,
 ) -> Summary | None:
-    """Scores the answers that a file has: the output of `llama sample`, or of `llama batch`.
+    """Scores the answers in a file: the output of `llama sample`, or of `llama batch`.
 
-    Arguments, records and errors as in `sample_files`. The scorer reads an answer's `text` and `finish_reason`;
-    everything else the file says of it, its `logprob` for example, is copied to its record. `line` is the number of the
-    row in the source. If it has only the best of the answers that were drawn, `n_drawn` says how many there were.
+    Arguments, records and errors as in `sample_files`. The scorer reads an answer's `text` and `finish_reason`; the
+    answer's other fields, such as `logprob`, are copied to its record. `line` is the number of the row in the source.
+    If a row has only the best of the answers drawn, `n_drawn` of its record is the number drawn.
 
     Args:
-        llama: on whose replicas a RemoteScorer scores.
+        llama: its replicas score, with a RemoteScorer.
         source: rows with `answers`, each a text or an object with its `text`; with the `text` of one answer; or with
-            `messages` whose last one is the assistant's, its content an answer or a list of them.
-        prompts: the file with the rows that were answered, found by their ids, for a source that does not repeat them,
-            such as the output of `llama batch`.
+            `messages` that end with the assistant's, whose content is an answer or a list of answers.
+        prompts: the file with the rows that were answered, matched by id, for a source that does not repeat them, such
+            as the output of `llama batch`.
     """
     if not isinstance(scorer, RemoteScorer):
         scorer = named_scorer(scorer, None)
@@ -134,13 +134,13 @@ def rescore_files(
                 parameters["prompts"] = scan(rows).digest
             except ValueError as error:
                 raise ValueError(f"{prompts}: {error}") from None
-            run.asked = {str(row.id): row.fields for row in rows if row.error is None}
+            run.answered = {str(row.id): row.fields for row in rows if row.error is None}
     written = run.write(source, target, parameters, force, retry, progress, indent)
     return written and _summary(written.path, plan)
 
 
 class _Sampling(Run):
-    """A drawing for each row."""
+    """Makes a drawing for each row."""
 
     def __init__(self, llama: Llama, options: dict[str, Any], scorer: Scorer, plan: Plan, template: Any = None):
         super().__init__(llama, options)
@@ -160,13 +160,13 @@ class _Sampling(Run):
         return {"row": _prompt_of(row.fields), "options": self.with_seed(options, row)}
 
     def _task_of_template(self, row: Row, template: TaskTemplate) -> Task:
-        """What a template asks of a row; the scorer finds all of the row's fields in its `metadata`."""
-        taken = {*template.fields, template.gold, self.template.column}  # a right answer is no option
+        """The task that a template makes of a row. The scorer finds all fields of the row in `metadata`."""
+        taken = {*template.fields, template.gold, self.template.column}  # the template's fields are no options
         given = {name: value for name, value in row.fields.items() if name in SAMPLED and name not in taken}
         data = {name: value for name, value in row.fields.items() if name not in given}
         metadata = data.get("metadata", data)
-        asked = template.render({"id": row.id, **row.fields}) | {"metadata": metadata, "task": template.name}
-        return {"row": asked, "options": self.with_seed(template.options | given, row)}
+        filled = template.render({"id": row.id, **row.fields}) | {"metadata": metadata, "task": template.name}
+        return {"row": filled, "options": self.with_seed(template.options | given, row)}
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Checks the options of a template's task before anything runs."""
@@ -176,10 +176,8 @@ class _Sampling(Run):
 
     def begin(self, task: Task) -> list[Job] | Result:
         option = self.option_of(task["options"])
-        prompt = prompt_to_sample(self.llama, task["row"], option)
-        return drawing_of(
-            self.llama, Job(task["line"], prompt, option), task["row"], self.plan, self.scorer
-        ).next_jobs()
+        job = Job(task["line"], prompt_to_sample(self.llama, task["row"], option), option)
+        return drawing_of(self.llama, job, task["row"], self.plan, self.scorer).next_jobs()
 
     def go_on(self, job: Job, answers: list[Answer]) -> list[Job] | Result:
         drawing = job.key
@@ -189,7 +187,7 @@ class _Sampling(Run):
 
 
 class _Rescoring(Run):
-    """Runs no job: scores the answers that each row has."""
+    """Scores the answers of each row. It has no jobs."""
 
     as_json = ("answers", "scores", "n_drawn", "turns", "seed", *PROMPT_KEYS[1:], *ANSWER_KEYS[2:])
 
@@ -202,18 +200,18 @@ class _Rescoring(Run):
     ):
         super().__init__()
         self.llama = llama
-        # Nobody knows what a caller's function reads.
+        # A function of the caller's may not read the prompt.
         self.reads_prompt = getattr(scorer, "reads_prompt", isinstance(scorer, (Logprob, Reward, Judge)))
         self.scorer, self.plan, self.prompts = scorer, plan, prompts
-        self.asked: dict[str, dict] = {}  # the rows of `prompts` by their ids
+        self.answered: dict[str, dict] = {}  # the rows of `prompts`, by their ids
 
     def task_of(self, row: Row) -> Task:
         fields = _with_answers(row.fields)
         if "error" in fields:
             raise ValueError(f"it has no answer: {fields['error']}")
-        if self.prompts is not None and str(row.id) not in self.asked:
+        if self.prompts is not None and str(row.id) not in self.answered:
             raise ValueError(f"{self.prompts} has no line with the id {row.id!r}")
-        prompt = _prompt_of_answers(fields, self.asked.get(str(row.id)))
+        prompt = _prompt_of_answers(fields, self.answered.get(str(row.id)))
         try:
             if self.reads_prompt:
                 kind_of(prompt)
@@ -226,7 +224,7 @@ class _Rescoring(Run):
     def begin(self, task: Task) -> Job | Result:
         read = ("text", "finish_reason", "score", "error", "messages")
         scored = [{name: answer[name] for name in read if name in answer} for answer in task["answers"]]
-        give_scores(self.scorer, task["row"], scored)
+        add_scores(self.scorer, task["row"], scored)
         answers = [answer | score for answer, score in zip(task["answers"], scored)]
         return {"line": task["line"], **self.plan.result(answers)}
 
@@ -241,34 +239,34 @@ class _Rescoring(Run):
 
 
 def _prompt_of(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a row that a scorer reads, and that its record repeats."""
+    """The fields of a row in PROMPT_KEYS."""
     return {name: fields[name] for name in PROMPT_KEYS if fields.get(name) is not None}
 
 
-def _prompt_of_answers(record: dict[str, Any], asked: dict[str, Any] | None) -> dict[str, Any]:
-    """As `_prompt_of`, of the row whose answers a record holds: `asked` if it is given, else the record itself.
+def _prompt_of_answers(record: dict[str, Any], row: dict[str, Any] | None) -> dict[str, Any]:
+    """As `_prompt_of`, for the row that was answered: `row`, or the record itself if that is None.
 
     Raises:
-        ValueError: the dialog has open turns, and the record does not say how they were filled.
+        ValueError: the dialog has open turns, and the record does not have the answers in them.
     """
-    prompt = _prompt_of(record if asked is None else asked)
+    prompt = _prompt_of(record if row is None else row)
     filled = record.get("messages")
-    if "turns" in record and isinstance(filled, list):  # by `llama batch`: the whole dialog, and its end is the answer
+    if "turns" in record and isinstance(filled, list):  # of `llama batch`: the whole dialog, ending with the answer
         return prompt | {"messages": filled[:-1]}
-    if asked is None and isinstance(record.get("logprobs"), list):
-        prompt.pop("tokens", None)  # the answer's
+    if row is None and isinstance(record.get("logprobs"), list):
+        prompt.pop("tokens", None)  # these are the answer's
     own = [a.get("messages") for a in record.get("answers") or () if isinstance(a, dict)]
     has_own = own and all(isinstance(messages, list) and not has_open_turns(messages) for messages in own)
-    if has_open_turns(prompt.get("messages")) and not has_own:  # rollouts say themselves how their turns were filled
+    if has_open_turns(prompt.get("messages")) and not has_own:  # rollouts have their own filled dialogs
         if not isinstance(filled, list) or has_open_turns(filled):
-            found = "the dialog has open turns, and the record does not say what came of them"
+            found = "the dialog has open turns, and the record does not have the answers in them"
             raise ValueError(f"{found}: expected its `turns` and `messages`, as `llama batch` writes them")
         prompt["messages"] = filled  # of a file that was scored before: the dialog up to the answer
     return prompt
 
 
 def _with_answers(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a row whose answers may end its dialog: the last `content` is then a list of texts, or one."""
+    """The fields of a row. If its dialog ends with answers (the last `content` is a text or a list), as `answers`."""
     messages = fields.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "assistant" or (content := last.get("content")) == PLACEHOLDER:
@@ -281,7 +279,7 @@ def _with_answers(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answers_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record's answers without their scores; one that failed keeps its error, and is not scored."""
+    """A record's answers without their scores. A failed answer keeps its error, and is not scored."""
     answers = record.get("answers")
     if answers is None and "text" in record:
         answers = [{name: record[name] for name in ANSWER_KEYS if name in record}]

@@ -1,6 +1,6 @@
-"""Reward models: a Llama with a scalar head, and the ids that it reads of a dialog.
+"""Reward models: a Llama with a scalar head, and the ids that it reads for a dialog.
 
-The directories are Hugging Face's `LlamaForSequenceClassification` with one label, as the public Llama-3 reward models
+The directories are Hugging Face's `LlamaForSequenceClassification` with one label, as the public Llama 3 reward models
 are. The reward is the head's value at the last token of a text (Ouyang et al. 2022, arXiv 2203.02155; Touvron et al.
 2023, arXiv 2307.09288). Knows nothing of where answers come from.
 """
@@ -17,17 +17,18 @@ from llama import parallel
 from llama.checkpoint.config import REWARD_MODEL, args_from_config, context_length, read_json
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.loading import load_weights
+from llama.checkpoint.meta import require_directory
 from llama.checkpoint.open import find_tokenizer
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 from llama.tokenizer.chat_template import read_chat_files
 
-# How many positions one forward pass works on, padding included.
+# The most positions of a forward pass, padding included.
 BATCH_TOKENS = 4096
 
 
 class RewardTransformer(Transformer):
-    """The network up to its last norm, and a vector in place of the output matrix. It has no cache."""
+    """The network up to its last norm, with a vector instead of the output matrix. It has no cache."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -56,14 +57,14 @@ class RewardModel:
 
         Args:
             ckpt_dir: Hugging Face's directory, with config.json and safetensors files.
-            tokenizer: whose ids the model reads if its directory has no tokenizer.
+            tokenizer: for a model whose directory has no tokenizer.
             model_parallel_size, device, dtype: as in `Llama.build`.
 
         Raises:
             FileNotFoundError: a directory or file is missing.
             ValueError: it is not a reward model of one label; a file is broken; its vocabulary is not the tokenizer's.
         """
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = parallel.dtype_by_name(dtype)
         device = parallel.pick_device(device)
         parallel.initialize(model_parallel_size, device)
         with parallel.fail_together():
@@ -78,14 +79,14 @@ class RewardModel:
         self.formatter = ChatFormat(tokenizer)
 
     def encode(self, prompt: str | Dialog, answer: str) -> list[int]:
-        """The ids of a text with its continuation, or of a dialog with its answer and the end of the answer's turn."""
+        """The ids of a text and its continuation, or of a dialog and its answer up to the end of the turn."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt + answer, bos=True)
         return self.formatter.encode_answered(prompt, answer)
 
     @torch.inference_mode()
     def score(self, texts: Sequence[Sequence[int]]) -> list[float]:
-        """The reward of each text of ids. As in Transformers, padding ids at its end do not count.
+        """The reward of each text, given as ids. As in Transformers, padding ids at its end do not count.
 
         Raises:
             ValueError: a text is empty or too long for the model. Nothing has run then.
@@ -99,7 +100,7 @@ class RewardModel:
                 raise ValueError(f"text {index} has {len(row):,} tokens: expected 1 to {limit:,} for the reward model")
             rows.append(row)
         rewards = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # like lengths together, for less padding
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # similar lengths need less padding
         with parallel.fail_at_once():
             while order:
                 width = len(rows[order[0]])
@@ -114,11 +115,9 @@ class RewardModel:
 
 
 def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, HuggingFaceCheckpoint, int | None]:
-    """A reward model's tokenizer, weights, and the id of its padding."""
-    expected = "a reward model's directory, as Transformers writes it: config.json and model.safetensors"
-    if not ckpt_dir.is_dir():
-        what = "is a file" if ckpt_dir.exists() else "does not exist"
-        raise FileNotFoundError(f"reward model {ckpt_dir} {what}: expected {expected}")
+    """A reward model's tokenizer, its weights, and its padding id."""
+    expected = "config.json and model.safetensors of a reward model, as Transformers writes them"
+    require_directory("reward model", ckpt_dir, expected)
     if not (ckpt_dir / "config.json").is_file():
         found = "Meta's checkpoint of a language model" if (ckpt_dir / "params.json").is_file() else "no config.json"
         raise ValueError(f"{ckpt_dir} has {found}: expected {expected}")
@@ -131,9 +130,8 @@ def _open(ckpt_dir: Path, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Huggi
         tokenizer = Tokenizer(find_tokenizer(ckpt_dir))
         read_chat_files(tokenizer, ckpt_dir)
     elif tokenizer is None:
-        find_tokenizer(ckpt_dir)  # raises, saying what the directory holds
+        find_tokenizer(ckpt_dir)  # raises an error that names the directory's files
     max_seq_len = context_length(config, ckpt_dir)
-    # The head replaces the output matrix, so whether that one would be tied does not matter.
-    config |= {"tie_word_embeddings": False}
+    config |= {"tie_word_embeddings": False}  # the head replaces the output matrix
     args = args_from_config(config, ckpt_dir, tokenizer.n_words, max_seq_len, 1, REWARD_MODEL)
     return tokenizer, HuggingFaceCheckpoint(ckpt_dir, args, reward_head=True), config.get("pad_token_id")

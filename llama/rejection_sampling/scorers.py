@@ -1,8 +1,8 @@
-"""What an answer is worth: log-probabilities, reward models, a Llama as judge, or any Python function.
+"""Scorers of answers: log-probabilities, reward models, a Llama as judge, or any Python function.
 
-A scorer is a function of a row and answers to it that returns a finite number for each answer. A row is what a line of
-the input holds: `messages`, a `prompt` or `tokens`, and whatever else. An answer has its `text` and `finish_reason`;
-if it was drawn just now, also its `logprob` and `n_tokens`. Knows nothing of where answers come from or go.
+A scorer takes a row and answers to it, and returns a finite number for each answer. A row has the fields of a line of
+the input: `messages`, a `prompt` or `tokens`, and any others. An answer has its `text` and `finish_reason`; if it was
+drawn just now, also its `logprob` and `n_tokens`. Knows nothing of where answers come from or go.
 """
 
 import copy
@@ -40,19 +40,19 @@ Answer:
 {answer}
 
 Is this answer correct and helpful? Reply with Yes or No."""
-NO_ANSWER_IN_TEMPLATE = "the judge's template has no {answer}: expected {answer}, and {prompt} where it is needed"
+NO_ANSWER_IN_TEMPLATE = "the judge's template has no {answer}: expected {answer}, and {prompt} if it is needed"
 
 KINDS = "logprob, mean_logprob, reward:DIR, judge, judge:DIR or module:function"
 
-# These end a run, whatever raises them; anything else that a scorer raises marks an answer.
+# These end a run. Any other exception of a scorer becomes the answer's error.
 FATAL = (RankFailed, MemoryError, torch.OutOfMemoryError)
 
 
 class Logprob:
-    """The log-probability of an answer's tokens given the prompt under a model, nats, in total or the mean.
+    """The log-probability of an answer's tokens after the prompt, nats: the total, or the mean.
 
-    An answer that was drawn just now has it already; any other text is encoded as a whole. What ends an answer does not
-    count. So an empty answer has 0 in total, and no mean: it must not be the best there is.
+    An answer that was drawn just now has it already; any other text is encoded and scored. The token that ends an
+    answer does not count. The total of an empty answer is 0; it has no mean, because it must not be the best answer.
     """
 
     def __init__(self, llama: Llama, mean: bool = False):
@@ -63,7 +63,7 @@ class Logprob:
         texts = {i: encode(answer["text"]) for i, answer in enumerate(answers) if "logprob" not in answer}
         n_tokens = [len(texts[i]) if i in texts else answer["n_tokens"] for i, answer in enumerate(answers)]
         if self.mean and 0 in n_tokens:
-            raise ValueError("the answer has no tokens to take the mean over: expected one or more")
+            raise ValueError("the answer has no tokens, and so no mean: expected one or more")
         totals = [0.0 if i in texts else answer["logprob"] for i, answer in enumerate(answers)]
         if texts:
             prompt = prompt_ids(self.llama, row)
@@ -74,7 +74,7 @@ class Logprob:
 
 
 class Reward:
-    """A reward model's score of a row's dialog, or text, with the answer."""
+    """A reward model's score of a row's dialog or text with the answer."""
 
     def __init__(self, model: RewardModel):
         self.model = model
@@ -85,9 +85,9 @@ class Reward:
 
 
 class Judge:
-    """The log-probability, nats, that the reply of a model tuned for dialogs begins with a verdict such as "Yes".
+    """The log-probability, nats, that a chat model's reply begins with a verdict such as "Yes".
 
-    The template is what it is asked, with {answer} in it, and {prompt} where that is needed.
+    The template is the question to the model. It has {answer} in it, and {prompt} if it needs the prompt.
     """
 
     def __init__(self, llama: Llama, template: str = JUDGE_TEMPLATE, verdict: str = "Yes"):
@@ -103,7 +103,8 @@ class Judge:
         if not isinstance(prompt, str):
             alone = len(prompt) == 1
             prompt = "\n\n".join(m["content"] if alone else f"{m['role'].capitalize()}: {m['content']}" for m in prompt)
-        texts, pieces = [], re.split(r"(\{prompt\}|\{answer\})", self.template)  # once: what is filled in is text
+        # Split once, so that braces in the prompt or the answer are text.
+        texts, pieces = [], re.split(r"(\{prompt\}|\{answer\})", self.template)
         for answer in answers:
             content = "".join({"{prompt}": prompt, "{answer}": answer["text"]}.get(piece, piece) for piece in pieces)
             texts.append((prompt_ids(self.llama, {"messages": [{"role": "user", "content": content}]}), self.verdict))
@@ -120,10 +121,10 @@ def _logprobs(llama: Llama, texts: list[tuple[list[int], list[int]]]) -> list[fl
 
 
 def _prompt_of(row: Row) -> str | Dialog:
-    """The text or the dialog that a row's answers answer. Raises ValueError if it has neither."""
+    """The text or the dialog of a row. Raises ValueError if it has neither."""
     if (kind := kind_of(row)) == "tokens":
         hint = "give the line `messages` or a `prompt`, or score with logprob, mean_logprob or a function of your own"
-        raise ValueError(f"the line has token ids alone, and this scorer reads text: {hint}")
+        raise ValueError(f"the line has only token ids, and this scorer reads text: {hint}")
     if kind == "prompt" and not isinstance(row["prompt"], str):
         raise ValueError(f"prompt = {row['prompt']!r}: expected a text")
     if kind == "messages":
@@ -132,14 +133,14 @@ def _prompt_of(row: Row) -> str | Dialog:
     return row[kind]
 
 
-def give_scores(scorer: Scorer, row: Row, answers: Sequence[dict[str, Any]]) -> None:
-    """Puts into each answer without an `error` its `score`, or None and an `error`. All ranks of a model call this."""
+def add_scores(scorer: Scorer, row: Row, answers: Sequence[dict[str, Any]]) -> None:
+    """Adds to each answer without an `error` its `score`, or None and an `error`. All ranks of a model call this."""
     sound = [answer for answer in answers if "error" not in answer]
     group = fairscale_groups.get_model_parallel_group()
-    alone = [answer for answer in sound if "messages" in answer]  # a rollout, which answers a dialog of its own
-    parts = [({**row, "messages": answer["messages"][:-1]}, [answer]) for answer in alone]
-    for asked, part in [*parts, (row, [answer for answer in sound if "messages" not in answer])]:
-        for answer, (score, error) in zip(part, score_answers(scorer, asked, part, group)):
+    rollouts = [answer for answer in sound if "messages" in answer]  # each has its own dialog
+    parts = [({**row, "messages": answer["messages"][:-1]}, [answer]) for answer in rollouts]
+    for part_row, part in [*parts, (row, [answer for answer in sound if "messages" not in answer])]:
+        for answer, (score, error) in zip(part, score_answers(scorer, part_row, part, group)):
             answer |= {"score": score} if error is None else {"score": None, "error": error}
 
 
@@ -148,10 +149,10 @@ def score_answers(
 ) -> list[tuple[float | None, str | None]]:
     """(score, None) for each answer, or (None, why it has none).
 
-    A scorer that raises, or returns something other than finite numbers, is asked once more for each answer alone, so
-    that only those it cannot score are marked. One that returns another number of scores has scored none. All ranks of
-    the model, `group`, call a scorer of this module together; a function of the caller's is called by the first rank
-    for all, so that they agree whatever it does.
+    If a scorer raises, or returns anything but finite numbers, it is called again for each answer alone, so that only
+    the answers it cannot score get an error. If it returns the wrong number of scores, all answers get an error. All
+    ranks of the model (`group`) call a scorer of this module together. Only the first rank calls a function of the
+    caller's, so that all ranks have the same scores.
     """
     if not answers:
         return []
@@ -164,18 +165,18 @@ def score_answers(
 
 def _scores(scorer: Scorer, row: Row, answers: Answers) -> list[tuple[float | None, str | None]]:
     try:
-        # Copies: what the caller's code does to them must not change what is written.
+        # Copies, because the caller's code must not change what is written.
         values = scorer(copy.deepcopy(row), copy.deepcopy(answers))
         if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
             raise TypeError(f"the scorer returned {values!r}: expected a list with a number for each answer")
         values = list(values)
-        if len(values) != len(answers):  # nobody can tell which answers they belong to
+        if len(values) != len(answers):  # the scores cannot be matched to the answers
             found = f"{len(values)} score{'s' * (len(values) != 1)} for {len(answers)} answers"
             return [(None, f"{found}: expected one for each")] * len(answers)
         scores = [_as_score(value) for value in values]
     except FATAL:
         raise
-    except (Exception, SystemExit) as error:  # whatever the caller's code may raise
+    except (Exception, SystemExit) as error:  # anything that the caller's code may raise
         if len(answers) > 1:
             return [score for answer in answers for score in _scores(scorer, row, [answer])]
         return [(None, f"{type(error).__name__}: {error}")]
@@ -191,7 +192,7 @@ def _as_score(value: Any) -> float:
     return score
 
 
-# Scorers by the names that the command line has for them
+# Scorers by their names on the command line
 
 
 def is_judge(spec: str) -> bool:
@@ -199,7 +200,7 @@ def is_judge(spec: str) -> bool:
 
 
 def check_spec(spec: str, judge_template: str = JUDGE_TEMPLATE) -> Scorer | None:
-    """Checks the name of a scorer before any weights are read; returns the scorer if it needs none.
+    """Checks the name of a scorer before any weights are read. Returns the scorer if it needs no weights.
 
     Raises:
         ValueError, FileNotFoundError: there is no such scorer, or no such directory or function.
@@ -230,9 +231,9 @@ def load_scorer(
     """The scorer of a name, one of `KINDS`.
 
     Args:
-        llama: the model that `logprob`, `mean_logprob` and `judge` ask; None is fine for the others.
+        llama: the model of `logprob`, `mean_logprob` and `judge`; may be None for the others.
         judge_template, judge_answer: as `template` and `verdict` of `Judge`.
-        tokenizer: whose ids a reward model without a tokenizer of its own reads.
+        tokenizer: for a reward model without a tokenizer of its own.
         max_seq_len, max_batch_size, loading: as in `Llama.build`, for a scorer's own model.
     """
     kind, _, rest = spec.partition(":")
@@ -247,7 +248,7 @@ def load_scorer(
 
 
 def named_scorer(scorer: Any, llama: Llama | None) -> Scorer:
-    """The scorer that is given, or that a name stands for. Raises TypeError, and as `check_spec` for a name."""
+    """A scorer itself, or the one of a name. Raises TypeError; for a name also as `check_spec`."""
     if not isinstance(scorer, str):
         if not callable(scorer):
             raise TypeError(f"scorer = {scorer!r}: expected a function (row, answers), or one of {KINDS}")
@@ -262,17 +263,17 @@ def named_scorer(scorer: Any, llama: Llama | None) -> Scorer:
 
 
 def python_function(spec: str) -> Scorer:
-    """The function that module:function names; the module may lie in the current directory. Raises ValueError."""
+    """The function of `module:function`; the module may be in the current directory. Raises ValueError."""
     module_name, _, name = spec.partition(":")
     if "" in module_name.split("."):
         expected = "expected module:function, with the module's full name and no dots around it"
         raise ValueError(f"scorer {spec!r}: {expected}")
     if module_name.endswith(".py"):
-        raise ValueError(f"scorer {spec!r}: a module goes without its .py: expected {module_name[:-3]}:{name}")
+        raise ValueError(f"scorer {spec!r}: a module is named without .py: expected {module_name[:-3]}:{name}")
     sys.path.insert(0, "")  # the current directory, as for `python -m`
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the caller's code may raise
+    except (Exception, SystemExit) as error:  # anything that the caller's code may raise
         is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if not is_missing:
             raise ValueError(f"scorer {spec!r}: {module_name} fails ({type(error).__name__}: {error})") from error

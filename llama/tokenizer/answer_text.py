@@ -22,7 +22,7 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._stops = stops
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._tokens = list(before or [])  # as long as they have no text
+        self._tokens = list(before or [])  # kept until they have text
         self._text = ""
         self._stopped = False
         self._ends: list[int] = []  # the length of the text after each token of the answer
@@ -31,13 +31,13 @@ class AnswerText:
         self._start = len(self._text)
 
     def follow(self, tokens: list[int]) -> bool:
-        """Takes all tokens of the answer so far, of which it adds the new ones; True once a stop string is complete."""
+        """Adds the new ones of `tokens`, all tokens of the answer so far. True once a stop string is complete."""
         for token in tokens[len(self._ends) :]:
             self.push(token)
         return self._stopped
 
     def push(self, token: int) -> None:
-        """Takes the next token."""
+        """Adds the next token."""
         if self._text:
             new = self._tokenizer.token_bytes(token)
         else:  # the first token of a Llama 2 text loses its space
@@ -49,14 +49,14 @@ class AnswerText:
         longest = max(map(len, self._stops), default=0)
         search_from = max(self._start, len(self._text) - longest + 1)
         self._text += new
-        self._ends.append(len(self._text) + bool(self._decoder.getstate()[0]))  # and one for a character it began
+        self._ends.append(len(self._text) + bool(self._decoder.getstate()[0]))  # a begun character counts too
         found = [at for stop in self._stops if (at := self._text.find(stop, search_from)) >= 0]
         if found:
             self._text, self._stops, self._stopped = self._text[: min(found)], [], True
 
     @property
     def decided(self) -> str:
-        """The text that no later token can change: without an end that may be the beginning of a stop string."""
+        """The text that no later token can change. It leaves out an end that may begin a stop string."""
         held = 0
         for stop in self._stops:
             for n in range(min(len(stop) - 1, len(self._text) - self._start), held, -1):
@@ -66,14 +66,14 @@ class AnswerText:
         return self._text[: len(self._text) - held]
 
     def finish(self) -> str:
-        """The whole text, after the last token. A character that was not completed becomes U+FFFD."""
+        """The whole text, after the last token. An incomplete character becomes U+FFFD."""
         if not self._stopped:
             self._text += self._decoder.decode(b"", final=True)
         return self._text
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens lie wholly in the text. Those of a stop string do not."""
+        """How many tokens lie wholly in the text; those of a stop string do not."""
         return bisect_right(self._ends, len(self._text))
 
     @property

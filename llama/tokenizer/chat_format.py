@@ -16,40 +16,40 @@ class Message(TypedDict):
 
 Dialog = list[Message]
 
-# What a template is compared by with the built-in format: it is that one if all of these give the same ids.
+# A template counts as the built-in format if both give the same ids for all of these dialogs.
 _USER, _MORE = {"role": "user", "content": " Hi there!\n"}, {"role": "user", "content": "And <|eot_id|> then?"}
 _ANSWER, _SYSTEM = {"role": "assistant", "content": "Hello. "}, {"role": "system", "content": "Be brief."}
 PROBES = [[_USER], [_SYSTEM, _USER], [_USER, _ANSWER, _MORE], [_SYSTEM, _USER, _ANSWER, _MORE, _ANSWER, _USER]]
 
 
 class ChatFormat:
-    """A dialog to the ids of its prompt, in the format that the tokenizer's models were tuned on.
+    """Turns a dialog into the ids of its prompt, in the format that the tokenizer's models were tuned on.
 
     Llama 3: each message is `<|start_header_id|>ROLE<|end_header_id|>`, two newlines, the content and `<|eot_id|>`.
-    Llama 2: `[INST] <<SYS>>`, where the tags are text. A user can write them too: the model cannot tell them from the
-    format's own, and they are not refused. No message ever becomes a control token (`<s>`, `</s>`, `<|eot_id|>`, …), in
-    either format. White space around a content is stripped.
+    Llama 2: `[INST] <<SYS>>`, where the tags are text. A user can write them too: they are not refused, and the model
+    cannot tell them from the format's own. In neither format does a message ever become a control token (`<s>`,
+    `</s>`, `<|eot_id|>`, …). White space around a content is stripped.
 
-    Where the tokenizer has a `chat_template` that renders dialogs in any other way, that template is used instead.
+    A `chat_template` of the tokenizer that renders dialogs differently is used instead.
 
     Formats: the model cards of Llama 3.1 and Llama 2, llama.com/docs/model-cards-and-prompt-formats.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self._is_built_in: bool | None = None  # whether the tokenizer's template renders as this class; None: unknown
+        self._is_built_in: bool | None = None  # whether the template renders as this class does; None: not tried yet
 
     def encode_header(self, message: Message) -> list[int]:
         """Ids of a message's header. The role `tool` becomes `ipython`, its name in the format.
 
-        Raises ValueError as `check_messages` does; also if the format is Llama 2's, which has no headers.
+        Raises ValueError as `check_messages` does, and if the format is Llama 2's, which has no headers.
         """
         self.check_messages([message])
         if self.tokenizer.kind == "llama2":
             raise ValueError("the Llama 2 chat format has no header or message by itself: use encode_dialog_prompt")
         special = self.tokenizer.special_tokens
         if missing := {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} - special.keys():
-            raise ValueError(f"the tokenizer has no {', '.join(sorted(missing))}: its model is not one for dialogs")
+            raise ValueError(f"the tokenizer has no {', '.join(sorted(missing))}: its model was not made for dialogs")
         name = self.tokenizer.encode("ipython" if message["role"] == "tool" else message["role"])
         return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *self.tokenizer.encode("\n\n")]
 
@@ -76,9 +76,9 @@ class ChatFormat:
 
     @property
     def template(self) -> ChatTemplate | None:
-        """The tokenizer's chat template, if it renders dialogs in another way than the built-in format.
+        """The tokenizer's chat template, if it renders dialogs differently from the built-in format.
 
-        Raises ImportError if Jinja is not installed, ValueError if the template is none.
+        Raises ImportError if Jinja is not installed, ValueError if the template is broken.
         """
         found = self.tokenizer.chat_template
         if found is not None and self._is_built_in is None:
@@ -108,8 +108,8 @@ class ChatFormat:
     def check(self, dialog: Dialog) -> None:
         """Checks that a dialog can be a prompt.
 
-        Raises ValueError as `check_messages` does. Llama 2: also if the last message is not the user's, or if, after
-        the system message if there is one, user and assistant do not alternate.
+        Raises ValueError as `check_messages` does. Llama 2: also if user and assistant do not alternate after an
+        optional system message, or if the last message is not the user's.
         """
         self.check_messages(dialog)
         if self.tokenizer.kind == "llama2" and self.template is None:
@@ -123,7 +123,7 @@ class ChatFormat:
 
     @staticmethod
     def check_messages(dialog: Dialog) -> None:
-        """The part of `check` that is the same for every format and every order of roles.
+        """Checks what every format requires of a dialog, whatever the order of the roles.
 
         Raises ValueError if it is not a list of at least one message, or if a message has no `role` or no `content`, an
         unknown role or a content that is not a str.

@@ -19,9 +19,9 @@ from typing import Any
 
 MAX_TEMPLATE_CHARS = 200_000
 MAX_FILE_BYTES = 4 << 20
-# What one rendering may take: lines of the compiled template, seconds, characters of any text that it makes.
+# Limits of one rendering: lines of the compiled template that run, seconds, characters of any text.
 MAX_STEPS, MAX_SECONDS, MAX_TEXT = 1_000_000, 20, 2_000_000
-# Methods of texts that pad to any width.
+# Methods of str that can pad to any width.
 GROWING = ("format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs")
 REMEDY = "fix it there, delete it to use the built-in format, or give token ids to `generate`"
 
@@ -32,22 +32,23 @@ class ChatTemplate:
     Args:
         text: the Jinja source.
         source: the file that it is from, for messages.
-        names: what the template knows besides the dialog: `bos_token` and the like.
+        names: variables of the template besides the dialog, such as `bos_token`.
     """
 
     def __init__(self, text: str, source: Path, names: dict[str, str]):
         if len(text) > MAX_TEMPLATE_CHARS:
-            raise ValueError(f"{source}: a chat_template of {len(text):,} characters: expected {MAX_TEMPLATE_CHARS:,}")
+            most = f"expected at most {MAX_TEMPLATE_CHARS:,}"
+            raise ValueError(f"{source}: a chat_template of {len(text):,} characters: {most}")
         self.text, self.source, self.names = text, source, names
         self._render: Callable[..., str] | None = None
 
     @property
     def digest(self) -> str:
-        """What identifies it, 16 hexadecimal digits."""
+        """The template's fingerprint, 16 hexadecimal digits."""
         return hashlib.sha256(repr((self.text, sorted(self.names.items()))).encode()).hexdigest()[:16]
 
     def render(self, dialog: Any, add_generation_prompt: bool = True) -> str:
-        """The prompt's text. Raises ValueError, with the template's own words where it refuses the dialog."""
+        """The prompt's text. Raises ValueError; if the template refuses the dialog, with the template's message."""
         if self._render is None:
             self._render = self._compile()
         messages = [dict(message) for message in dialog]
@@ -61,21 +62,21 @@ class ChatTemplate:
             raise ValueError(f"{self.source}: the chat template fails ({kind}: {error}): {REMEDY}") from None
 
     def ids(self, dialog: Any, tokenizer: Any, add_generation_prompt: bool = True) -> list[int]:
-        """The prompt's ids: special tokens are those that the template writes, and none that a message holds."""
+        """The prompt's ids. Only the template writes special tokens; the name of one in a message stays text."""
         names = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))))
         everything = json.dumps(dialog, ensure_ascii=False, default=str)
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything)
 
-        def disarm(text: str) -> str:  # a mark after the first character: no longer the token's name
+        def break_names(text: str) -> str:  # a mark after the first character: no longer a token's name
             return names.sub(lambda found: found[0][0] + mark + found[0][1:], text)
 
-        safe = [{k: disarm(v) if isinstance(v, str) else v for k, v in message.items()} for message in dialog]
+        safe = [{k: break_names(v) if isinstance(v, str) else v for k, v in message.items()} for message in dialog]
         text, ids, end = self.render(safe, add_generation_prompt), [], 0
         for found in names.finditer(text):
-            ids += _encode(tokenizer, text[end : found.start()].replace(mark, ""))
+            ids += tokenizer.encode(text[end : found.start()].replace(mark, ""))
             ids.append(tokenizer.special_tokens[found[0]])
             end = found.end()
-        return ids + _encode(tokenizer, text[end:].replace(mark, ""))
+        return ids + tokenizer.encode(text[end:].replace(mark, ""))
 
     def _compile(self) -> Callable[..., str]:
         try:
@@ -86,26 +87,22 @@ class ChatTemplate:
         try:
             return _environment(self.names)(self.text)
         except jinja2.TemplateError as error:
-            raise ValueError(f"{self.source}: the chat_template is not one ({error}): {REMEDY}") from None
+            raise ValueError(f"{self.source}: the chat_template is not valid ({error}): {REMEDY}") from None
 
 
 class _Refused(Exception):
     """A template's raise_exception."""
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.encode(text) if text else []
-
-
 def _environment(names: dict[str, str]) -> Callable[[str], Callable[..., str]]:
-    """A compiler of templates, set up as Transformers', whose operators make nothing too large."""
+    """A compiler of templates, set up as in Transformers. No operator or method can make a large value."""
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.visitor import NodeTransformer
 
     class Adds(NodeTransformer):
-        """a ~ b as the sum of two texts, which the environment sees."""
+        """Turns a ~ b into a sum of two texts, which `call_binop` checks."""
 
         def visit_Concat(self, node: Any) -> Any:
             texts = [nodes.Filter(self.visit(n), "string", [], [], None, None, lineno=n.lineno) for n in node.nodes]
@@ -163,7 +160,7 @@ def _environment(names: dict[str, str]) -> Callable[[str], Callable[..., str]]:
         return json.dumps(value, ensure_ascii=False, indent=indent and min(int(indent), 16))
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    for name in ("center", "format", "indent", "wordwrap", "batch", "slice", "xmlattr", "pprint"):  # which fill up
+    for name in ("center", "format", "indent", "wordwrap", "batch", "slice", "xmlattr", "pprint"):  # they pad
         del environment.filters[name]
     environment.filters |= {"tojson": to_json, "replace": replace, "join": join}
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form[:100])}
@@ -188,7 +185,7 @@ def _environment(names: dict[str, str]) -> Callable[[str], Callable[..., str]]:
 
 @contextmanager
 def _budget() -> Iterator[None]:
-    """Ends what runs in it after MAX_STEPS lines of Python: Jinja compiles a template to Python."""
+    """Stops the code inside after MAX_STEPS lines of Python, or MAX_SECONDS; Jinja compiles a template to Python."""
     left, deadline, before = MAX_STEPS, time.monotonic() + MAX_SECONDS, sys.gettrace()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -206,10 +203,10 @@ def _budget() -> Iterator[None]:
 
 
 def read_chat_files(tokenizer: Any, ckpt_dir: Path) -> None:
-    """Gives a tokenizer the stop ids and the chat template of a Hugging Face directory, where that has them.
+    """Sets a tokenizer's stop ids and chat template to those of a Hugging Face directory, if it has them.
 
     The stop ids are the `eos_token_id` of generation_config.json, or else of config.json. The template is
-    chat_template.jinja, or the `chat_template` of tokenizer_config.json. Raises ValueError if one is none.
+    chat_template.jinja, or the `chat_template` of tokenizer_config.json. Raises ValueError if one is not valid.
     """
     for name in ("generation_config.json", "config.json"):
         ids = _read(ckpt_dir / name).get("eos_token_id")
@@ -220,7 +217,7 @@ def read_chat_files(tokenizer: Any, ckpt_dir: Path) -> None:
             if type(token) is not int or not 0 <= token < tokenizer.n_words:
                 expected = f"ids from 0 to {tokenizer.n_words - 1}"
                 raise ValueError(f"{ckpt_dir / name}: eos_token_id has {str(token)[:50]}: expected {expected}")
-        # config.json is often that of the model before it was tuned for dialogs: it takes no stop away.
+        # config.json is often the base model's, from before it was tuned for dialogs: it only adds stops.
         tokenizer.stop_tokens = set(ids) | (tokenizer.stop_tokens if name == "config.json" else set())
         break
     config, path = _read(ckpt_dir / "tokenizer_config.json"), ckpt_dir / "tokenizer_config.json"
@@ -247,7 +244,7 @@ def read_chat_files(tokenizer: Any, ckpt_dir: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none. Raises ValueError if it is something else."""
+    """The object in a JSON file; empty if there is no file. Raises ValueError if the file holds something else."""
     if not path.is_file():
         return {}
     try:

@@ -1,7 +1,7 @@
 """Dialogs with open turns: the user's turns are fixed, and the model fills in its own.
 
-An assistant's message whose content is `<PLACEHOLDER>` is open: the model generates it from all the turns before it. A
-dialog that does not end with an open turn gets one after its end. Knows nothing of tokens.
+An assistant's message whose content is `<PLACEHOLDER>` is open: the model generates it from all turns before it. A
+dialog that does not end with an open turn gets one at its end. Knows nothing of tokens.
 """
 
 import copy
@@ -15,11 +15,11 @@ class OpenDialog:
     """A dialog, and which of its turns are still open. A string is one turn of the user.
 
     Attributes:
-        messages: those of the dialog, which is not changed, with the answers in their places.
-        has_placeholders: whether it had an open turn other than the one at its end.
+        messages: a copy of the dialog's messages, with the answers filled in.
+        has_placeholders: whether the dialog itself had an open turn.
         is_done: whether all turns are filled.
 
-    Raises ValueError if a message is not one, or if an open turn does not follow a turn of the user.
+    Raises ValueError if a message is not valid, or if an open turn does not follow a turn of the user.
     """
 
     def __init__(self, dialog: Dialog | str, formatter: ChatFormat):
@@ -48,7 +48,7 @@ class OpenDialog:
         return self.messages[: self._open[0]]
 
     def copy(self) -> "OpenDialog":
-        """The same, to be filled otherwise."""
+        """A copy that can be filled with other answers."""
         new = copy.copy(self)
         new.messages, new._open = list(self.messages), list(self._open)
         return new
@@ -66,6 +66,6 @@ def as_dialog(dialog: Dialog | str) -> Dialog:
 
 
 def has_open_turns(dialog: object) -> bool:
-    """Whether a message of a dialog is to be generated. False if it is not a dialog."""
+    """Whether a dialog has an open turn. False for anything that is not a dialog."""
     messages = [m for m in dialog if isinstance(m, dict)] if isinstance(dialog, (list, tuple)) else []
     return any(m.get("role") == "assistant" and m.get("content") == PLACEHOLDER for m in messages)

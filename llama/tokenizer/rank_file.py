@@ -1,6 +1,6 @@
 """Llama 3's byte-pair encoding: a tiktoken rank file, and text of any length to its ids.
 
-Knows nothing of chat formats, or of who the special tokens are for.
+Knows nothing of chat formats, or of what the special tokens mean.
 
 Format: github.com/openai/tiktoken.
 """
@@ -16,14 +16,13 @@ import tiktoken
 
 from llama.tokenizer.tokenizer_json import check_lengths
 
-# How Llama 3 cuts text into the stretches inside which byte pairs are merged. It belongs to the vocabulary as the
-# ranks do.
+# Llama 3 cuts text by this pattern, and merges byte pairs within each piece. The pattern is part of the vocabulary.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Ids after the last rank, in this order (Llama 3.1's names; in 3.0 the four that 3.1 added were reserved ones).
+# Ids after the last rank, in this order (Llama 3.1's names; the four that 3.1 added were reserved tokens in 3.0).
 # An eom_id ends a message of the assistant but not its turn: it waits for a tool's result.
 LLAMA3_SPECIAL_TOKENS = [
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
@@ -48,7 +47,7 @@ def parse_ranks(data: bytes, path: Path) -> dict[bytes, int]:
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:  # of b64decode, of int, or not two words
+        except ValueError:  # from b64decode or int, or because the line is not two words
             raise ValueError(f"{path}, line {number}: expected 'base64 rank', found {line[:60]!r}") from None
     return ranks
 
@@ -57,8 +56,8 @@ class RankFile:
     """The tokens of a byte-pair encoding with their ranks, and special tokens after them, for tiktoken.
 
     Args:
-        ranks: the bytes of each token to its id.
-        special_tokens: the name of each special token to its id, in the order of the ids.
+        ranks: the id of each token, by its bytes.
+        special_tokens: the id of each special token, by its name, in the order of the ids.
         path: where they are from, for messages.
 
     Raises ValueError if the ranks are not 0 to n - 1, a single byte has none, or a token is empty or too long.
@@ -72,7 +71,7 @@ class RankFile:
         for expected, (token, rank) in enumerate(by_rank):
             if rank != expected:
                 found = f"found {rank} (of {token!r}) where {expected} was expected"
-                raise ValueError(f"{path}: the ranks must be 0 to n - 1, each once and each of another token; {found}")
+                raise ValueError(f"{path}: the ranks must be 0 to n - 1, one for each token; {found}")
         if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
             raise ValueError(
                 f"{path}: {len(missing)} of the 256 single bytes have no rank (the first is 0x{missing[0]:02x}), "
@@ -83,7 +82,7 @@ class RankFile:
         self.token_bytes = [token for token, _ in by_rank] + [name.encode() for name in special_tokens]
         self.bos_id, self.eos_id = special_tokens["<|begin_of_text|>"], special_tokens["<|end_of_text|>"]
         self.pad_id = special_tokens.get("<|finetune_right_pad_id|>", -1)  # a name that came with Llama 3.1
-        # tiktoken gets no special tokens: all that it is given is text.
+        # tiktoken gets no special tokens: it encodes only text.
         self._bpe = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def content(self) -> bytes:
@@ -97,7 +96,7 @@ class RankFile:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cuts a text into pieces of at most `MAX_PIECE_CHARS`, where `LLAMA3_PATTERN` would cut it too if it can."""
+    """Cuts a text into pieces of at most `MAX_PIECE_CHARS`, if possible where `LLAMA3_PATTERN` cuts too."""
     start = 0
     while len(text) - start > MAX_PIECE_CHARS:
         end = start + MAX_PIECE_CHARS
@@ -121,7 +120,7 @@ def _char_kind(char: str) -> str:
     return {"L": "L", "N": "N", "P": "O", "S": "O", "M": "O", "Z": "_"}.get(unicodedata.category(char)[0], "?")
 
 
-# After a character of the first kind, `LLAMA3_PATTERN` cuts before each of the second kinds, whatever stands around the
-# two: none of its alternatives matches across them. Its only look-ahead is in a run of spaces, after which we never
-# cut, and it never looks back. So each side is cut further as it would be in the whole text.
+# Between a character of the first kind and one of the second kinds `LLAMA3_PATTERN` always cuts: none of its
+# alternatives matches across them. It never looks back, and looks ahead only in a run of spaces, after which we never
+# cut. So it cuts each side as it would in the whole text.
 _CUT_BEFORE = {"L": "NO_\n", "N": "LO_\n", "O": "N_", "\n": "LNO", "_": "", "?": ""}

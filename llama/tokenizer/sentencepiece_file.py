@@ -17,7 +17,7 @@ class SentencePieceFile:
 
     def __init__(self, data: bytes, path: Path):
         try:
-            import sentencepiece  # an optional extra: Llama 3 does without
+            import sentencepiece  # an optional extra: Llama 3 does not need it
         except ImportError:
             raise ImportError(
                 f"{path} is a SentencePiece model (Llama 2), and the sentencepiece package is not installed: "
@@ -29,7 +29,7 @@ class SentencePieceFile:
             self.special_tokens = {sp.id_to_piece(i): i for i in ids if sp.is_control(i) or sp.is_unknown(i)}
             self.token_bytes = [self._bytes_of(i) for i in ids]
             starts = frozenset(i for i in ids if sp.id_to_piece(i).startswith("▁"))
-            # Encoding puts a space before a text, and decoding takes it off. A few models put nothing.
+            # Encoding adds a space before a text, and decoding removes it. A few models add none.
             self.word_starts = starts if starts.intersection(sp.encode("a")[:1]) else frozenset()
         except (RuntimeError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
             raise ValueError(

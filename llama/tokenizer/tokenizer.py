@@ -1,6 +1,6 @@
-"""Text to token ids and back, with whichever tokenizer file a Llama model comes with.
+"""Text to token ids and back, with any tokenizer file of a Llama model.
 
-Tells the files apart by their contents: a tiktoken rank file or a tokenizer.json for Llama 3, a SentencePiece model for
+The contents of a file tell its format: a tiktoken rank file or a tokenizer.json for Llama 3, a SentencePiece model for
 Llama 2. Knows nothing of dialogs, tensors, models or sampling.
 """
 
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 64 << 20  # Llama 3's tokenizer.json has 17 MB
 
 
 class Tokenizer:
-    """Text to token ids and back, alike for Llama 3 (tiktoken) and Llama 2 (SentencePiece).
+    """Text to token ids and back, for Llama 3 (tiktoken) and Llama 2 (SentencePiece).
 
     `model_path` is a `tokenizer.model`, or Hugging Face's `tokenizer.json` of Llama 3; the contents tell which.
 
@@ -36,8 +36,8 @@ class Tokenizer:
         pad_id: Llama 3: `<|finetune_right_pad_id|>`, -1 for none; Llama 2: what the file says, -1 in Meta's.
         eot_id: Llama 3: the id that ends a turn of a chat; Llama 2: None.
         stop_tokens: the ids at which an answer ends: end of text, of turn and of message; Llama 2: `eos_id` alone.
-        special_tokens: name to id of each token that plain text is never encoded to.
-        ranks: Llama 3: the bytes of the other tokens to their ids; Llama 2: None.
+        special_tokens: the ids, by name, of the tokens that plain text is never encoded to.
+        ranks: Llama 3: the ids of the other tokens, by their bytes; Llama 2: None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -65,7 +65,7 @@ class Tokenizer:
 
     @functools.cached_property
     def model(self) -> tiktoken.Encoding:
-        """Llama 3: tiktoken's encoding of the same tokens, special ones included, under the name in Meta's code."""
+        """Llama 3: tiktoken's encoding, special tokens included. Meta's code has it under this name."""
         if self.ranks is None:
             raise AttributeError("a Llama 2 tokenizer has no `model`: SentencePiece's is `sp_model`")
         return tiktoken.Encoding(
@@ -74,7 +74,7 @@ class Tokenizer:
 
     @property
     def sp_model(self) -> Any:
-        """Llama 2: the SentencePieceProcessor, under the name that Meta's code has."""
+        """Llama 2: the SentencePieceProcessor. Meta's code has it under this name."""
         if self.kind != "llama2":
             raise AttributeError("a Llama 3 tokenizer has no `sp_model`: tiktoken's is `model`")
         return self._model.processor
@@ -90,15 +90,15 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a text of any length.
 
-        The names of special tokens in the text are plain characters, unless they are allowed to be more. The ids are
-        those of tiktoken and sentencepiece, but for one case: where a Llama 3 text has more than 25,000 characters
-        that the format does not cut (one letter 30,000 times), it is cut there nevertheless.
+        The name of a special token in the text is plain characters unless `allowed_special` has it. The ids are those
+        of tiktoken and sentencepiece, except in one case: a stretch of a Llama 3 text that has more than 25,000
+        characters and that the format does not cut (one letter 30,000 times) is cut all the same.
 
         Args:
             bos, eos: put `bos_id` first, `eos_id` last.
-            allowed_special: names of special tokens that become their ids where they stand in the text, or `"all"`.
-                The text between two of them is encoded by itself.
-            disallowed_special: strings that are an error in the text; `"all"`: every special token not allowed.
+            allowed_special: names that are encoded as their special tokens, or `"all"`. The text between two of them
+                is encoded separately.
+            disallowed_special: strings that the text must not have; `"all"`: every special token not allowed.
 
         Raises:
             TypeError: `s` is not a str.
@@ -123,7 +123,7 @@ class Tokenizer:
             if disallowed and (found := _any_of(disallowed).search(s)):
                 where = f"{found[0]!r} at character {found.start()}"
                 raise ValueError(f"the text has {where}, which is in disallowed_special")
-            # Special tokens are taken out before any other cut, so that no cut can fall inside one.
+            # Special tokens are split off before any other cut, so that no cut falls inside one.
             for part in _any_of(allowed).split(s) if allowed else [s]:
                 ids += [self.special_tokens[part]] if part in allowed else self._model.encode(part)
         if eos:
@@ -133,9 +133,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int] | int) -> str:
         """The text of `ids` (a list, one id, or a one-dimensional tensor).
 
-        It is `decode_bytes(ids)` read as UTF-8; bytes that are no UTF-8 become U+FFFD. As in tiktoken and
-        sentencepiece, Llama 3's special tokens appear by their names and Llama 2's do not appear. Raises as
-        `decode_bytes` does.
+        It is `decode_bytes(ids)` read as UTF-8; invalid bytes become U+FFFD. As in tiktoken and sentencepiece, Llama
+        3's special tokens appear by name and Llama 2's do not appear. Raises as `decode_bytes` does.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
@@ -168,7 +167,7 @@ class Tokenizer:
 
 
 def _names(argument: str, names: str | Collection[str] | None, all_names: Collection[str]) -> set[str]:
-    if isinstance(names, str) and names != "all":  # it would be taken for a collection of its letters
+    if isinstance(names, str) and names != "all":  # a str is also a collection: of its letters
         raise ValueError(f'{argument} is "all" or a collection of strings, not the string {names!r}')
     return set(all_names) if names == "all" else set(names or ())
 

@@ -1,7 +1,7 @@
 """Hugging Face's `tokenizer.json` and back, for the byte-pair encodings of Llama 3.
 
-Knows how that file writes ranks and special tokens; nothing of encoding a text. A file is only read if a rank file
-could say the same: with any other, the ids would silently differ from those in training.
+Knows how that file writes ranks and special tokens; nothing of encoding a text. It reads only files that a rank file
+can express: with any other, the ids would silently differ from those in training.
 
 Format: github.com/huggingface/tokenizers; its byte-level alphabet is that of GPT-2 (Radford et al. 2019).
 """
@@ -11,16 +11,16 @@ from collections.abc import Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-# The longest token, and all tokens together, bytes. Llama 3's have 128 and 831,311. A token is tried as a merge of two
-# at each of its bytes, so that without limits a strange file would take hours.
+# The most bytes of a token, and of all tokens together; Llama 3's have 128 and 831,311. `_splits` tries to cut a token
+# at each of its bytes, so without limits a strange file would take hours.
 MAX_TOKEN_BYTES = 1024
 MAX_VOCABULARY_BYTES = 4_000_000
 
-# Settings of a BPE model that change its tokens; the last two mark tokens which are not words by themselves.
+# Settings of a BPE model that change its tokens: none of them may be set.
 SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
-# For str.translate: the character of the file for each byte is its own where that is visible, else the next one from
-# U+0100 on. Back, all other characters become U+FFFF, which is no byte: none is taken for the byte of its own number.
+# For str.translate. The file writes a byte as the character of the same number if that is visible, else as the next
+# character from U+0100 on. `_BYTES` maps back; it maps other characters below U+0100 to U+FFFF, which is no byte.
 _VISIBLE, _OTHERS = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}, iter(range(0x100, 0x200))
 _CHARS = {byte: chr(byte if byte in _VISIBLE else next(_OTHERS)) for byte in range(256)}
 _BYTES = dict.fromkeys(range(0x100), 0xFFFF) | {ord(char): byte for byte, char in _CHARS.items()}
@@ -37,10 +37,10 @@ def check_lengths(tokens: Collection[bytes], path: Path) -> None:
 
 
 def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Ranks of the tokens' bytes, and ids of the special tokens by name.
+    """The ranks of the tokens, by their bytes, and the ids of the special tokens, by name.
 
-    Every added token counts as special, also one that the file would find in plain text. Raises ValueError if it is not
-    a byte-level BPE, if it cuts a text by another `pattern`, or if no rank file could give its merges or ids.
+    Every added token counts as special, even one that Hugging Face finds in plain text. Raises ValueError if it is not
+    a byte-level BPE, if it cuts a text by another `pattern`, or if no rank file can express its merges or ids.
     """
     try:
         content = json.loads(data)
@@ -59,7 +59,7 @@ def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[byt
         raise ValueError(f"{path} is JSON, but {type(error).__name__} ({str(error)[:100]}): {expected}") from None
     if is_sentencepiece:
         raise ValueError(
-            f"{path} is the JSON form of a SentencePiece model (Llama 2), which is not read: "
+            f"{path} is the JSON form of a SentencePiece model (Llama 2), which is not supported: "
             "put the tokenizer.model of the same model next to it, or pass its path as tokenizer_path"
         )
     if kind != "BPE" or cut_by != pattern:
@@ -68,7 +68,7 @@ def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[byt
     if settings := [key for key in SETTINGS if model.get(key)]:
         raise ValueError(f"{path} has {settings[0]} = {repr(model[settings[0]])[:50]}: expected null, as Llama 3's")
     try:
-        # Vocab and merges are compared as they are written, a character for each byte.
+        # Vocab and merges are compared as the file writes them, one character for each byte.
         vocab = {token: rank for token, rank in vocab.items() if added.get(token) != rank}
         merged = [vocab[left + right] for left, right in pieces]
         ranks = {token.translate(_BYTES).encode("latin-1"): rank for token, rank in vocab.items()}
@@ -88,12 +88,12 @@ def read_tokenizer_json(data: bytes, path: Path, pattern: str) -> tuple[dict[byt
     found = len({(left, right) for left, right in pieces if left in vocab and right in vocab})
     if not found == len(pieces) == expected:
         raise ValueError(
-            f"{path}: {found} of its {len(pieces)} merges are pairs of tokens; {expected} pairs of tokens make one: "
-            "expected each of these, once; no rank file gives the same tokens"
+            f"{path}: {found} of its {len(pieces)} merges are pairs of tokens; {expected} pairs of tokens make a "
+            "token: expected each of these, once; no rank file gives the same tokens"
         )
     if added_ids != list(range(len(ids), len(ids) + len(added_ids))):
         found = f"{added_ids[:3]}… ({len(added_ids)} ids)"
-        raise ValueError(f"{path}: its added_tokens have {found}: expected {len(ids)} and on, after the vocab's")
+        raise ValueError(f"{path}: its added_tokens have {found}: expected ids from {len(ids)} on, after the vocab's")
     if missing := [name for name in ("<|begin_of_text|>", "<|end_of_text|>") if name not in added]:
         raise ValueError(f"{path} has no {missing[0]} among its added_tokens: expected Llama 3's")
     return ranks, dict(sorted(added.items(), key=lambda item: item[1]))
@@ -140,7 +140,7 @@ def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], bos:
 
 
 def _cut_pattern(content: dict) -> str | None:
-    """The expression that a text is cut by; None if anything else is done to it, or if there is none."""
+    """The regular expression that cuts a text; None if there is none, or if the text is changed in another way too."""
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
     if content.get("normalizer") is not None or [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
         return None

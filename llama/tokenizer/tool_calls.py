@@ -22,7 +22,7 @@ OFFER = (
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}. '
     "Do not use variables.\n\n"
 )
-# The beginning of a call, up to where its arguments begin; and how long that may be.
+# The head of a call, up to its arguments; and the most characters that a head may have.
 HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:parameters|arguments)"\s*:\s*(?=\{)'
 )
@@ -46,7 +46,7 @@ def offer_tools(dialog: Dialog, tools: list[dict[str, Any]]) -> Dialog:
 
 
 def write_call(name: str, arguments: str) -> str:
-    """A call as the model writes it; `arguments` is JSON. Raises ValueError if it is none."""
+    """A call as the model writes it. Raises ValueError if `arguments` is not JSON."""
     return json.dumps({"name": name, "parameters": json.loads(arguments)}, ensure_ascii=False)
 
 
@@ -63,7 +63,7 @@ def call_schema(tools: list[dict[str, Any]], name: str | None = None) -> dict[st
 
 
 class AnswerReader:
-    """Tells what is a call from what is text, while the answer comes.
+    """Tells a call from text while the answer arrives.
 
     Args:
         names: of the tools.
@@ -82,8 +82,8 @@ class AnswerReader:
         """What is new, as pairs: ("text", piece), ("name", of a call that begins), ("arguments", piece of their JSON).
 
         Args:
-            answer: all of it so far.
-            finished: whether nothing will follow.
+            answer: the whole answer so far.
+            finished: whether it is complete.
         """
         found: list[tuple[str, str]] = []
         if self._mode is None:
@@ -95,7 +95,7 @@ class AnswerReader:
             try:
                 end = json.JSONDecoder().raw_decode(answer, self._start)[1]
                 self.has_call = True
-            except (ValueError, RecursionError):  # not all there
+            except (ValueError, RecursionError):  # not complete yet
                 end = len(answer)
             if end > self._n_sent:
                 found.append(("arguments", answer[self._n_sent : end]))
@@ -103,7 +103,7 @@ class AnswerReader:
         return found
 
     def _begin(self, answer: str, finished: bool) -> list[tuple[str, str]]:
-        """Finds out, if it can, whether the answer is a call."""
+        """Decides whether the answer is a call, once that is clear."""
         body = answer.lstrip()
         is_tagged = body.startswith(PYTHON_TAG)
         could_be_tag = len(body) < len(PYTHON_TAG) and PYTHON_TAG.startswith(body)

@@ -1,4 +1,4 @@
-"""Prompts for which there is no room, cut at one side. Knows nothing of models."""
+"""Cuts prompts that are too long, at one side. Knows nothing of models."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ class CutPrompt(list[int]):
 
 
 def cut_ids(ids: list[int], room: int, side: Side, bos_id: int) -> list[int]:
-    """At most `room` ids, at least one: the first, or the last after a begin-of-text token at the beginning."""
+    """The first or the last `room` ids, at least one. A begin-of-text token at the beginning stays."""
     room = max(room, 1)
     if len(ids) <= room:
         return ids
@@ -29,10 +29,9 @@ def cut_ids(ids: list[int], room: int, side: Side, bos_id: int) -> list[int]:
 
 
 def cut_dialog(dialog: Dialog, room: int, side: Side, formatter: ChatFormat) -> list[int]:
-    """The ids of a dialog whose longest message is cut until they are at most `room`.
+    """At most `room` ids of a dialog. Only its longest message is cut.
 
-    So the format stays whole: its headers, the other messages, and where the answer begins. Raises ValueError if the
-    dialog is too long without that message.
+    The headers and the other messages stay whole. Raises ValueError if the dialog is too long without that message.
     """
     tokenizer = formatter.tokenizer
     contents = [tokenizer.encode(message["content"]) for message in dialog]
@@ -43,9 +42,9 @@ def cut_dialog(dialog: Dialog, room: int, side: Side, formatter: ChatFormat) -> 
     while n > room:
         if n_cut == len(whole):
             found = f"the dialog has {n:,} tokens without its longest message"
-            raise ValueError(f"{found}: expected at most {room:,}, which leave room for an answer")
+            raise ValueError(f"{found}: expected at most {room:,}, to leave room for an answer")
         n_cut = min(n_cut + n - room, len(whole))
-        if side == "left":  # and no half of a character at the cut
+        if side == "left":  # drops a character that the cut has halved
             text = tokenizer.decode(whole[n_cut:]).lstrip("\ufffd")
         else:
             text = tokenizer.decode(whole[: len(whole) - n_cut]).rstrip("\ufffd")

@@ -1,4 +1,4 @@
-"""The chat template and the stop ids of a Hugging Face directory: used, or refused with what would help.
+"""The chat template and the stop ids of a Hugging Face directory: used, or refused with a remedy.
 
 The oracle is Transformers' `apply_chat_template` on the same directory. The templates are written here, after the
 public ones: Llama 3's and 3.1's, Llama 2's, ChatML, one that opens the answer inside its loop, some that are refused.
@@ -160,7 +160,7 @@ def test_the_text_of_a_message_never_becomes_a_token(with_template):
     assert [token for token in ids if token in tokenizer.special_tokens.values()] == special
 
 
-def test_a_template_that_renders_as_the_built_in_format_is_that_format(with_template, directory):
+def test_a_template_that_renders_like_the_built_in_format_is_not_used(with_template, directory):
     for name, folder in (("same", with_template(LLAMA3, name="same")), ("converted", directory)):
         llama = build(folder)
         assert llama.tokenizer.chat_template is not None and llama.formatter.template is None, name
@@ -172,7 +172,7 @@ def test_a_template_that_renders_as_the_built_in_format_is_that_format(with_temp
         assert llama.formatter.encode_dialog_prompt(dialog) == ChatFormat(plain).encode_dialog_prompt(dialog)
 
 
-def test_llama_2s_template_is_its_built_in_format(tmp_path):
+def test_llama_2s_template_equals_its_built_in_format(tmp_path):
     path = shared("tokenizers", "llama2", "tokenizer.model")
     from llama.tokenizer.chat_template import read_chat_files
 
@@ -195,7 +195,7 @@ def test_an_answer_ends_at_the_directorys_own_eos_token_id(with_template):
     assert f"{stop} " in dict(info(with_template(CHATML, name="x", eos_token_id=stop)))["stop ids"]
 
 
-def test_config_json_adds_a_stop_and_takes_none_away(with_template):
+def test_config_json_adds_a_stop_and_removes_none(with_template):
     folder = with_template(None)
     before = open_checkpoint(folder)[0].stop_tokens
     (folder / "generation_config.json").write_text("{}")
@@ -207,7 +207,7 @@ def test_config_json_adds_a_stop_and_takes_none_away(with_template):
 
 REFUSED = {
     "{{ raise_exception('System role not supported') }}": "the chat template of .*own refuses the dialog: System role",
-    "{% for m in messages %}": "tokenizer_config.json: the chat_template is not one .*: fix it there, delete it",
+    "{% for m in messages %}": "tokenizer_config.json: the chat_template is not valid .*: fix it there, delete it",
     "{{ ''.__class__.__mro__ }}": "the chat template fails .SecurityError",
     "{{ '{:>999999999}'.format(1) }}": "the chat template fails .SecurityError",
     "{{ 'a'.ljust(999999999) }}": "the chat template fails .SecurityError",
@@ -224,7 +224,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("template", REFUSED)
-def test_a_template_that_cannot_be_used_is_refused_before_anything_runs_and_texts_go_on(with_template, template):
+def test_a_broken_template_is_refused_before_anything_runs_and_texts_still_work(with_template, template):
     llama = build(with_template(template))
     with pytest.raises(ValueError, match=REFUSED[template]):
         llama.chat_completion([[user("Hi")]], temperature=0, max_gen_len=2)
@@ -234,7 +234,7 @@ def test_a_template_that_cannot_be_used_is_refused_before_anything_runs_and_text
     assert shown.startswith(("none: ", "the directory's own template"))
 
 
-def test_a_role_that_the_template_refuses_is_refused_in_its_words(with_template):
+def test_a_role_that_the_template_refuses_is_refused_with_its_message(with_template):
     llama = build(with_template(LLAMA2))
     with pytest.raises(ValueError, match=r"dialog 1: the chat template of .* refuses the dialog: Conversation roles"):
         llama.chat_completion([[user("a")], [user("a"), user("b")]])
@@ -257,7 +257,7 @@ def test_broken_files_of_a_directory_are_refused(with_template, file, content, m
         open_checkpoint(folder)
 
 
-def test_without_jinja_dialogs_are_refused_with_the_command_that_helps(with_template, monkeypatch):
+def test_without_jinja_dialogs_are_refused_with_the_command_that_installs_it(with_template, monkeypatch):
     llama = build(with_template(CHATML))
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     with pytest.raises(ImportError, match=r"Jinja is not installed: pip install jinja2 .*'\.\[templates\]'"):
@@ -276,7 +276,7 @@ def test_a_reward_model_reads_dialogs_by_its_own_template(with_template):
 
 
 @pytest.mark.parametrize("how", ["int8", "meta"])
-def test_a_directory_that_is_written_again_keeps_its_template_and_its_stop_ids(with_template, tmp_path, how):
+def test_a_converted_directory_keeps_its_template_and_its_stop_ids(with_template, tmp_path, how):
     source = with_template(CHATML, eos_token_id=[7, 1])
     if how == "meta":
         convert(source, tmp_path / how, "meta")

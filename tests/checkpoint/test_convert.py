@@ -1,4 +1,4 @@
-"""Conversions there and back, read by Transformers, safetensors and PyTorch; and those that fail or are cut off."""
+"""Conversions there and back, read by Transformers, safetensors and PyTorch; conversions that fail or are killed."""
 
 import fcntl
 import json
@@ -44,7 +44,7 @@ def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
 
 
 def args_of(folder: Path) -> ModelArgs:
-    """The shape of a model, with the hidden size in place of how a file puts it."""
+    """The shape of a model, with the hidden size instead of a file's parameters for it."""
     args = open_checkpoint(folder)[1].args
     return replace(args, multiple_of=args.hidden_dim, ffn_dim_multiplier=None)
 
@@ -65,7 +65,7 @@ def test_meta_to_hugging_face_and_back_is_bit_for_bit(write_checkpoint, tmp_path
     assert (src / "tokenizer.model").read_bytes() == (tmp_path / "back" / "tokenizer.model").read_bytes()
 
 
-def test_the_real_model_goes_there_and_back_and_says_the_same(stories, tmp_path):
+def test_the_real_model_converted_there_and_back_gives_the_same_text(stories, tmp_path):
     convert(stories, tmp_path / "hf", "hf")
     convert(tmp_path / "hf", tmp_path / "back", "meta")
     assert_same_bits(load(stories), load(tmp_path / "back"))
@@ -85,7 +85,7 @@ def test_transformers_gives_our_logits_from_a_converted_directory(write_checkpoi
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokens = torch.randint(0, 512, (2, 200), generator=torch.Generator().manual_seed(1))
     expected = Llama.build(src, max_seq_len=256, max_batch_size=2, device="cpu", dtype="float32").model(tokens)
-    assert expected.std() > 0.3  # logits that say something
+    assert expected.std() > 0.3  # the logits are not all alike
     torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-4, rtol=0)
 
 
@@ -108,7 +108,7 @@ def test_transformers_gives_our_ids_and_chats_from_a_converted_directory(write_c
     assert set(settings.eos_token_id) == ours.stop_tokens
 
 
-def test_a_tokenizer_json_becomes_the_rank_file_it_was_made_of(write_checkpoint, tmp_path):
+def test_a_tokenizer_json_becomes_the_rank_file_it_was_made_from(write_checkpoint, tmp_path):
     src = write_checkpoint()
     convert(src, tmp_path / "hf", "hf")
     (tmp_path / "hf" / "tokenizer.model").unlink()
@@ -121,7 +121,7 @@ def test_a_tokenizer_json_becomes_the_rank_file_it_was_made_of(write_checkpoint,
     first["content"], second["content"] = second["content"], first["content"]
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(
-        ValueError, match=r"Meta's format has the 256 special tokens .* here is <\|end_of_text\|> in an"
+        ValueError, match=r"Meta's format has only the 256 special tokens .* has <\|end_of_text\|> in an"
     ):
         convert(tmp_path / "hf", tmp_path / "moved", "meta")
     assert not (tmp_path / "moved").exists()
@@ -129,7 +129,7 @@ def test_a_tokenizer_json_becomes_the_rank_file_it_was_made_of(write_checkpoint,
 
 @pytest.mark.parametrize("n_shards", [1, 2, 4, 8])  # 8: more than the 4 heads of keys
 @pytest.mark.parametrize("source", ["one shard", "4 shards, embedding in columns", "hugging face"])
-def test_shards_are_cut_as_metas_are_from_any_source(write_checkpoint, tmp_path, source, n_shards):
+def test_shards_of_any_source_are_cut_like_metas(write_checkpoint, tmp_path, source, n_shards):
     whole = write_checkpoint(rope_theta=500000.0)
     src = whole
     if source == "hugging face":
@@ -148,7 +148,7 @@ def test_shards_are_cut_as_metas_are_from_any_source(write_checkpoint, tmp_path,
 
 
 @pytest.mark.parametrize("n_shards", [1, 2, 4])
-def test_a_llama_2s_embedding_is_cut_by_columns_as_in_metas_files(stories, tmp_path, n_shards):
+def test_llama_2s_embedding_is_cut_by_columns_as_in_metas_files(stories, tmp_path, n_shards):
     convert(stories, tmp_path / "cut", "meta", shards=n_shards)
     slow = split_checkpoint(stories, tmp_path / "slow", n_shards, embedding="columns")
     for path in sorted(slow.glob("*.pth")):
@@ -157,7 +157,7 @@ def test_a_llama_2s_embedding_is_cut_by_columns_as_in_metas_files(stories, tmp_p
         assert_same_bits(torch.load(tmp_path / "cut" / path.name, weights_only=True), expected)
 
 
-def test_files_are_whole_zip_archives_and_their_tensors_are_aligned(write_checkpoint, tmp_path):
+def test_files_are_valid_zip_archives_with_aligned_tensors(write_checkpoint, tmp_path):
     convert(write_checkpoint(dtype=torch.bfloat16), tmp_path / "cut", "meta", shards=2)
     for path in (tmp_path / "cut").glob("*.pth"):
         with zipfile.ZipFile(path) as archive:
@@ -168,7 +168,7 @@ def test_files_are_whole_zip_archives_and_their_tensors_are_aligned(write_checkp
         assert all(tensor.is_contiguous() for tensor in mapped.values())
 
 
-def test_safetensors_files_are_at_most_as_large_as_said(write_checkpoint, tmp_path, monkeypatch):
+def test_safetensors_files_have_at_most_the_size_limit(write_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "MAX_FILE_BYTES", 150_000)
     src = write_checkpoint()
     convert(src, tmp_path / "hf", "hf")
@@ -204,7 +204,7 @@ def test_numbers_beyond_float16_are_refused_and_not_made_infinite(write_checkpoi
     assert names(tmp_path) == ["ckpt"]
 
 
-def test_hugging_face_to_hugging_face_keeps_what_the_directory_says(write_checkpoint, tmp_path):
+def test_hugging_face_to_hugging_face_keeps_the_settings_of_the_directory(write_checkpoint, tmp_path):
     convert(write_checkpoint(), tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"max_position_embeddings": 777, "note": "x"}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
@@ -224,12 +224,12 @@ def test_checklist_is_what_md5sum_checks(write_checkpoint, tmp_path):
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is no file's."""
+    """Private memory of this process, without mapped files."""
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
-def test_memory_is_a_few_pieces_and_not_a_tensor(write_checkpoint, tmp_path, monkeypatch, to):
+def test_memory_is_a_few_pieces_not_a_whole_tensor(write_checkpoint, tmp_path, monkeypatch, to):
     changes = {"dim": 512, "n_layers": 1, "vocab_size": 24000}
     largest = 24000 * 512 * 4
     src = write_checkpoint(**changes)
@@ -252,7 +252,7 @@ def test_memory_is_a_few_pieces_and_not_a_tensor(write_checkpoint, tmp_path, mon
 # --- what goes wrong
 
 
-def test_a_place_that_is_taken_is_left_alone(write_checkpoint, tmp_path):
+def test_an_existing_target_is_left_alone(write_checkpoint, tmp_path):
     src = write_checkpoint()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
@@ -278,7 +278,7 @@ def test_a_place_that_is_taken_is_left_alone(write_checkpoint, tmp_path):
         ({"to": "meta", "shards": 3}, r"shards = 3: 8 heads with 4 .* among \[1, 2, 4, 8\]"),
     ],
 )
-def test_what_cannot_be_is_refused_and_leaves_nothing(write_checkpoint, tmp_path, arguments, message):
+def test_an_impossible_conversion_is_refused_and_leaves_nothing(write_checkpoint, tmp_path, arguments, message):
     src = write_checkpoint()
     with pytest.raises(ValueError, match=message):
         convert(src, tmp_path / "out", **arguments)
@@ -310,7 +310,7 @@ def test_a_failed_write_leaves_nothing(write_checkpoint, tmp_path):
 def test_a_full_disk_leaves_nothing(write_checkpoint, mount_disk, to, known_before):
     small_disk = mount_disk("2300k")
     src = write_checkpoint(dim=256 if known_before else 128)
-    if not known_before:  # room for the weights, and for nothing beside them
+    if not known_before:  # room for the weights, and for nothing else
         n_bytes = sum(tensor.nbytes for tensor in load(src).values())
         (small_disk / "other").write_bytes(bytes((shutil.disk_usage(small_disk).free - n_bytes) // 4096 * 4096))
     reason = "bytes are free" if known_before else "No space left on device"
@@ -338,7 +338,7 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_up(write_c
     assert names(tmp_path / "out") == ["checklist.chk", "consolidated.00.pth", "params.json", "tokenizer.model"]
 
 
-def test_two_conversions_to_one_place_do_not_meet(write_checkpoint, tmp_path):
+def test_two_conversions_to_one_target_do_not_mix(write_checkpoint, tmp_path):
     src = write_checkpoint()
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "theirs").touch()
@@ -362,6 +362,6 @@ def test_a_broken_source_leaves_nothing(write_checkpoint, tmp_path):
     assert names(tmp_path) == ["ckpt", "hf"]
 
 
-def test_nothing_is_printed_where_stderr_is_no_terminal(write_checkpoint, tmp_path, capfd):
+def test_nothing_is_printed_if_stderr_is_no_terminal(write_checkpoint, tmp_path, capfd):
     convert(write_checkpoint(), tmp_path / "hf", "hf")
     assert capfd.readouterr() == ("", "")

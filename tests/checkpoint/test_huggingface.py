@@ -35,7 +35,7 @@ VARIANTS = {
 
 @pytest.fixture
 def write_directory(tmp_path):
-    """Writes what Transformers' save_pretrained makes of random weights; returns the directory and its model."""
+    """Saves random weights with Transformers' save_pretrained; returns the directory and its model."""
 
     def write(max_shard_size: str = "5GB", **changes):
         folder = tmp_path / "hf"
@@ -66,18 +66,18 @@ def test_a_directory_of_transformers_gives_its_logits(write_directory, variant, 
         (folder / "model.safetensors.index.json").unlink()
     tokens = torch.randint(0, 512, (2, 200), generator=torch.Generator().manual_seed(1))
     expected = theirs(tokens).logits
-    assert expected.std() > 0.3  # logits that say something
+    assert expected.std() > 0.3  # the logits are not all alike
     torch.testing.assert_close(build(folder).model(tokens), expected, atol=1e-4, rtol=0)
 
 
-def test_rows_change_places_and_back():
+def test_rows_are_reordered_there_and_back():
     rows = torch.arange(16).unsqueeze(1).expand(16, 3)  # two heads of 8
     assert rows_in_halves(rows, 8)[:, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
     assert torch.equal(rows_in_pairs(rows_in_halves(rows, 8), 8), rows)
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 4, 8])  # 8: more than the 4 heads of keys
-def test_the_slices_of_ranks_are_those_of_the_full_tensors_and_lie_in_the_file(write_directory, n_ranks):
+def test_the_slices_of_ranks_equal_the_full_tensors_and_are_mapped_from_the_file(write_directory, n_ranks):
     folder, _ = write_directory()
     _, checkpoint = open_checkpoint(folder)
     for name, shape in checkpoint.shapes.items():
@@ -136,7 +136,7 @@ def test_the_keys_of_transformers_4_and_5_mean_the_same(tmp_path):
     assert (plain.rope_theta, plain.use_scaled_rope) == (10000.0, False)
 
 
-def test_any_hidden_size_is_reproduced_and_published_ones_as_published():
+def test_any_hidden_size_is_reproduced_and_published_ones_have_metas_params():
     chosen = random.Random(0)
     for _ in range(2000):
         dim, hidden_dim = chosen.randrange(2, 20000, 2), chosen.randrange(1, 60000)
@@ -190,7 +190,7 @@ def test_a_config_of_another_model_is_refused(write_directory, change, message):
 
 
 def rewrite(path: Path, edit) -> None:
-    """Writes a safetensors file again with what `edit` makes of its header and its data."""
+    """Writes a safetensors file again, with header and data changed by `edit`."""
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header, body = edit(json.loads(data[8 : 8 + length]), data[8 + length :])
@@ -290,7 +290,7 @@ def test_a_broken_index_is_one_clear_error(write_directory, damage, message):
         open_checkpoint(folder)
 
 
-def test_a_copy_of_the_tied_table_is_passed_over(write_directory):
+def test_a_copy_of_the_tied_embedding_is_ignored(write_directory):
     folder, _ = write_directory(**VARIANTS["llama 3.2: tied, scaled by 32"])
     save_again(lm_head__weight=torch.zeros(512, 64))(folder / "model.safetensors")
     weights = build(folder).model.state_dict()
@@ -298,11 +298,11 @@ def test_a_copy_of_the_tied_table_is_passed_over(write_directory):
     assert torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
 
 
-def test_computed_angles_in_a_file_are_passed_over_and_unaligned_numbers_are_read(write_directory):
+def test_rotary_angles_in_a_file_are_ignored_and_unaligned_numbers_are_read(write_directory):
     folder, _ = write_directory()
     expected = build(folder).model.state_dict()
     save_again(**{"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)})(folder / "model.safetensors")
-    # safetensors' own writer pads the header to 8 bytes; the format does not ask for it.
+    # safetensors' own writer pads the header to 8 bytes; the format does not require it.
     rewrite(folder / "model.safetensors", lambda header, body: (header | {"__metadata__": {"a": "b" * 3}}, body))
     length = struct.unpack("<Q", (folder / "model.safetensors").read_bytes()[:8])[0]
     assert length % 4 != 0
@@ -324,7 +324,7 @@ def test_a_directory_of_neither_kind_names_both(tmp_path):
         open_checkpoint(tmp_path / "absent")
 
 
-def test_metas_files_come_first_but_only_with_their_shards(write_checkpoint, write_directory):
+def test_metas_files_are_preferred_but_only_with_their_shards(write_checkpoint, write_directory):
     meta, (folder, _) = write_checkpoint(), write_directory()
     (folder / "params.json").write_text("{}")
     assert isinstance(open_checkpoint(folder)[1], HuggingFaceCheckpoint)
@@ -339,7 +339,7 @@ def test_without_the_safetensors_package_the_error_says_how_to_get_it(write_dire
         open_checkpoint(folder)
 
 
-def test_tokenizer_json_serves_where_there_is_no_tokenizer_model(write_directory):
+def test_tokenizer_json_is_used_if_there_is_no_tokenizer_model(write_directory):
     folder, _ = write_directory()
     expected = Tokenizer(folder / "tokenizer.model")
     text = tokenizer_json(expected.ranks, expected.special_tokens, "<|begin_of_text|>", LLAMA3_PATTERN)
@@ -354,7 +354,7 @@ def test_tokenizer_json_serves_where_there_is_no_tokenizer_model(write_directory
         open_checkpoint(folder)
 
 
-def test_the_header_we_write_is_one_the_library_reads(tmp_path):
+def test_the_library_reads_the_header_that_we_write(tmp_path):
     shapes = full_shapes(ModelArgs(**SHAPE))
     header = safetensors_header(shapes, torch.bfloat16)
     size = sum(torch.Size(shape).numel() for shape in shapes.values()) * 2

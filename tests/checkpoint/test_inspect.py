@@ -1,4 +1,4 @@
-"""`llama info` and `llama verify`: what they say of sound directories and of broken ones."""
+"""`llama info` and `llama verify`: their output for sound and for broken directories."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ def test_info_says_what_the_directory_holds(two_shards):
     assert found["model_parallel_size"] == "one of " + ", ".join(map(str, args.model_parallel_sizes))
 
 
-def test_memory_is_that_of_the_model_that_is_built(two_shards):
+def test_the_memory_shown_is_that_of_the_built_model(two_shards):
     from llama import Llama
 
     llm = Llama.build(two_shards, max_seq_len=100, max_batch_size=3, device="cpu")
@@ -101,7 +101,7 @@ def test_verify_without_a_checklist_says_so(two_shards):
     assert "no checklist.chk" in found.notes[0]
 
 
-def test_verify_lists_every_problem_and_not_the_first_alone(two_shards, monkeypatch):
+def test_verify_lists_every_problem_not_only_the_first(two_shards, monkeypatch):
     monkeypatch.setattr(inspect_checkpoint, "CHUNK_BYTES", 1024)  # the matrices are read in pieces
     for number in (0, 1):
         path = two_shards / f"consolidated.{number:02d}.pth"
@@ -178,7 +178,7 @@ def test_the_commands(two_shards):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_what_rounding_will_take_is_what_a_rounded_directory_takes(write_checkpoint, tmp_path, kind):
+def test_info_predicts_the_size_of_a_quantised_directory(write_checkpoint, tmp_path, kind):
     folder = write_checkpoint(dim=128, dtype=torch.bfloat16)
     quantize(folder, tmp_path / kind, kind)
     rounded = [dict(info(path, None, 2048, 1, kind))["memory"] for path in (folder, tmp_path / kind)]
@@ -190,7 +190,7 @@ def test_what_rounding_will_take_is_what_a_rounded_directory_takes(write_checkpo
 @pytest.mark.parametrize(
     ("text", "n_bytes"), [("16GB", 16 * 10**9), ("24 GiB", 24 * 2**30), ("8e9", 8 * 10**9), ("500m", 5 * 10**8)]
 )
-def test_a_size_is_read_as_it_is_written(text, n_bytes):
+def test_sizes_are_parsed(text, n_bytes):
     assert parse_size(text) == n_bytes
 
 

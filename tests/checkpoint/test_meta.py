@@ -15,8 +15,8 @@ from llama.checkpoint.loading import StagedCopy, load_weights
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.model import ModelArgs, Transformer
 
-# Every directory of a folder on the processes of this run: how far the logprobs of the golden tokens are off, which
-# tokens are the likeliest there, and, for the first directory, what greedy decoding gives.
+# For every directory of a folder, on the processes of this run: the error of the golden tokens' logprobs, the likeliest
+# tokens, and, for the first directory, the greedy answer.
 RESHARD_SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -96,7 +96,7 @@ def medium(tmp_path_factory) -> Path:
     return folder
 
 
-# Loads this rank's share; prints the bytes of its weights, and by how much private memory grew at most.
+# Loads this rank's share; prints the bytes of its weights, and the largest growth of private memory.
 MEMORY_SCRIPT = """
 import json, sys, threading, time
 from pathlib import Path
@@ -139,7 +139,7 @@ Path(results, f"{dist.get_rank()}.json").write_text(json.dumps(found))
 """
 
 
-def test_weights_used_as_they_lie_take_no_memory(medium, tmp_path):
+def test_mapped_weights_take_no_memory(medium, tmp_path):
     run = run_python(MEMORY_SCRIPT, "float32", tmp_path, medium, is_forked=False)
     assert run.returncode == 0, run.stderr
     [found] = json.loads((tmp_path / "0.json").read_text())
@@ -147,7 +147,7 @@ def test_weights_used_as_they_lie_take_no_memory(medium, tmp_path):
     assert found["grown"] < 0.1 * found["weights"]
 
 
-def test_another_dtype_is_held_once(medium, tmp_path):
+def test_weights_of_another_dtype_are_in_memory_once(medium, tmp_path):
     run = run_python(MEMORY_SCRIPT, "bfloat16", tmp_path, medium, is_forked=False)
     assert run.returncode == 0, run.stderr
     [found] = json.loads((tmp_path / "0.json").read_text())
@@ -363,7 +363,7 @@ def test_broken_directories_are_one_clear_error_on_every_rank(write_checkpoint, 
         for message, (_, *parts) in zip(messages[:-1], BAD, strict=True):
             assert message.startswith(("ValueError", "FileNotFoundError")), message
             assert all(part in message for part in parts), (message, parts)
-    # The last directory was broken on rank 1 alone.
+    # The last directory was broken only on rank 1.
     assert found[1][-1] == found[1][0]
     assert found[0][-1] == f"RankFailed: rank 1 failed: {found[1][0]}"
     assert not (tmp_path / "bad" / "payload-has-run").exists()
@@ -374,7 +374,7 @@ def test_the_payload_of_the_malicious_file_is_real(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def test_files_of_before_pytorch_1_6_are_refused_with_the_way_out(write_checkpoint):
+def test_files_from_before_pytorch_1_6_are_refused_with_a_remedy(write_checkpoint):
     folder = write_checkpoint()
     path = folder / "consolidated.00.pth"
     state = torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""Checkpoints damaged at random: each is read, or refused by one clear error, in time and in little memory."""
+"""Checkpoints damaged at random: each is read, or refused with one clear error, quickly and in little memory."""
 
 import io
 import json
@@ -52,13 +52,13 @@ def read_all(folder: Path) -> None:
 
 
 def damaged_at_the_end(rng: random.Random, data: bytes) -> bytes:
-    """The directory of a zip archive is at its end; anywhere else a change hits numbers, mostly."""
+    """Damages the end, where a zip archive has its directory; elsewhere a change would mostly hit numbers."""
     n = rng.choice((100, 2000, 6000, len(data)))
     return data[:-n] + damaged(rng, data[-n:])
 
 
 def damaged_pickle(rng: random.Random, data: bytes) -> bytes:
-    """A sound archive, check sums and all, whose pickle is damaged."""
+    """An archive with right check sums, whose pickle is damaged."""
     return with_pickle(data, lambda content: damaged(rng, content))
 
 
@@ -72,7 +72,7 @@ def with_pickle(data: bytes, edit: Callable[[bytes], bytes], compression: int = 
 
 
 def damaged_header(rng: random.Random, data: bytes) -> bytes:
-    """A safetensors file whose header says something else."""
+    """A safetensors file with a wrong header."""
     length = struct.unpack("<Q", data[:8])[0]
     header = damaged_json(rng, data[8 : 8 + length])
     said = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 8 + len(header), 10**8, 2**63, 2**64 - 1))
@@ -117,7 +117,7 @@ def test_verify_lists_the_problems_of_a_damaged_directory_and_raises_nothing(fol
 
 
 @pytest.mark.parametrize("folder", ["meta"], indirect=True)
-def test_shapes_that_no_file_has_are_refused_before_anything_is_made_of_them(folder):
+def test_impossible_shapes_are_refused_before_anything_is_allocated(folder):
     path = folder / "params.json"
     params = json.loads(path.read_text())
     started = time.perf_counter()
@@ -139,7 +139,7 @@ def test_shapes_that_no_file_has_are_refused_before_anything_is_made_of_them(fol
 
 
 class Allocates:
-    """Nothing but a large bytearray: PyTorch's own check of what a pickle may call lets it pass."""
+    """A large bytearray: PyTorch's own check of what a pickle may call allows it."""
 
     def __reduce__(self):
         return bytearray, (4_000_000_000,)
@@ -216,7 +216,7 @@ def test_a_reward_models_context_is_bounded(folder):
 
 
 @pytest.mark.parametrize("folder", ["meta"], indirect=True)
-def test_what_is_read_after_damage_runs_too(folder):
+def test_a_damaged_checkpoint_that_loads_also_runs(folder):
     """Numbers that are within their limits give finite logits."""
     path, n_built = folder / "params.json", 0
     data = path.read_bytes()
@@ -243,13 +243,13 @@ def test_what_is_read_after_damage_runs_too(folder):
         ({"quantize": "int3"}, "quantize = 'int3': expected 'int8' or 'int4', or None"),
     ],
 )
-def test_arguments_of_a_load_are_checked_before_weights_are_read(write_checkpoint, arguments, message):
+def test_arguments_are_checked_before_weights_are_read(write_checkpoint, arguments, message):
     defaults = {"tokenizer_path": None, "max_seq_len": 16, "max_batch_size": 1, "dtype": None}
     with pytest.raises(ValueError, match=message):
         load_model(write_checkpoint(), **defaults | {"device": torch.device("cpu")} | arguments)
 
 
 @pytest.mark.parametrize("sizes", [(1 << 40, 1), (64, 1 << 40)])
-def test_no_room_is_a_memory_error_that_says_what_to_do(write_checkpoint, sizes):
+def test_too_little_memory_is_a_memory_error_that_says_what_to_do(write_checkpoint, sizes):
     with pytest.raises(MemoryError, match=r"max_batch_size = \d+: `python -m llama info` says what it takes"):
         load_model(write_checkpoint(), None, *sizes, None, torch.device("cpu"))

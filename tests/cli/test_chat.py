@@ -19,7 +19,7 @@ def small(write_checkpoint) -> Llama:
 
 
 def says(letter: int, length: int = 5) -> dict:
-    """Options with which a model says one token over and over."""
+    """Options that make a model repeat one token."""
     return {"logit_bias": {letter: 1e9}, "max_gen_len": length}
 
 
@@ -35,7 +35,7 @@ def assistant(content: str) -> dict:
     return {"role": "assistant", "content": content}
 
 
-def test_each_answer_is_that_to_the_whole_dialog_so_far(small):
+def test_each_answer_is_to_the_whole_dialog_so_far(small):
     conversation = Conversation(small, "Be brief.", temperature=0, max_gen_len=8)
     dialog = [{"role": "system", "content": "Be brief."}]
     for question in ("Hello", "And then?"):
@@ -67,7 +67,7 @@ def test_the_beginning_of_a_stopped_answer_is_kept(small):
     assert respond(conversation, "go on") == "bbbbb\n"
 
 
-def test_an_answer_of_nothing_gets_a_polite_line_and_is_not_kept(small):
+def test_an_empty_answer_gets_a_polite_line_and_is_not_kept(small):
     conversation = Conversation(small, **says(EOT))
     assert respond(conversation, "Hello") == NO_ANSWER
     assert conversation.turns == []
@@ -90,7 +90,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(small):
         assert conversation.dialog()[0] == {"role": "system", "content": "S"}
         kept = [turn["content"] for turn in conversation.turns[::2]]
         assert kept == questions[n + 1 - len(kept) : n + 1]
-        # As many as leave room for the answer: one more would not have.
+        # It keeps as many turns as leave room for the answer.
         older = [m for q in questions[n - len(kept) : n] for m in (user(q), assistant("aaaaa"))]
         dialog = [conversation.dialog()[0], *older, user(question)]
         if len(kept) <= n:
@@ -153,7 +153,7 @@ def test_these_lines_end_it(small, line):
     assert conversation.ended and conversation.turns == []
 
 
-def test_with_a_space_before_it_or_more_behind_it_such_a_line_is_a_message(small):
+def test_with_a_space_before_it_or_more_text_after_it_such_a_line_is_a_message(small):
     conversation = Conversation(small, **says(A))
     for line in (" exit", " /quit", "quit smoking?", "exit\nnow"):
         assert respond(conversation, line) == "aaaaa\n"

@@ -19,7 +19,7 @@ from llama.cli import arguments, commands
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LLAMA = [sys.executable, "-m", "llama"]
 
-# The options of a single answer, which can be shown while it is decided; `batch` has more, none of them code.
+# The options of a single answer, which can be streamed; `batch` has more, none of them code.
 STREAMED = {
     *("max_gen_len", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size"),
     *("stop", "logit_bias", "seed", "presence_penalty", "frequency_penalty", "truncate"),
@@ -97,7 +97,7 @@ def test_without_a_seed_complete_gives_the_same_text_again_and_with_another_seed
     assert run([*LLAMA, *command]).stdout == shown[0]  # in a process of its own too
 
 
-def test_counts_are_in_the_singular_where_there_is_one(small, tmp_path, capfd):
+def test_a_count_of_one_is_singular(small, tmp_path, capfd):
     cli.main(["score", "x", "--ckpt_dir", str(tmp_path / "ckpt"), "--device", "cpu"])
     assert "\n1 token, perplexity " in capfd.readouterr().out
     (tmp_path / "ckpt" / "checklist.chk").write_text(f"{'0' * 32}  params.json\n")
@@ -137,7 +137,7 @@ def test_other_values_have_the_types_of_the_options():
     }
     assert decoding("--early-stopping", "True") == {"early_stopping": True}
     assert decoding("--top_p", "0.9") == {}  # the default
-    assert decoding("--temperature", "0.6") == {"temperature": 0.6}  # which in a beam search is none
+    assert decoding("--temperature", "0.6") == {"temperature": 0.6}  # a beam search would have another default
 
 
 @pytest.mark.parametrize("text", ["12", "(a, b)", "[1]", "None", "{x", "--x", "-1"])
@@ -147,7 +147,7 @@ def test_a_text_that_looks_like_python_or_a_flag_is_text(text, small, tmp_path, 
     assert "".join(line.split(maxsplit=1)[1].strip("'") for line in shown.splitlines()[:-1]) == text
 
 
-def test_a_line_that_is_not_understood_runs_nothing(nothing_is_loaded, capsys):
+def test_a_command_line_with_an_error_runs_nothing(nothing_is_loaded, capsys):
     for words in ("complete hi --tempratur 1", "complete hi --max_seq_len none", "complete hi more", "complete hi -n"):
         with pytest.raises(SystemExit) as exit:
             cli.main(words.split())
@@ -183,7 +183,7 @@ def test_an_unknown_flag_gets_the_nearest_as_a_suggestion(words, suggested, noth
         ("sample a b", "Missing from llama sample: --scorer"),
     ],
 )
-def test_a_line_that_is_no_call_is_explained_in_a_few_lines(words, expected, nothing_is_loaded, capsys):
+def test_a_wrong_command_line_is_explained_in_a_few_lines(words, expected, nothing_is_loaded, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(words.split())
     out, err = capsys.readouterr()
@@ -236,7 +236,7 @@ def test_a_line_that_is_no_call_is_explained_in_a_few_lines(words, expected, not
             "--num_beams = 4 with --temperature = 1.0: a beam search ",
         ),
         ("batch IN out.jsonl --replicas 0", "--replicas = 0: expected an integer of at least 1"),
-        ("sample a b --scorer logprob --keep 17", "--keep = 17: expected at most the 16 answers"),
+        ("sample a b --scorer logprob --keep 17", "--keep = 17: expected at most 16, the number"),
         ("sample a b --scorer logprob -n 0", "--n = 0: expected an integer of at least 1"),
         ("sample IN - --scorer logprob", "-: only `llama batch` reads and writes standard streams: expected a file"),
         ("sample IN out.jsonl --scorer best", "--scorer 'best': expected one of logprob, mean_logprob, reward:DIR"),
@@ -280,7 +280,7 @@ def test_a_flag_of_another_program_is_answered_with_ours(words, said, capsys):
     assert all(line.startswith(f"llama: {begin}") for line, begin in zip(lines, said)), lines
 
 
-def test_the_context_is_what_the_embedded_model_was_trained_on_and_else_2048(write_checkpoint):
+def test_the_context_is_256_for_the_embedded_model_and_2048_for_others(write_checkpoint):
     assert arguments.Loading(device="cpu").build().args.max_seq_len == 256
     assert arguments.Loading(str(write_checkpoint()), device="cpu").build().args.max_seq_len == 2048
     assert arguments.Loading(max_seq_len=300, device="cpu").build().args.max_seq_len == 300
@@ -289,7 +289,7 @@ def test_the_context_is_what_the_embedded_model_was_trained_on_and_else_2048(wri
 def test_an_empty_text_has_no_score(write_checkpoint, capfd):
     with pytest.raises(SystemExit):
         cli.main(["score", "", "--ckpt_dir", str(write_checkpoint())])
-    assert capfd.readouterr().err.splitlines()[-1] == "llama: the text is empty: expected some to score"
+    assert capfd.readouterr().err.splitlines()[-1] == "llama: the text is empty: expected a text to score"
 
 
 def test_a_mistake_in_a_real_process():
@@ -299,7 +299,7 @@ def test_a_mistake_in_a_real_process():
     assert result.stderr == "llama: --top_p = 0.0: expected a number of at least 1e-30\n"
 
 
-def test_of_two_processes_one_explains_the_line():
+def test_only_one_of_two_processes_explains_the_error():
     result = ranks(2, "-m", "llama", "chat", "--tempratur", "1")
     assert result.returncode != 0 and result.stderr.count("Perhaps you meant") == 1
 
@@ -320,7 +320,7 @@ def test_without_the_embedded_checkpoint_it_says_what_to_pass(monkeypatch, capsy
     ],
     ids=lambda command: command[0],
 )
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(command, tmp_path):
+def test_a_closed_pipe_ends_the_command_quietly(command, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     with (tmp_path / "shown").open("w") as shown, open(os.devnull) as nothing:
@@ -379,7 +379,7 @@ def test_help_says_what_each_option_means(capsys):
     assert "of every token of the prompt and the answer so far" in chat  # the second line of its docstring
     assert "--ckpt_dir STR Meta's directory or Hugging Face's; the embedded checkpoint when left out" in chat
     assert "--system STR the system prompt" in chat
-    assert "-n INT, --n INT" in sample and "Under torchrun, which has an option --n of its own, write -n" in sample
+    assert "-n INT, --n INT" in sample and "Under torchrun write -n, because torchrun has an option --n" in sample
     assert "(default: 1)" in chat.partition("--max_batch_size INT")[2].partition("--device")[0]
     assert "(default: 16)" in batch.partition("--max_batch_size INT")[2].partition("--device")[0]
 

@@ -1,4 +1,4 @@
-"""The model of lm-evaluation-harness against the harness's own `hf`, on tasks made here; nothing is downloaded."""
+"""Our model for lm-evaluation-harness against the harness's own `hf`, on tasks made here; nothing is downloaded."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def folder(tmp_path_factory) -> Path:
     starts = [STORY[: 20 + 7 * i] for i in range(12)]
     going_on = [p["generation"] for p in llama.text_completion(starts, 0, max_gen_len=8)]
     rows = {
-        # Contexts that end in a space, and one that is empty or longer than is read at once.
+        # Contexts that end in a space, an empty one, and one longer than max_length.
         "choice": [
             {"context": c, "choices": [f" {x}" for x in CHOICES] + ["\n"], "gold": i % 7}
             for i, c in enumerate([*starts, "What is in it? ", "", STORY * 6])
@@ -101,7 +101,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def evaluate(folder: Path, model: str, **model_args) -> tuple[dict, dict]:
-    """The harness's metrics, and of each task the answers to its requests."""
+    """The harness's metrics, and the answers to the requests of each task."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -215,7 +215,7 @@ def test_a_dialog_as_text_is_read_back_as_its_ids(folder):
 
 
 def continuation_logprobs(llama: Llama, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """As the model of the harness computes them: the log-probability of each, and whether it is the greedy one."""
+    """The log-probability of each, and whether it is the greedy one, as the harness's model computes them."""
     scored = llama.score_tokens([(context + ids, len(context)) for context, ids in pairs], shared=True)
     return [(math.fsum(scores.logprobs), scores.is_greedy) for scores in scored]
 

@@ -40,7 +40,7 @@ class Terminal:
     def __init__(self, command: list[str], folder: Path):
         self.tmux = ["tmux", "-f", "/dev/null", "-L", f"llama-{uuid.uuid4().hex}"]
         env = {**ENV, "XDG_STATE_HOME": str(folder / "state")}
-        # The shell gets Ctrl-C too, and must not end of it.
+        # The shell gets Ctrl-C too, and must survive it.
         line = (
             f"trap : INT; cd {shlex.quote(str(folder))}; {shlex.join(map(str, command))}; echo exit code $?; exec cat"
         )
@@ -51,7 +51,7 @@ class Terminal:
         subprocess.run([*self.tmux, "send-keys", *keys], check=True)
 
     def paste(self, text: str) -> None:
-        """As a terminal does: in brackets, if the program has asked for them."""
+        """Pastes like a terminal: in brackets, if the program has asked for them."""
         subprocess.run([*self.tmux, "set-buffer", text], check=True)
         subprocess.run([*self.tmux, "paste-buffer", "-p"], check=True)
 
@@ -60,7 +60,7 @@ class Terminal:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def wait(self, pattern: str, timeout: float = 180) -> str:
-        """The screen, once it matches; from the start to the end where the pattern says so, blank lines aside."""
+        """The screen, once it matches, without blank lines; `^` and `$` are its start and end."""
         deadline = time.monotonic() + timeout
         while not re.search(pattern, (screen := self.screen()).rstrip(), re.S):
             assert time.monotonic() < deadline, f"never saw {pattern!r} in\n{screen.rstrip()}"
@@ -168,7 +168,7 @@ def test_the_arrow_keys_bring_back_what_was_typed_in_an_earlier_chat(terminal, w
     first.wait(">$")
     first.type("Hello", "Enter")
     first.wait("aaaaa\n>$")
-    second = terminal(command)  # beside the first; it knows of what was there when it began
+    second = terminal(command)  # beside the first; it has the history from before it began
     second.wait(">$")
     second.type("Up")
     second.wait(f"> old {HISTORY_SIZE + 499}$")

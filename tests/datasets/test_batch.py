@@ -1,4 +1,4 @@
-"""Data sets of prompts: what a line gives, what is broken, and that kills and other processes change nothing."""
+"""Data sets of prompts: the record of a line, broken lines, and that kills and more processes change nothing."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def write_lines(path, lines: list) -> None:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
 
 
-# What a line gives
+# The record of a line
 
 
 def test_each_line_gives_what_a_call_with_its_options_and_seed_gives(small):
@@ -72,7 +72,7 @@ def test_each_line_gives_what_a_call_with_its_options_and_seed_gives(small):
     assert found["ids"]["prompt_tokens"] == 3 and found["ids"]["answer_tokens"] == len(ids)
 
 
-def test_a_line_gives_the_same_whatever_else_is_there_in_whatever_order(small):
+def test_a_line_gives_the_same_record_whatever_the_other_lines_and_their_order(small):
     lines = [{"id": f"{i}", "prompt": "ab" * (i % 5 + 1), "max_gen_len": i % 7} for i in range(30)]
     together = records(small, lines)
     backwards = records(small, iter(lines[::-1]))
@@ -94,7 +94,7 @@ def test_lines_are_taken_as_slots_become_free_and_answers_come_as_they_finish(sm
 
     found = run_batch(small, lines())
     first = [next(found)["line"] for _ in range(20)]
-    assert 1 not in first  # which is long
+    assert 1 not in first  # its answer is long
     assert len(taken) <= 20 + 4 + 1
     text = small.text_completion(["x"], temperature=0, max_gen_len=9)[0]["generation"]  # a call in between
     stream = small.stream_text("x", temperature=0, max_gen_len=9)
@@ -127,10 +127,10 @@ def test_beam_searches_sampled_lines_and_a_stream_between_two_records_run_beside
 
 BROKEN = {
     '{"id": 1, "prompt"': "not JSON: Expecting ':' delimiter",
-    '{"prompt": "x", "temprature": 1}': "'temprature' is not known: did you mean temperature? expected one of prompt, ",
+    '{"prompt": "x", "temprature": 1}': "'temprature' is not a field of a row: did you mean temperature? expected one",
     '{"prompt": "x", "temperature": -1}': "temperature = -1: expected a number of at least 0",
     '{"prompt": "x", "temperature": [1, 2]}': "temperature = [1, 2]: expected a number",
-    '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not known",
+    '{"prompt": "x", "logits_processor": "os.system"}': "'logits_processor' is not a field of a row",
     '{"prompt": "x", "num_return_sequences": 20000000}': "= 20000000: expected an integer of at most 10,000",
     f'{{"prompt": "x", "metadata": {"[" * 400}NaN{"]" * 400}}}': "nested deeper than 100 levels",
     '{"prompt": "x", "num_beams": 9, "temperature": 0}': "num_beams = 9: expected at most max_batch_size = 4",
@@ -168,7 +168,7 @@ def test_a_broken_line_is_a_record_with_its_number_and_the_others_go_on(small, t
     assert "line 1: not JSON" in shown and "line 19: " in shown and "line 21: " not in shown
 
 
-def test_what_fails_in_the_model_is_an_error_that_is_tried_again_when_asked(small, tmp_path):
+def test_a_failure_in_the_model_is_an_error_that_retry_tries_again(small, tmp_path):
     write_lines(tmp_path / "in.jsonl", [{"id": i, "prompt": "ab" + i} for i in "xyz"])
     logits = small.model.logits
 
@@ -233,7 +233,7 @@ def test_an_output_of_other_options_or_another_model_is_refused(small, tmp_path,
         run_batch_files(swapped, *files, max_gen_len=2)
     tokenizer.write_text(saved)
     same = Llama.build(tmp_path / "ckpt", max_seq_len=256, max_batch_size=9, device="cpu")
-    same.text_completion(["x"])  # its matrices are laid out anew now
+    same.text_completion(["x"])  # now its matrices have another layout
     assert run_batch_files(same, *files, max_gen_len=2).n_before == 1
 
 
@@ -271,7 +271,7 @@ def test_open_turns_give_the_tokens_of_calls_turn_by_turn_and_prefill_only_what_
         found = small.chat_completion(dialogs, **options)
         assert [(a["generation"], a["tokens"]) for a in found] == [e[:2] for e in expected]
         assert [a.get("dialog") for a in found] == [*(filled for *_, filled in expected[:3]), None]
-        # All that is prefilled is, but for what an answer's text is encoded as, the last prompts, each token once.
+        # Only the last prompts are prefilled, each token once, if an answer's text is encoded as its tokens.
         lengths = [len(small.formatter.encode_dialog_prompt(filled[:-1])) for *_, filled in expected]
         n_answers = sum(m not in d for d, (*_, filled) in zip(dialogs, expected) for m in filled[:-1])
         assert sum(lengths) - 7 * n_answers <= counters.prefilled - before <= sum(lengths) + 3 * n_answers
@@ -285,7 +285,7 @@ def test_open_turns_give_the_tokens_of_calls_turn_by_turn_and_prefill_only_what_
         assert [len(batch[i].get("turns", ())) for i in range(4)] == [3, 1, 2, 0]
 
 
-def test_open_turns_that_cannot_be_are_refused_before_anything_runs(small, monkeypatch):
+def test_impossible_open_turns_are_refused_before_anything_runs(small, monkeypatch):
     monkeypatch.setattr(small._engine, "step", lambda: pytest.fail("something was run"))
     for dialog, message in (
         ([user("a"), assistant(P), assistant("b")], "dialog 1: a dialog ends with a message of the user"),
@@ -313,7 +313,7 @@ def test_a_dialog_that_becomes_too_long_keeps_the_turns_that_it_has(small):
 # Processes and kills
 
 
-def test_a_batch_killed_again_and_again_is_equal_to_one_left_alone():
+def test_a_batch_killed_again_and_again_equals_an_undisturbed_one():
     found = kill_batch.main(n_lines=400, n_kills=2)  # the second time, a rank of four
     assert found == {"lines": 400, "ids": 400, "equal": True, "broken": 4, "too_long": found["too_long"], "others": 0}
     assert 0 < found["too_long"] < 60
@@ -336,7 +336,7 @@ def waits():
         wait("slow")  # the other has a line
     else:
         (folder / "slow").touch()
-        wait("39 done")  # and is not done with it before all others are
+        wait("39 done")  # it is not done before all others are
     return step()
 llama._engine.step = waits
 n_done = 0
@@ -417,7 +417,7 @@ def test_ctrl_c_ends_with_a_line_and_the_same_command_goes_on(write_checkpoint, 
     )
     result = run_python(code, "batch", *files, OMP_NUM_THREADS="1")
     assert result.returncode == 130, result.stderr
-    assert "has what was done, and the same command goes on from there" in result.stderr
+    assert "has the answers so far, and the same command goes on from there" in result.stderr
     before = (tmp_path / "out.jsonl").read_bytes()
     assert before.endswith(b"\n") and 0 < before.count(b"\n") < 200
     assert run_command(*files).returncode == 0

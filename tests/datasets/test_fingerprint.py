@@ -1,4 +1,4 @@
-"""What a model is known by: any change of it shows, and nothing that leaves its answers alone does."""
+"""A model's fingerprint: any change of the model changes it, and nothing else does."""
 
 import json
 
@@ -11,7 +11,7 @@ from llama.checkpoint import convert
 from llama.datasets.fingerprint import fingerprint, weights_digest
 
 
-def test_a_change_of_any_weight_shows():
+def test_a_change_of_any_weight_changes_it():
     model = random_model(**SMALL)
     before = weights_digest(model)
     for name, parameter in model.named_parameters():
@@ -23,7 +23,7 @@ def test_a_change_of_any_weight_shows():
     assert weights_digest(model) == before
 
 
-def test_matrices_that_have_changed_places_show():
+def test_swapped_matrices_change_it():
     model = random_model(**SMALL)
     before = weights_digest(model)
     first, second = (layer.feed_forward.w1 for layer in model.layers)
@@ -39,14 +39,14 @@ found = []
 for folder in sys.argv[1:]:
     llama = Llama.build(folder, max_seq_len=64, max_batch_size=2, device="cpu")
     found.append(fingerprint(llama))
-    llama.generate([[1, 2, 3]], 4)  # lays the matrices out anew
+    llama.generate([[1, 2, 3]], 4)  # packs the matrices
     found.append(fingerprint(llama))
 print(json.dumps(found))
 """
 
 
-def test_any_number_of_processes_and_any_layout_have_the_same(write_checkpoint, tmp_path):
-    """Four processes with two key heads: each is on two of them. No process's share cuts a group of int4 in two."""
+def test_any_number_of_processes_and_any_layout_have_the_same_fingerprint(write_checkpoint, tmp_path):
+    """Four processes with two key heads, so that two processes share each. No share cuts a group of int4 in two."""
     folders = [write_checkpoint(n_kv_heads=2), tmp_path / "int8", tmp_path / "int4"]
     folders.append(write_checkpoint("bfloat16", torch.bfloat16, dim=512, multiple_of=512))
     for kind in ("int8", "int4"):
@@ -60,7 +60,7 @@ def test_any_number_of_processes_and_any_layout_have_the_same(write_checkpoint, 
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_rounded_model_is_another(write_checkpoint, kind):
+def test_a_quantised_model_has_another_fingerprint(write_checkpoint, kind):
     folder = write_checkpoint(dim=128, dtype=torch.bfloat16)
     plain, rounded, again = (
         fingerprint(Llama.build(folder, max_seq_len=64, device="cpu", quantize=quantize))["weights"]
@@ -69,7 +69,7 @@ def test_a_rounded_model_is_another(write_checkpoint, kind):
     assert plain != rounded == again
 
 
-def test_a_tokenizer_is_known_by_its_vocabulary_and_not_by_its_file(write_checkpoint, tmp_path):
+def test_a_tokenizers_digest_depends_on_its_vocabulary_not_on_its_file(write_checkpoint, tmp_path):
     folder = write_checkpoint(vocab_size=600)
     convert.convert(folder, tmp_path / "hf", to="hf")
     digest = Tokenizer(folder / "tokenizer.model").digest

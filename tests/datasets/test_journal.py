@@ -1,4 +1,4 @@
-"""What is written survives: locks, kills in the middle of a line, full disks, other inputs, in real files."""
+"""Records survive in real files: with locks, kills in the middle of a line, full disks, other inputs."""
 
 import fcntl
 import json
@@ -53,14 +53,14 @@ def test_a_second_run_goes_on_where_the_first_was_cut_off(tmp_path, rows):
     assert lines(out) == [2, 5, 1, 3, 4]
 
 
-def test_errors_are_tried_again_only_when_asked(tmp_path, rows):
+def test_errors_are_tried_again_only_with_retry(tmp_path, rows):
     out = tmp_path / "out.jsonl"
     with Journal(out, rows, PARAMETERS) as journal:
         answer(journal, 1, 3)
         answer(journal, 2, error="no")
     with Journal(out, rows, PARAMETERS, retry=True) as journal:
         assert journal.done == {1, 3} and journal.n_failed == 0
-        with pytest.raises(BlockingIOError):  # the lock is that of the new file
+        with pytest.raises(BlockingIOError):  # the new file is locked
             Journal(out, rows, PARAMETERS)
         answer(journal, 2)
     assert lines(out) == [1, 3, 2]
@@ -91,7 +91,7 @@ def test_an_output_of_another_input_or_other_parameters_is_refused_with_what_dif
     with pytest.raises(ValueError, match="the input had 5 lines, and has 4"):
         Journal(out, write_rows(tmp_path, 4), PARAMETERS)
     assert out.read_bytes() == before
-    with Journal(out, write_rows(tmp_path, 7), PARAMETERS) as journal:  # new lines at the end are only more to do
+    with Journal(out, write_rows(tmp_path, 7), PARAMETERS) as journal:  # new lines at the end are allowed
         assert journal.done == {1} and journal.n_rows == 7
     with Journal(out, rows, other, force=True) as journal:
         assert journal.done == set()
@@ -106,7 +106,7 @@ def test_parameters_that_json_and_utf_8_do_not_have_are_the_same_when_read_again
             answer(journal, 1) if not done else None
 
 
-def test_what_is_no_output_of_a_run_is_not_touched(tmp_path, rows):
+def test_a_file_that_no_run_has_written_is_not_touched(tmp_path, rows):
     out = tmp_path / "out.jsonl"
     out.write_text("my notes\n")
     with pytest.raises(
@@ -129,7 +129,7 @@ def test_what_is_no_output_of_a_run_is_not_touched(tmp_path, rows):
 
 
 @pytest.mark.parametrize("line", ['{"line": [1]}', '{"line": 0}', '{"line": 999}', '{"line": true}', "[1]", "{}"])
-def test_a_whole_line_that_answers_no_row_is_refused_and_not_counted_as_done(tmp_path, rows, line):
+def test_a_line_that_answers_no_row_is_refused_and_not_counted_as_done(tmp_path, rows, line):
     out = tmp_path / "out.jsonl"
     with Journal(out, rows, PARAMETERS) as journal:
         answer(journal, 1)
@@ -142,7 +142,7 @@ def test_a_whole_line_that_answers_no_row_is_refused_and_not_counted_as_done(tmp
     assert out.read_bytes() == before
 
 
-def test_the_last_number_is_that_of_the_last_line_though_lines_are_empty(tmp_path):
+def test_empty_lines_count_in_the_number_of_the_last_line(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"id": "r0"}\n\n\n{"id": "r3"}\n')
     for done in (set(), {1, 4}):
         with Journal(tmp_path / "out.jsonl", Rows(tmp_path / "in.jsonl"), PARAMETERS) as journal:
@@ -160,13 +160,13 @@ def test_a_damaged_record_of_the_run_is_refused(tmp_path, rows, change, message)
     sidecar = tmp_path / "out.jsonl.run.json"
     for content in (json.loads(sidecar.read_text()) | change, [1], "[" * 100_000):
         sidecar.write_text(content if isinstance(content, str) else json.dumps(content))
-        with pytest.raises(ValueError, match=r"out.jsonl.run.json is damaged \(.*\): expected what a run") as caught:
+        with pytest.raises(ValueError, match=r"out.jsonl.run.json is damaged \(.*\): expected the sidecar") as caught:
             Journal(tmp_path / "out.jsonl", rows, PARAMETERS)
         assert message in str(caught.value) or not isinstance(content, dict)
 
 
 @pytest.mark.parametrize("gone", ["out.csv.jsonl", "out.csv.run.json"])
-def test_a_csv_file_that_no_run_is_known_to_have_made_is_not_overwritten(tmp_path, rows, gone):
+def test_a_csv_file_without_its_sidecar_or_journal_is_not_overwritten(tmp_path, rows, gone):
     out = tmp_path / "out.csv"
     out.write_text("my,notes\n")
     with pytest.raises(
@@ -204,7 +204,7 @@ def test_no_output_is_written_over_its_input(tmp_path, rows, source):
 
 @pytest.mark.parametrize("is_replaced", [True, False])
 def test_a_journal_that_is_replaced_before_it_is_locked_is_opened_anew(tmp_path, rows, monkeypatch, is_replaced):
-    """As by a run with --retry, which puts another file in its place while this one waits for the lock."""
+    """A run with --retry replaces the file while this one waits for the lock."""
     out, real = tmp_path / "out.jsonl", fcntl.flock
     Journal(out, rows, PARAMETERS).close()
 
@@ -232,7 +232,7 @@ def test_a_refused_run_leaves_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_where_nothing_can_be_written_is_said_before_there_is_anything_to_write(tmp_path, rows):
+def test_an_unwritable_place_is_refused_before_there_is_anything_to_write(tmp_path, rows):
     (tmp_path / "out.csv").mkdir()
     (tmp_path / "file").write_text("")
     for name, message in (
@@ -314,7 +314,7 @@ def test_a_full_disk_stops_the_run_with_whole_lines_and_it_can_go_on(rows, mount
     check_that_a_full_disk_stops_a_run_that_then_goes_on(rows, small_disk, "disk", make_room)
 
 
-def test_a_limit_on_the_size_of_files_does_too(rows, tmp_path):
+def test_a_limit_on_the_size_of_files_stops_the_run_with_whole_lines_too(rows, tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     check_that_a_full_disk_stops_a_run_that_then_goes_on(rows, tmp_path, 50_000, lambda: None)
 
@@ -333,7 +333,7 @@ def test_any_text_is_a_line_of_strict_json(tmp_path, rows):
     assert b"text 2" in second and rest == b""
 
 
-def test_csv_and_parquet_outputs_are_made_of_their_journal_in_the_order_of_the_rows(tmp_path, rows):
+def test_csv_and_parquet_outputs_have_the_records_in_the_order_of_the_rows(tmp_path, rows):
     pytest.importorskip("pyarrow")
     for name in ("out.csv", "out.parquet"):
         for numbers in ((5, 1), (3,)):
@@ -353,7 +353,7 @@ def test_csv_and_parquet_outputs_are_made_of_their_journal_in_the_order_of_the_r
     assert back[2].fields == {"line": 3, "text": "text 3", "parsed": '[1, "x"]', "logprobs": [0.5]}
 
 
-def test_any_record_has_a_place_in_csv_and_parquet(tmp_path, rows):
+def test_any_record_can_be_written_to_csv_and_parquet(tmp_path, rows):
     """Empty objects, half a surrogate pair, an integer of 80 bits: pyarrow has no type for these."""
     pytest.importorskip("pyarrow")
     odd = [{"text": "\ud800", "n": 2**80, "metadata": {}}, {"text": "", "n": 1, "metadata": {"a": {}}}, {"n": True}]

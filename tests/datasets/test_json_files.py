@@ -28,14 +28,14 @@ def records(path):
         "\n".join(json.dumps(row).replace(", ", ",\n ") for row in ROWS),
     ],
 )
-def test_an_array_and_pretty_printed_objects_are_read_as_what_they_are(tmp_path, name, text):
+def test_an_array_and_pretty_printed_objects_are_read_as_rows(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert [(row.number, row.id, row.fields, row.error) for row in Rows(tmp_path / name)] == [
         (number, row["id"], {k: v for k, v in row.items() if k != "id"}, None) for number, row in enumerate(ROWS, 1)
     ]
 
 
-def test_what_is_no_row_in_an_array_is_an_error_of_that_row_alone(tmp_path):
+def test_an_element_that_is_no_row_breaks_no_other(tmp_path):
     deep = "[" * 200 + "]" * 200
     (tmp_path / "in.json").write_text(f'[{{"prompt": "x"}}, 5, {{"prompt": {deep}}}]')
     errors = [row.error for row in Rows(tmp_path / "in.json")]
@@ -96,7 +96,7 @@ def test_an_indent_without_an_array_and_out_of_range_are_refused(demo, tmp_path)
         cli.main(["batch", str(tmp_path / "in.json"), str(tmp_path / "o.csv"), "--indent", "2"])
 
 
-def test_a_mended_input_needs_no_force_as_long_as_no_row_had_an_answer(demo, tmp_path):
+def test_a_corrected_input_needs_no_force_as_long_as_no_row_had_an_answer(demo, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"promt": "One day"}\n')
     assert run_batch_files(demo, source, target, max_gen_len=3).n_failed == 1
@@ -118,7 +118,7 @@ def test_a_mended_input_needs_no_force_as_long_as_no_row_had_an_answer(demo, tmp
         ({"text": "It is"}, True),
     ],
 )
-def test_an_output_with_a_part_of_an_answer_is_not_begun_anew(tmp_path, record, is_kept):
+def test_an_output_with_a_part_of_an_answer_is_not_started_over(tmp_path, record, is_kept):
     rows = [Row(1, 1, {"prompt": "a"})]
     with Journal(tmp_path / "out.jsonl", rows, {"seed": 1}) as journal:
         journal.append({"id": 1, "line": 1, **record})

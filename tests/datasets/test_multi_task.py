@@ -1,4 +1,4 @@
-"""Several tasks in one file: which a line is of, how well each is done, and what is drawn for them."""
+"""Several tasks in one file: the task of a line, the metric of each task, and rejection sampling of tasks."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def task(metric, **more):
     return Template({"tasks": {"a": {"user": "x", "gold": "right", "metric": metric, **more}}}).tasks["a"]
 
 
-def test_a_line_is_of_the_task_that_it_names_or_that_a_column_names_or_whose_match_fits_it():
+def test_a_lines_task_is_named_in_it_or_in_a_column_or_found_by_match():
     template = Template({"tasks": {"sum": SUM, "story": STORY, "any": {"user": "{text}", "match": "."}}})
     named = [{"text": "1 + 2"}, {"text": "The fox"}, {"text": "Who?"}, {"n": 5, "task": "story"}]
     assert [template.task_of(fields).name for fields in named] == ["sum", "story", "any", "story"]
@@ -50,7 +50,7 @@ def test_a_line_is_of_the_task_that_it_names_or_that_a_column_names_or_whose_mat
         ("accuracy", None, 5, 0),
     ],
 )
-def test_the_metrics_are_those_of_the_field(metric, found, gold, expected):
+def test_the_metrics_have_their_usual_values(metric, found, gold, expected):
     measured = task(metric).measure("", {"parsed": found}, {"right": gold})
     assert measured == {"gold": gold, metric: pytest.approx(expected)}
     if isinstance(gold, (list, dict)):  # as a CSV file has it
@@ -63,12 +63,12 @@ def test_the_metrics_are_those_of_the_field(metric, found, gold, expected):
         ({"metric": "accuracy", "gold": None}, "found metric alone: expected both `gold` and `metric`"),
         ({"metric": "hit@0", "gold": "x"}, "metric = 'hit@0': expected accuracy, exact_match, hit@K, ndcg or ndcg@K"),
         ({"metric": "f1", "gold": "x"}, "metric = 'f1'"),
-        ({"match": "("}, r"match: '\(' is no regular expression"),
+        ({"match": "("}, r"match: '\(' is not a regular expression"),
         ({"match": 5}, "match = 5: expected a regular expression"),
         ({"parse": {"integers": 2, "least": "1"}}, 'expected "integer"'),
     ],
 )
-def test_a_template_that_measures_wrongly_is_refused(changes, message):
+def test_a_template_with_a_wrong_metric_gold_or_match_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Template({"tasks": {"a": {"user": "x", **changes}}})
     with pytest.raises(ValueError, match="column = 5: expected the name of a field"):
@@ -90,7 +90,7 @@ def test_a_file_of_tasks_gives_a_table_and_a_report(tmp_path, monkeypatch, capsy
         "story": {"lines": 1, "failed": 0, "unread": 0},
         "sum": {"lines": 2, "failed": 0, "unread": 0, "accuracy": 0.5},
     }
-    unknown = {"(none)": {"lines": 1, "failed": 1, "unread": 0}}  # without a gold, it was not asked
+    unknown = {"(none)": {"lines": 1, "failed": 1, "unread": 0}}  # it has no gold, so the model was not asked
     assert json.loads((tmp_path / "r.json").read_text()) == unknown | report
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].split() == ["sum", "2", "0", "0", "accuracy", "0.5000"]
@@ -136,7 +136,7 @@ def test_sample_takes_a_template_and_the_scorer_finds_the_fields(demo, tmp_path)
         ({"top_p": 2}, "task 'story' of the template: top_p = 2: expected a number of at most 1"),
     ],
 )
-def test_options_of_a_task_that_nothing_can_be_drawn_with_are_refused_at_once(demo, tmp_path, options, message):
+def test_options_of_a_task_that_cannot_be_sampled_are_refused_at_once(demo, tmp_path, options, message):
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": {"sum": SUM, "story": STORY | {"options": options}}}))
     (tmp_path / "in.json").write_text('[{"text": "21 + 34", "right": 55}]')
     files = tmp_path / "in.json", tmp_path / "out.json"
@@ -145,7 +145,7 @@ def test_options_of_a_task_that_nothing_can_be_drawn_with_are_refused_at_once(de
     assert not files[1].exists()
 
 
-def test_the_metric_of_several_answers_is_the_mean_of_theirs(demo):
+def test_the_metric_of_several_answers_is_their_mean(demo):
     template = {"tasks": {"sum": SUM}}
     row = {"text": "21 + 34", "right": 55, "num_return_sequences": 4, "temperature": 1.8, "top_p": 1.0, "seed": 3}
     (record,) = run_batch(demo, [row], template=template, max_gen_len=60)
@@ -161,7 +161,7 @@ def test_each_line_of_a_text_file_is_a_prompt(tmp_path):
     assert "not UTF-8" in rows[2].error
 
 
-def test_a_right_answer_whose_field_has_the_name_of_an_option_is_none(demo):
+def test_a_gold_field_with_the_name_of_an_option_is_no_option(demo):
     template = {"tasks": {"letters": {"user": "{question}", "gold": "choice", "metric": "accuracy"}}}
     row = {"question": "Which letter?", "choice": ["B"]}
     (record,) = run_batch(demo, [row], template=template, max_gen_len=5, temperature=0)

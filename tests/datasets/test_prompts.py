@@ -1,4 +1,4 @@
-"""What a row asks, in ids: the same words for what is no prompt at every door."""
+"""The ids of a row's prompt, and the same message for a wrong prompt everywhere."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_a_prompt_is_its_kinds_ids(demo):
     assert [kind_of({name: 1}) for name in ("prompt", "messages", "tokens")] == ["prompt", "messages", "tokens"]
 
 
-def test_what_is_no_prompt_is_refused_in_the_same_words_by_all_that_take_rows(demo, tmp_path):
+def test_all_that_take_rows_refuse_a_wrong_prompt_with_the_same_message(demo, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in NO_PROMPTS))
     files = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     sample_files(demo, *files, lambda row, answers: [0.0] * len(answers), Plan(1), "none")

@@ -96,7 +96,7 @@ ROWS = [
 @pytest.mark.parametrize(("replicas", "size"), [(2, 1), (1, 2)])
 def test_the_records_are_those_of_one_process(write_checkpoint, replicas, size):
     arguments = {"ckpt_dir": str(write_checkpoint()), "max_seq_len": 256, "max_batch_size": 4, "device": "cpu"}
-    seed = {"seed": 3} if size > 1 else {}  # without one, the same is drawn too: a killed run goes on
+    seed = {"seed": 3} if size > 1 else {}  # the answers are the same without a seed too: a killed run goes on
     expected = list(run_batch(Llama.build(**arguments), ROWS, **seed))
     found = list(run_batch(arguments | {"model_parallel_size": size}, ROWS, **seed, replicas=replicas))
     by_line = {record["line"]: record for record in found}
@@ -106,7 +106,7 @@ def test_the_records_are_those_of_one_process(write_checkpoint, replicas, size):
 
 
 def near(a: object, b: object) -> bool:
-    """Equal, log-probabilities up to how sums are rounded where a matrix is split."""
+    """Whether they are equal; log-probabilities differ by how sums of a split matrix are rounded."""
     if isinstance(a, float):
         return abs(a - b) < 2e-4
     if isinstance(a, list):
@@ -116,9 +116,9 @@ def near(a: object, b: object) -> bool:
     return a == b
 
 
-def test_a_model_that_is_built_here_is_refused(write_checkpoint):
+def test_a_model_of_this_process_is_refused(write_checkpoint):
     llama = Llama.build(write_checkpoint(), None, 256, 4, device="cpu")
-    with pytest.raises(TypeError, match=r"replicas = 2 with a Llama that is built here: expected the checkpoint's dir"):
+    with pytest.raises(TypeError, match=r"replicas = 2 with a Llama of this process: expected the checkpoint's dir"):
         run_batch(llama, ROWS, replicas=2)
 
 
@@ -148,7 +148,7 @@ def line(record: dict) -> int:
     return record["line"]
 
 
-def test_an_address_where_no_cluster_is_and_torchrun_are_refused(write_checkpoint, tmp_path, monkeypatch, capsys):
+def test_torchrun_and_an_address_without_a_cluster_are_refused(write_checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     arguments = ["batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", f"--ckpt_dir={write_checkpoint()}"]
     with monkeypatch.context() as patch:
@@ -164,7 +164,7 @@ def test_an_address_where_no_cluster_is_and_torchrun_are_refused(write_checkpoin
 
 @pytest.mark.parametrize("where", ["--replicas 8", "--ray HOST0:6379"])
 def test_the_commands_of_the_page_answer_each_row(where, write_checkpoint, tmp_path, cluster):
-    """By a process of its own: the first starts Ray by itself, the second joins the cluster."""
+    """In its own process: the first starts Ray, the second joins the cluster."""
     (command,) = (c for c in COMMANDS if c.startswith("python -m llama batch") and c.endswith(where))
     (tmp_path / "IN.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{i}", "max_gen_len": 3}) + "\n" for i in range(6))

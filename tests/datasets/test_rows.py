@@ -1,4 +1,4 @@
-"""Data files: what is read of them, and what is said of a broken row."""
+"""Data files: their rows, and the error of a broken row."""
 
 import csv
 import datetime
@@ -44,7 +44,7 @@ def test_csv_cells_are_text_but_for_the_columns_of_json_and_an_empty_one_is_no_f
     assert rows[4].error == "1 cells: expected 4, as in the first line"
 
 
-def test_no_text_of_a_csv_file_is_taken_for_another_type(tmp_path):
+def test_csv_cells_are_never_converted_to_another_type(tmp_path):
     texts = [
         "007",
         "1e5",
@@ -79,7 +79,7 @@ def test_csv_rows_are_numbered_in_their_order_the_broken_ones_too_over_many_bloc
     assert rows[3].fields == {"text": 'a\nb "4"'}
 
 
-def test_rows_of_a_csv_file_are_read_as_they_are_asked_for(tmp_path, monkeypatch):
+def test_rows_of_a_csv_file_are_read_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "CSV_BLOCK", 4096)
     too_long = "y" * 3 * 4096
     rows = iter(Rows(write(tmp_path / "in.csv", "text\n" + ("x" * 99 + "\n") * 1000 + too_long)))
@@ -111,7 +111,7 @@ def test_any_csv_is_read_as_pythons_strict_reader_reads_it_or_refused_as_there(t
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('"a" b,1', "line 3: a cell has text after its closing quote, so it cannot be told where rows end"),
+        ('"a" b,1', "line 3: a cell has text after its closing quote, so nobody can tell where rows end"),
         ('"said ""x"" "and" left",2', "line 3: a cell has text after its closing quote"),
         ('"5" disk",3', "line 3: a cell has text after its closing quote"),
         ('"said "x\nand left",3', "line 3: a cell has text after its closing quote"),
@@ -122,8 +122,8 @@ def test_any_csv_is_read_as_pythons_strict_reader_reads_it_or_refused_as_there(t
         ('a,"', "line 3: a quote opens a cell, none closes it"),
     ],
 )
-def test_a_csv_file_with_a_quote_out_of_place_is_refused_with_its_line_before_the_first_row(tmp_path, row, message):
-    """pyarrow alone would drop the quotes, or read all the rest into one cell, and say nothing."""
+def test_a_csv_file_with_a_stray_quote_is_refused_with_its_line_before_the_first_row(tmp_path, row, message):
+    """pyarrow alone would silently drop the quotes, or read the whole rest into one cell."""
     path = write(tmp_path / "in.csv", f"text,n\na,0\n{row}\nc,2\n")
     with pytest.raises(ValueError, match=r"in.csv, line \d") as caught:
         next(iter(Rows(path)))
@@ -148,13 +148,13 @@ def test_without_pyarrow_the_command_that_installs_it_is_named(tmp_path, monkeyp
 
 
 def test_a_line_nested_too_deep_breaks_no_other(tmp_path):
-    # By Python's own limits the first would be read, and then end the run wherever it is walked.
+    # Python's own limit would let the first be read, and a later recursion over it would end the run.
     lines = [f'{{"metadata": {"[" * n}NaN{"]" * n}}}' for n in (400, 90, 50_000)]
     rows = list(Rows(write(tmp_path / "in.jsonl", "\n".join(lines))))
     assert [row.error for row in rows] == ["nested deeper than 100 levels", None, "nested deeper than 100 levels"]
     assert scan(rows).n_rows == 3
     (row,) = Rows(write(tmp_path / "in.csv", f"metadata\n{'[' * 400 + ']' * 400}\n"), {"metadata"})
-    assert row.fields == {"metadata": "[" * 400 + "]" * 400}  # no JSON of ours: text
+    assert row.fields == {"metadata": "[" * 400 + "]" * 400}  # nested too deep for JSON: text
 
 
 def test_parquet_rows_are_read_without_their_nulls(tmp_path):
@@ -192,7 +192,7 @@ def test_a_damaged_parquet_file_is_refused_by_its_name(tmp_path):
             list(Rows(write(tmp_path / "in.parquet", content)))
 
 
-def test_files_that_are_none_are_refused(tmp_path):
+def test_wrong_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*in.jsonl"):
         Rows(tmp_path / "in.jsonl")
     with pytest.raises(
@@ -223,10 +223,10 @@ def test_an_id_twice_is_refused_with_both_lines(tmp_path, ids, message):
         scan(Rows(write(tmp_path / "in.jsonl", "".join(lines))))
 
 
-def test_what_pandas_makes_of_integers_and_of_its_index_is_understood(tmp_path):
+def test_integers_and_an_index_as_pandas_writes_them_are_read(tmp_path):
     (row, _) = Rows(write(tmp_path / "in.csv", "max_gen_len,x\n5.0,a\n,b\n"), {"max_gen_len"})
     options = from_json({"max_gen_len": row.fields["max_gen_len"]})
-    assert DecodingOptions(**options).max_gen_len == 5  # which refuses 5.0
+    assert DecodingOptions(**options).max_gen_len == 5  # 5.0 would be refused
     row, broken = Rows(write(tmp_path / "in.jsonl", '{"id": 3.0}\n{"id": 2.5}\n'))
     assert row.id == 3 and broken.error == "id = 2.5: expected a string or an integer"
     with pytest.raises(

@@ -11,7 +11,7 @@ def test_an_option_that_is_given_its_default_changes_nothing(demo):
     assert decoding_parameters(demo, {"temperature": 0.7}, 1) != plain != decoding_parameters(demo, {}, 2)
 
 
-def test_a_logits_processor_goes_by_its_name(demo):
+def test_a_logits_processor_is_recorded_by_its_name(demo):
     class Louder:
         def __call__(self, ids, logits):
             return logits * 2

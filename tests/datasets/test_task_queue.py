@@ -1,4 +1,4 @@
-"""Work handed out to replicas under torchrun: each task once, and what cannot be handed out ends the run."""
+"""The task queue under torchrun: each task is taken once, and a task that cannot be sent ends the run."""
 
 import pytest
 from conftest import torchrun
@@ -11,7 +11,7 @@ from llama.datasets.task_queue import TaskQueue
 parallel.initialize(1, torch.device("cpu"))
 rank = dist.get_rank()
 
-def leave_nothing(post):  # the others take what rank 0 has posted, before it takes its own
+def leave_nothing(post):  # the others take the posted tasks before rank 0 takes its own
     post()
     while queue._store.queue_len("tasks"):
         time.sleep(0.001)
@@ -23,7 +23,7 @@ for others_are_quick in (True, False):  # one queue after the other
     n_taken, found = 0, []
     while (task := queue.take()) is not None:
         n_taken += 1
-        queue.give(task)
+        queue.put(task)
         found += queue.results()
     found += queue.results(wait=True)
     n_taken = parallel.gather_from_replicas([n_taken])
@@ -48,7 +48,7 @@ for what in ("raises", "date"):
                 print("result", result, flush=True)
         else:
             while (task := queue.take()) is not None:
-                queue.give(task["line"])
+                queue.put(task["line"])
     except (KeyError, TypeError) as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
 """
@@ -63,10 +63,10 @@ def printed(tmp_path_factory):
     return result.stdout.splitlines()
 
 
-def test_each_task_is_taken_once_and_its_result_arrives_however_long_it_is_and_whoever_is_quicker(printed):
+def test_each_task_is_taken_once_and_its_result_arrives_however_long_it_is(printed):
     assert printed[:2] == ["True 40 40"] * 2
 
 
-def test_what_cannot_be_handed_to_a_replica_is_raised_on_rank_0_once_the_tasks_before_it_are_done(printed):
+def test_an_error_in_the_tasks_is_raised_on_rank_0_after_the_results_before_it(printed):
     assert printed[2:4] == ["result 1", "rank 0: KeyError: 'of the input'"]
     assert printed[4:] == ["result 1", "rank 0: TypeError: Object of type date is not JSON serializable"]

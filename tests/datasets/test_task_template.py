@@ -1,4 +1,4 @@
-"""Task prompts: what is asked, and what is read out of answers."""
+"""Task prompts: filled prompts, and what is read from answers."""
 
 import json
 
@@ -11,7 +11,7 @@ def task(**keys):
     return Template({"tasks": {"t": {"user": "x", **keys}}}).tasks["t"]
 
 
-def test_fields_are_text_and_braces_in_them_are_not_looked_into():
+def test_braces_in_fields_are_text():
     template = {"system": "Rank {{these}}.", "user": "{question}\n{items}\n{n}"}
     fields = {"question": "{n} <|eot_id|> {{}}", "items": ["a {n}", "b"], "n": 3, "unused": 1}
     expected = [
@@ -50,7 +50,7 @@ def test_fields_are_text_and_braces_in_them_are_not_looked_into():
         ({"choice": ["A", "A+"]}, "An A+ it is", "A+"),
     ],
 )
-def test_what_is_read_of_an_answer(parse, answer, parsed):
+def test_parse_reads_an_answer(parse, answer, parsed):
     found = task(parse=parse).read(answer)
     assert found["parsed"] == parsed
     assert ("parse_error" in found) == (parsed is None)
@@ -64,16 +64,16 @@ def test_what_is_read_of_an_answer(parse, answer, parsed):
         ({"tasks": {"a": {"user": "{x"}}}, "task 'a': user: expected '}' before end of string"),
         (
             {"tasks": {"a": {"user": "{x.__class__}"}}},
-            "task 'a': user: {x.__class__} with nothing, or more than a name",
+            "task 'a': user: {x.__class__} is not the name of a field",
         ),
-        ({"tasks": {"a": {"user": "{}"}}}, "task 'a': user: {} with nothing"),
+        ({"tasks": {"a": {"user": "{}"}}}, "task 'a': user: {} is not the name"),
         ({"tasks": {"a": {"user": "x", "prompt": "y"}}}, "task 'a': expected either 'user'"),
         ({"tasks": {"a": {"system": "x"}}}, "task 'a': expected either 'user'"),
-        ({"tasks": {"a": {"user": "x", "regex": "y"}}}, "task 'a': 'regex' is not known"),
+        ({"tasks": {"a": {"user": "x", "regex": "y"}}}, "task 'a': 'regex' is not a key of a task"),
         ({"tasks": {"a": {"user": "x", "options": {"temprature": 0}}}}, "task 'a': 'temprature' is not a decoding"),
         (
             {"tasks": {"a": {"user": "x", "parse": {"regex": "("}}}},
-            "task 'a': parse: '(' is no regular expression: missing )",
+            "task 'a': parse: '(' is not a regular expression: missing )",
         ),
         (
             {"tasks": {"a": {"user": "x", "parse": {"integers": 0}}}},
@@ -88,7 +88,7 @@ def test_a_malformed_template_is_refused_with_the_task_and_the_key(tmp_path, con
     assert str(caught.value).startswith(f"{tmp_path / 't.json'}: ") and message in str(caught.value)
 
 
-def test_a_template_file_that_is_none_is_refused(tmp_path):
+def test_a_missing_template_file_is_refused(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(FileNotFoundError, match=f"^there is no template file {path}$"):
             read_template(path)

@@ -171,9 +171,9 @@ def test_mistakes_are_refused(write_checkpoint, tmp_path):
     quantize(folder, tmp_path / "saved", "int8")
     with pytest.raises(ValueError, match="is quantised to int8 already"):
         build(tmp_path / "saved", quantize="int4")
-    with pytest.raises(ValueError, match="is quantised to int8: expected the checkpoint that it was made of"):
+    with pytest.raises(ValueError, match="is quantised to int8: expected the checkpoint that it was made from"):
         quantize(tmp_path / "saved", tmp_path / "again", "int4")
-    with pytest.raises(ValueError, match="is quantised to int8: expected the checkpoint that it was made of"):
+    with pytest.raises(ValueError, match="is quantised to int8: expected the checkpoint that it was made from"):
         convert(tmp_path / "saved", tmp_path / "again", to="hf")
     for call in (lambda: quantize(folder, tmp_path / "x", "int3"), lambda: build(folder, quantize="int3")):
         with pytest.raises(ValueError, match="expected 'int8' or 'int4'"):

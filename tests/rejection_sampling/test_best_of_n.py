@@ -1,4 +1,4 @@
-"""The best-of-n estimator against the mean over all sets, and what a summary says."""
+"""The best-of-n estimator against the mean over all sets, and the text of a summary."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ def test_scores_of_0_and_1_give_pass_at_k():
             assert best_of_n(scores, k) == pytest.approx(1 - math.comb(50 - right, k) / math.comb(50, k), abs=1e-12)
 
 
-def test_a_hundred_thousand_scores_overflow_nothing():
+def test_a_hundred_thousand_scores_do_not_overflow():
     scores = [i / 100_000 for i in range(1, 100_001)]
     random.Random(0).shuffle(scores)
     for n in (1, 1000, 50_000, 100_000):  # the expected maximum of n out of 1 … N is n (N + 1) / (n + 1)
@@ -41,7 +41,7 @@ def test_it_is_unbiased():
 
 
 @pytest.mark.parametrize("n", [0, 4])
-def test_more_than_were_drawn_are_refused(n):
+def test_n_above_the_number_of_scores_is_refused(n):
     with pytest.raises(ValueError, match=f"best of {n} out of 3 scores"):
         best_of_n([1, 2, 3], n)
 
@@ -76,7 +76,7 @@ def test_a_summary_says_what_was_drawn_and_what_failed():
     assert Summary(groups=[[None]]).text() == "1 prompt, 1 answer, 1 without a score"
 
 
-def test_of_the_answers_that_were_kept_there_is_no_curve(tmp_path):
+def test_kept_answers_have_no_curve(tmp_path):
     summary = Summary(groups=[[1.0, 0.5], [0.0, 0.25]], is_selection=True)
     assert summary.curve == [] and "best of n" not in summary.text()
     assert summary.text().endswith("no best-of-n curve: the file has the answers that were kept, not all")
@@ -85,7 +85,7 @@ def test_of_the_answers_that_were_kept_there_is_no_curve(tmp_path):
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_answers_drawn_because_the_others_were_not_good_enough_do_not_bend_the_curve():
+def test_answers_drawn_because_the_others_were_not_good_enough_do_not_bias_the_curve():
     """Drawn two at a time up to 32 until one is right: the prompts with many answers are the hard ones."""
     rng, groups = random.Random(0), []
     for _ in range(3000):

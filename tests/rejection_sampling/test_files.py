@@ -1,4 +1,4 @@
-"""`llama sample` and `llama rescore`: real processes, real kills, and the same lines whatever happened on the way."""
+"""`llama sample` and `llama rescore`: real processes, real kills, and the same lines after them."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def command(folder: Path, *args: str, n_processes: int = 0) -> subprocess.Popen:
 
 
 def run(folder: Path, *args: str, n_processes: int = 0) -> subprocess.CompletedProcess:
-    """A command, to its end: here, or in processes of its own."""
+    """Runs a command to its end: in this process, or in others."""
     if n_processes:
         process = command(folder, *args, n_processes=n_processes)
         out, err = process.communicate(timeout=120)
@@ -92,11 +92,11 @@ def folder(tmp_path):
 def test_killed_and_started_again_on_replicas_too_it_gives_the_lines_of_an_undisturbed_run(folder):
     undisturbed = run(folder, *SAMPLE, "-n", "8")
     assert undisturbed.returncode == 0, undisturbed.stderr
-    assert "line 6: 'temprature' is not known" in undisturbed.stderr
+    assert "line 6: 'temprature' is not a field of a row" in undisturbed.stderr
     expected, summary = read(folder / "out.jsonl"), undisturbed.stdout
     assert len(expected) == 24 and "23 prompts, 184 answers, 0 without a score; 1 line failed" in summary
     assert (
-        "'temprature' is not known: did you mean temperature? expected one of prompt, messages, tokens"
+        "'temprature' is not a field of a row: did you mean temperature? expected one of prompt, messages, tokens"
         in expected["broken"]["error"]
     )
     record = expected["sum12"]
@@ -149,7 +149,7 @@ def test_answers_that_are_in_a_file_are_scored_with_or_without_their_prompts(fol
     for name in drawn.keys() - {"broken"}:
         assert [a["text"] for a in again[name]["answers"]] == [a["text"] for a in drawn[name]["answers"]]
         assert again[name]["scores"] == drawn[name]["scores"] and again[name]["best"] == drawn[name]["best"]
-    assert "it has no answer: 'temprature' is not known" in again["broken"]["error"]
+    assert "it has no answer: 'temprature' is not a field of a row" in again["broken"]["error"]
 
     assert run(folder, "batch", "in.jsonl", "batch.jsonl", "--max_gen_len", "60").returncode == 0
     args = ["rescore", "batch.jsonl", "scored.csv", "--scorer", "scorers:total", "--prompts", "in.jsonl"]
@@ -261,8 +261,8 @@ def test_a_line_that_cannot_be_sampled_is_an_error_that_says_why(demo, tmp_path)
         "open": ({"messages": [P, *DIALOG]}, "message 0 is open: a dialog is a list of one or more messages"),
         "no token": ({"prompt": "x", "stop": [10**6]}, "stop names token 1000000: expected ids from 0 to"),
         "greedy": ({"prompt": "x", "temperature": 0}, "temperature = 0 with n = 2: expected more than 0"),
-        "beams": ({"prompt": "x", "num_beams": 2}, "'num_beams' is not known"),
-        "logprobs": ({"prompt": "x", "logprobs": True}, "'logprobs' is not known"),
+        "beams": ({"prompt": "x", "num_beams": 2}, "'num_beams' is not a field of a row"),
+        "logprobs": ({"prompt": "x", "logprobs": True}, "'logprobs' is not a field of a row"),
     }
     write_lines(tmp_path / "in.jsonl", *({"id": name, **line} for name, (line, _) in broken.items()))
     summary = sample_files(demo, tmp_path / "in.jsonl", tmp_path / "out.jsonl", length, Plan(2), "length", **HOT)
@@ -272,7 +272,7 @@ def test_a_line_that_cannot_be_sampled_is_an_error_that_says_why(demo, tmp_path)
         assert message in found[name]["error"], name
 
 
-def test_it_goes_on_with_the_same_options_however_they_are_said_and_with_no_other_model(demo, tmp_path):
+def test_it_goes_on_with_the_same_options_however_written_and_with_no_other_model(demo, tmp_path):
     files = write_lines(tmp_path / "in.jsonl", {"prompt": "One day"}), tmp_path / "out.jsonl"
 
     def louder(ids, logits):
@@ -337,7 +337,7 @@ def test_an_open_turn_that_nothing_fills_is_an_error(demo, tmp_path):
     for name, answers, prompts in (("a", scored, source), ("b", whole, None), ("c", whole, source)):
         rescore_files(answers, tmp_path / f"{name}.jsonl", length, Plan(9), "length", prompts=prompts)
         error = records(tmp_path / f"{name}.jsonl")[1]["error"]
-        assert "the dialog has open turns, and the record does not say what came of them: expected its `turns`" in error
+        assert "the dialog has open turns, and the record does not have the answers in them: expected its" in error
 
 
 def test_another_file_of_prompts_is_refused_and_so_is_one_with_an_id_twice(tmp_path):
@@ -358,7 +358,7 @@ def test_another_file_of_prompts_is_refused_and_so_is_one_with_an_id_twice(tmp_p
     assert files[1].read_bytes() == before
 
 
-def test_a_scored_record_keeps_what_was_known_of_its_answers(demo, tmp_path):
+def test_a_scored_record_keeps_the_other_fields_of_its_answers(demo, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "One day"})
     sample_files(demo, source, tmp_path / "drawn.jsonl", length, Plan(3), "length", **HOT)
     rescore_files(tmp_path / "drawn.jsonl", tmp_path / "again.jsonl", Logprob(demo), Plan(9), "logprob")
@@ -375,7 +375,7 @@ def test_a_scored_record_keeps_what_was_known_of_its_answers(demo, tmp_path):
     assert "tokens" not in scored  # they are not the prompt's
 
 
-def test_what_a_template_has_asked_is_scored_with_it(demo, tmp_path):
+def test_an_answer_to_a_template_is_scored_with_the_filled_prompt(demo, tmp_path):
     template = {"tasks": {"t": {"user": "What is {a} + 2?", "options": {"max_gen_len": 5}}}}
     source = write_lines(tmp_path / "in.jsonl", {"id": 1, "a": 7})
     run_batch_files(demo, source, tmp_path / "read.jsonl", template=template)
@@ -384,7 +384,7 @@ def test_what_a_template_has_asked_is_scored_with_it(demo, tmp_path):
     assert records(tmp_path / "out.jsonl")[1]["scores"][0] < 0
 
 
-def test_of_kept_answers_the_summary_has_no_curve(demo, tmp_path):
+def test_the_summary_of_kept_answers_has_no_curve(demo, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "One day"})
     plan = Plan(4, keep=2)
     assert len(sample_files(demo, source, tmp_path / "drawn.jsonl", length, plan, "length", **HOT).curve) == 3
@@ -425,14 +425,14 @@ def test_a_scorer_that_needs_the_prompts_says_where_they_may_be(demo, tmp_path):
         (["--scorer", "scorers:nothing"], "scorers.py has no such name: expected a function (row, answers)"),
         (["--scorer", "best"], "scorer 'best': expected one of logprob, mean_logprob, reward:DIR, judge"),
         (["--scorer", "reward:nowhere"], "there is no directory nowhere: expected a model's"),
-        (["--scorer", f"reward:{DEMO}"], "has Meta's checkpoint of a language model: expected a reward model's"),
+        (["--scorer", f"reward:{DEMO}"], "has Meta's checkpoint of a language model: expected config.json and"),
         (["--scorer", "reward:rm"], "says vocab_size 512, but the tokenizer has 2304 tokens"),
         (["--temperature", "0"], "--temperature = 0 with n = 16"),
         (["--threshold", "0.5"], "--threshold = 0.5 without max_samples"),
-        (["--keep", "17"], "--keep = 17: expected at most the 16 answers"),
-        (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file of what a"),
+        (["--keep", "17"], "--keep = 17: expected at most 16, the number"),
+        (["--judge_template", "nope"], "--judge_template nope: there is no such file: expected a text file with"),
         (["--plot", "in.jsonl/x.png"], "in.jsonl is a file: expected a directory for the PNG"),
-        (["--plot", "."], "--plot .: it is a directory: expected a PNG to write"),
+        (["--plot", "."], "--plot . is a directory: expected a PNG to write"),
         (["out.jsonl -> in.jsonl/out.jsonl"], "in.jsonl is a file: expected a directory for out.jsonl"),
         (["in.jsonl -> scorers.py"], "scorers.py: expected a name that ends in .jsonl"),
     ],

@@ -1,4 +1,4 @@
-"""Rejection sampling in memory: the answers of the plain door, one prefill, the best kept, draws until a threshold."""
+"""Rejection sampling in memory: the answers of a plain call, one prefill, the best kept, draws until a threshold."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def test_the_answers_are_those_of_num_return_sequences_with_their_logprobs(demo)
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
-def test_drawn_in_rounds_they_are_the_same_as_at_once(demo, n):
+def test_answers_drawn_in_rounds_are_the_same_as_at_once(demo, n):
     at_once = rejection_sample(demo, ROWS, check, n=12, **HOT)
     in_rounds = rejection_sample(demo, ROWS, lambda r, a: [0.0] * len(a), n, threshold=1, max_samples=12, **HOT)
     assert texts(in_rounds) == texts(at_once)
@@ -105,13 +105,13 @@ def test_an_answer_that_failed_has_no_score(demo):
     [
         ({"n": 0}, "n = 0: expected an integer of at least 1"),
         ({"n": None}, "n = None: expected an integer"),
-        ({"n": 4, "keep": 5}, "keep = 5: expected at most the 4 answers"),
+        ({"n": 4, "keep": 5}, "keep = 5: expected at most 4, the number"),
         ({"n": 4, "max_samples": 8}, "max_samples = 8 without a threshold"),
         ({"threshold": 1}, "threshold = 1 without max_samples"),
         ({"n": 4, "threshold": 1, "max_samples": 2}, "max_samples = 2: expected at least n = 4"),
         ({"threshold": math.nan, "max_samples": 16}, "threshold = nan: expected a finite number"),
         ({"threshold": "high", "max_samples": 16}, "threshold = 'high': expected a finite number"),
-        ({"temperature": 0}, "temperature = 0 with n = 16: expected more than 0, or it is the same answer"),
+        ({"temperature": 0}, "temperature = 0 with n = 16: expected more than 0, because all"),
         ({"temperature": -1}, "temperature = -1"),
     ],
 )

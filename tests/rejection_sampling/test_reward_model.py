@@ -1,4 +1,4 @@
-"""Reward models: the scores of Transformers, and the directories that are none."""
+"""Reward models: the scores of Transformers, and directories that are no reward models."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def test_scores_of_unequal_lengths_are_those_of_transformers(tmp_path, variant):
     model = RewardModel.build(tmp_path / "rm", device="cpu")
     rows = texts()
     expected = their_scores(theirs, rows)
-    assert max(expected) - min(expected) > 0.5  # scores that say something
+    assert max(expected) - min(expected) > 0.5  # the scores are not all alike
     assert model.score(rows) == pytest.approx(expected, abs=TOLERANCE)
     assert [model.score([row])[0] for row in rows] == pytest.approx(expected, abs=TOLERANCE)
 
@@ -151,10 +151,10 @@ def hf_tokenizer(folder):
     return folder
 
 
-def test_what_is_not_a_reward_model_is_refused_and_called_what_it_is(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist: expected a reward model's directory"):
+def test_other_directories_are_refused_and_named_in_the_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"does not exist: expected a directory with config.json"):
         RewardModel.build(tmp_path / "none")
-    with pytest.raises(ValueError, match="Meta's checkpoint of a language model: expected a reward model's directory"):
+    with pytest.raises(ValueError, match=r"Meta's checkpoint of a language model: expected config.json and model"):
         RewardModel.build(DEMO)
     transformers_model(random_model(**SHAPE)).save_pretrained(tmp_path / "lm")
     write_byte_tokenizer(tmp_path / "lm" / "tokenizer.model")
@@ -194,7 +194,7 @@ def test_a_text_without_tokens_or_too_long_is_refused_before_anything_runs(tmp_p
         model.score([[1] * 33])
 
 
-def test_a_score_that_the_files_lack_or_have_too_wide_is_refused(tmp_path):
+def test_a_missing_or_too_wide_score_weight_is_refused(tmp_path):
     write_reward_model(tmp_path / "rm", n_labels=2)
     change_config(tmp_path / "rm", id2label={"0": "LABEL_0"})
     with pytest.raises(ValueError, match=r"score.weight has shape \[2, 64\]: expected \[1, 64\]"):

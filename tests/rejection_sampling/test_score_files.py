@@ -1,4 +1,4 @@
-"""Score files and rollouts as the field's scripts have them: answers at the end of dialogs, as texts, in arrays."""
+"""Score files and rollouts as other scripts write them: answers at the end of dialogs, as texts, in arrays."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_a_row_without_answers_says_what_it_has_and_where_they_are_looked_for(tm
 
 
 @pytest.mark.parametrize("returned", [[1.0], [1.0] * 5, []])
-def test_another_number_of_scores_is_an_error_of_the_row_and_not_believed(demo, tmp_path, returned):
+def test_a_wrong_number_of_scores_is_an_error_of_the_row(demo, tmp_path, returned):
     calls = []
 
     def scorer(row, answers):
@@ -108,7 +108,7 @@ def test_rollouts_are_drawn_whole_and_each_is_scored_after_its_own_turns(demo, t
         assert answer["score"] == pytest.approx(math.fsum(scores.logprobs), abs=1e-4)
 
 
-def test_the_scorers_of_the_command_line_go_by_the_same_names_in_python(demo, monkeypatch, tmp_path):
+def test_the_scorers_of_the_command_line_have_the_same_names_in_python(demo, monkeypatch, tmp_path):
     options = {"n": 2, **HOT}
     (by_name,) = rejection_sample(demo, ["One day"], "mean_logprob", **options)
     (by_hand,) = rejection_sample(demo, ["One day"], Logprob(demo, mean=True), **options)
@@ -131,12 +131,12 @@ def test_the_scorers_of_the_command_line_go_by_the_same_names_in_python(demo, mo
         ("reward:/nowhere", "scorer 'reward:/nowhere': there is no directory /nowhere"),
         ("wrong:f", r"scorer 'wrong:f': wrong fails \(SyntaxError: .*wrong.py, line 1"),
         ("needs:f", r"scorer 'needs:f': needs fails \(ModuleNotFoundError: No module named 'not_there'\)"),
-        ("wrong.py:f", "scorer 'wrong.py:f': a module goes without its .py: expected wrong:f"),
+        ("wrong.py:f", "scorer 'wrong.py:f': a module is named without .py: expected wrong:f"),
         (5, r"scorer = 5: expected a function \(row, answers\), or one of logprob, mean_logprob"),
         (None, "scorer = None: expected a function"),
     ],
 )
-def test_what_is_no_scorer_is_refused_before_anything_is_drawn(demo, monkeypatch, tmp_path, scorer, message):
+def test_a_wrong_scorer_is_refused_before_anything_is_drawn(demo, monkeypatch, tmp_path, scorer, message):
     (tmp_path / "wrong.py").write_text("def f(:\n")
     (tmp_path / "needs.py").write_text("import not_there\n")
     (tmp_path / "in.json").write_text('[{"prompt": "One day"}]')

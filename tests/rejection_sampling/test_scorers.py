@@ -1,4 +1,4 @@
-"""What answers are worth: each scorer against the slow obvious way, and what becomes of those that fail."""
+"""Scorers: each against the slow obvious way, and answers that cannot be scored."""
 
 import json
 import math
@@ -39,20 +39,18 @@ def test_a_logprob_is_that_of_the_answers_tokens_after_the_prompt(demo, row):
     assert Logprob(demo, mean=True)(row, answers(*TEXTS)) == pytest.approx(means, abs=1e-4)
 
 
-def test_the_logprob_of_a_drawn_answer_is_taken_as_it_is(demo):
+def test_the_logprob_of_a_drawn_answer_is_not_computed_again(demo):
     drawn = [{"text": "x", "logprob": -12.0, "n_tokens": 4}, {"text": "", "logprob": 0.0, "n_tokens": 0}]
     assert Logprob(demo)(ROW, drawn) == [-12.0, 0.0]
     assert Logprob(demo, mean=True)(ROW, drawn[:1]) == [-3.0]
 
 
 @pytest.mark.parametrize("known", [{}, {"logprob": 0.0, "n_tokens": 0}])
-def test_an_answer_without_tokens_has_no_mean_logprob_which_would_be_the_best_there_is(demo, known):
+def test_an_answer_without_tokens_has_no_mean_logprob(demo, known):
     empty = answers("")[0] | known
     (mean, none), (missing, error) = score_answers(Logprob(demo, mean=True), ROW, [*answers("55"), empty])
     assert mean < 0 and none is None
-    assert (
-        missing is None and error == "ValueError: the answer has no tokens to take the mean over: expected one or more"
-    )
+    assert missing is None and error == "ValueError: the answer has no tokens, and so no mean: expected one or more"
     assert Logprob(demo)(ROW, [empty]) == [0.0]
 
 
@@ -68,7 +66,7 @@ def test_a_judges_score_is_the_logprob_of_its_verdict(demo, verdict):
     assert len(set(expected)) == 3
 
 
-def test_a_judge_reads_what_its_prompts_have_in_common_once(demo):
+def test_a_judge_reads_the_common_beginning_of_its_prompts_once(demo):
     judge, texts = Judge(demo), [f"answer {i}" for i in range(6)]
     before = demo._engine.counters.prefilled
     judge({"prompt": "A long question. " * 10}, answers(*texts))
@@ -82,7 +80,7 @@ def test_the_prompt_of_sixteen_answers_is_run_once(demo):
     n_texts = sum(len(demo.tokenizer.encode(text)) for text in texts)
     before = demo._engine.counters.prefilled
     scores = Logprob(demo)(row, answers(*texts))
-    # Of each answer all but the last token, and before it the prompt's last token, whose logits give its first.
+    # Each answer runs all but its last token, after the prompt's last token, whose logits give its first token.
     assert demo._engine.counters.prefilled - before <= n_prompt + n_texts < 16 * n_prompt / 2
     assert len(set(scores)) == 16
 
@@ -131,7 +129,7 @@ def test_a_reward_is_the_models_score_of_the_prompt_and_the_answer(reward_model)
 
 def test_a_row_of_token_ids_has_no_reward_and_says_so(reward_model):
     ((score, error),) = score_answers(Reward(reward_model), {"tokens": [1, 2]}, answers("55"))
-    assert score is None and "the line has token ids alone, and this scorer reads text: give the line" in error
+    assert score is None and "the line has only token ids, and this scorer reads text: give the line" in error
 
 
 @pytest.mark.parametrize(
@@ -143,7 +141,7 @@ def test_a_row_of_token_ids_has_no_reward_and_says_so(reward_model):
         ({"messages": [{"content": "x"}]}, "message 0 of the dialog has no 'role'"),
     ],
 )
-def test_a_prompt_that_is_none_is_said_to_be_none_by_each_scorer(demo, reward_model, row, message):
+def test_every_scorer_refuses_a_wrong_prompt(demo, reward_model, row, message):
     for scorer in (Judge(demo), Reward(reward_model), Logprob(demo)):
         ((score, error),) = score_answers(scorer, row, answers("55"))
         assert score is None and f"ValueError: {message}" in error
@@ -191,7 +189,7 @@ def test_only_the_answers_that_cannot_be_scored_are_marked():
         (0.5, "TypeError: the scorer returned 0.5: expected a list with a number for each answer"),
     ],
 )
-def test_what_is_no_finite_number_is_no_score(returned, message):
+def test_only_finite_numbers_are_scores(returned, message):
     calls = []
 
     def scorer(row, answers):
@@ -205,12 +203,12 @@ def test_what_is_no_finite_number_is_no_score(returned, message):
     assert message in error
 
 
-def test_scores_may_be_tensors_and_truths():
+def test_scores_may_be_tensors_and_bools():
     assert score_answers(lambda row, a: torch.tensor([0.5, 2]), {}, answers("a", "b")) == [(0.5, None), (2.0, None)]
     assert score_answers(lambda row, a: [True, False], {}, answers("a", "b")) == [(1.0, None), (0.0, None)]
 
 
-def test_what_a_scorer_does_to_its_arguments_changes_nothing_but_its_scores():
+def test_a_scorer_that_changes_its_arguments_changes_only_its_scores():
     def scorer(row, answers):
         row["metadata"].clear()
         for answer in answers:
@@ -233,7 +231,7 @@ def test_a_scorer_that_exits_marks_its_answer_and_ctrl_c_ends_the_run():
         score_answers(interrupted, {}, answers("a"))
 
 
-def test_running_out_of_memory_is_no_answers_fault():
+def test_running_out_of_memory_ends_the_run():
     def scorer(row, answers):
         raise MemoryError
 

@@ -1,4 +1,4 @@
-"""Tokenizer files damaged at random: each is read, or refused by one clear error, in time and in little memory."""
+"""Tokenizer files damaged at random: each is read, or refused with one clear error, quickly and in little memory."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ TEXT = "Hello  wörld, it's 1234567!\n\n the end 👍 the the"
 
 
 def read(path: Path) -> None:
-    """Reads a tokenizer. What it takes must encode a text and give it back, and decode all that it has."""
+    """Reads a tokenizer. If it is read, it must encode and decode a text, and decode all its ids."""
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode(TEXT, bos=True, eos=True)
     if tokenizer.kind == "llama3":
@@ -79,7 +79,7 @@ def test_a_tokenizer_json_of_another_form_is_refused(tmp_path, name):
     assert is_refused(lambda: read(path), [str(path)], (ValueError,), seconds=5)
 
 
-def test_the_sentencepiece_form_is_named_whatever_its_vocabulary_looks_like(tmp_path):
+def test_the_sentencepiece_form_is_recognised_whatever_its_vocabulary(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(with_model(type="Unigram", vocab=[["<unk>", 0.0]])))
     with pytest.raises(ValueError, match=r"JSON form of a SentencePiece model.*put the tokenizer.model"):
         Tokenizer(tmp_path / "tokenizer.json")
@@ -95,7 +95,7 @@ def test_a_file_far_too_large_for_a_tokenizer_is_not_read_whole(tmp_path, start)
         Tokenizer(path)
 
 
-def test_long_tokens_are_refused_before_their_merges_are_looked_for(tmp_path):
+def test_long_tokens_are_refused_before_their_merges_are_searched(tmp_path):
     long = [f"{'x' * 1000}{i}" for i in range(5000)]
     ranks = [*(bytes([i]) for i in range(256)), *(token.encode() for token in long)]
     path = tmp_path / "tokenizer.model"

@@ -111,7 +111,7 @@ def random_text(rng: random.Random, length: int) -> str:
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
-def test_hard_unicode_comes_back(any_tokenizer, text):
+def test_hard_unicode_survives_encode_and_decode(any_tokenizer, text):
     assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
 
 
@@ -128,8 +128,8 @@ def test_bos_and_eos_are_the_same_by_position_and_by_name(any_tokenizer):
     assert any_tokenizer.encode("the text", eos=True, bos=True) == [any_tokenizer.bos_id, *plain, any_tokenizer.eos_id]
 
 
-def test_ids_are_plain_tiktokens_whatever_the_borders(tmp_path, monkeypatch):
-    """Pieces of 40 characters, so that a border falls wherever one can; each pair merges, so that a wrong one shows."""
+def test_ids_equal_tiktokens_wherever_a_text_is_cut(tmp_path, monkeypatch):
+    """Pieces of 40 characters, so that cuts fall everywhere; all pairs merge, so that a wrong cut changes the ids."""
     pairs = [bytes(pair) for pair in itertools.product(b"abcXYZstL'.,!?-_()123 \n\r\t", repeat=2)]
     ranks = [*(bytes([byte]) for byte in range(256)), *pairs]
     tokenizer, plain = Tokenizer(write_ranks(tmp_path / "pairs", ranks)), plain_tiktoken(ranks, {})
@@ -143,7 +143,7 @@ def test_ids_are_plain_tiktokens_whatever_the_borders(tmp_path, monkeypatch):
         assert tokenizer.encode(text) == plain.encode_ordinary(text), text
 
 
-def test_ids_of_long_ordinary_text_are_plain_tiktokens(llama3):
+def test_ids_of_long_ordinary_text_equal_tiktokens(llama3):
     plain = plain_tiktoken(shared_file("llama3"), {})
     rng = random.Random(1)
     texts = [random_text(rng, 3 * MAX_PIECE_CHARS), "line without spaces\n".replace(" ", "") * 8000, "漢字、" * 30_000]
@@ -152,13 +152,13 @@ def test_ids_of_long_ordinary_text_are_plain_tiktokens(llama3):
         assert llama3.encode(text) == plain.encode_ordinary(text)
 
 
-def test_ids_are_sentencepieces(llama2, plain_sentencepiece):
+def test_ids_equal_sentencepieces(llama2, plain_sentencepiece):
     rng = random.Random(2)
     for text in [*HARD_TEXTS, *(random_text(rng, 300) for _ in range(300))]:
         assert llama2.encode(text) == plain_sentencepiece.encode(text)
 
 
-def test_decoding_is_sentencepieces_for_a_text_and_for_a_continuation(llama2, plain_sentencepiece):
+def test_decoding_equals_sentencepieces_for_a_text_and_for_a_continuation(llama2, plain_sentencepiece):
     rng = random.Random(3)
     compared = 0
     for _ in range(20_000):
@@ -187,7 +187,7 @@ def test_only_the_space_put_before_a_text_is_left_out(llama2):
     assert llama2.decode([space_byte, 3186]) == "  world"
 
 
-def test_bytes_that_are_no_utf8_become_replacement_characters(any_tokenizer):
+def test_invalid_utf8_becomes_replacement_characters(any_tokenizer):
     first, *rest = any_tokenizer.encode("\U0010fffe")[-4:]  # a token for each of its four bytes
     assert any_tokenizer.decode([first]) == "\ufffd"
     assert any_tokenizer.decode([first, *rest]) == "\U0010fffe"
@@ -233,7 +233,7 @@ def test_only_a_str_is_encoded(any_tokenizer, text):
         any_tokenizer.encode(text)
 
 
-def test_a_lone_surrogate_is_refused_by_its_place(any_tokenizer):
+def test_a_lone_surrogate_is_refused_with_its_position(any_tokenizer):
     with pytest.raises(ValueError, match=r"character 2 is the lone surrogate '\\ud83d'"):
         any_tokenizer.encode("ab\ud83d")
 
@@ -273,7 +273,7 @@ def test_a_special_tokens_name_in_a_text_is_text(any_tokenizer):
         assert any_tokenizer.decode(ids) == f"a{name} {name}"
 
 
-def test_allowed_special_tokens_are_plain_tiktokens_across_borders(tiny, tiny_ranks, monkeypatch):
+def test_allowed_special_tokens_equal_tiktokens_wherever_a_text_is_cut(tiny, tiny_ranks, monkeypatch):
     monkeypatch.setattr(rank_file, "MAX_PIECE_CHARS", 40)
     plain = plain_tiktoken(tiny_ranks, tiny.special_tokens)
     some = {"<|eot_id|>", "<|reserved_special_token_2|>", "<|reserved_special_token_24|>"}
@@ -309,7 +309,7 @@ def test_a_disallowed_special_token_is_an_error_that_names_it(any_tokenizer):
     assert ids[-1] == any_tokenizer.special_tokens[name]
 
 
-def test_special_names_that_are_none_are_refused(any_tokenizer):
+def test_unknown_special_names_are_refused(any_tokenizer):
     with pytest.raises(ValueError, match=r"allowed_special names \['<\|eot\|>'\]"):
         any_tokenizer.encode("x", allowed_special={"<|eot|>"})
     with pytest.raises(ValueError, match="not the string '<s>'"):
@@ -319,7 +319,7 @@ def test_special_names_that_are_none_are_refused(any_tokenizer):
 # --------------------------------------------------------------------------------------------------- files
 
 
-def test_the_kind_of_a_file_is_told_by_its_contents(tmp_path, llama2, tiny_ranks):
+def test_the_contents_of_a_file_tell_its_kind(tmp_path, llama2, tiny_ranks):
     named_otherwise = tmp_path / "llama3.tiktoken"
     named_otherwise.write_bytes(shared_file("llama2").read_bytes())
     assert Tokenizer(str(named_otherwise)).kind == "llama2"
@@ -375,7 +375,7 @@ def test_without_sentencepiece_the_error_says_what_to_install(tmp_path, monkeypa
         Tokenizer(tmp_path / "tokenizer.model")
 
 
-def test_another_file_under_the_same_path_is_read_anew(tmp_path, tiny_ranks, monkeypatch):
+def test_another_file_under_the_same_path_is_read_again(tmp_path, tiny_ranks, monkeypatch):
     """tiktoken's own loader would return the bytes of the first: it caches by path."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     path = write_ranks(tmp_path / "tokenizer.model", tiny_ranks)
@@ -508,7 +508,7 @@ def test_the_models_under_the_tokenizer_have_metas_names(llama2, tiny):
 @pytest.mark.parametrize(
     "roles", ["user user", "system system user", "assistant user", "user tool", "user system user"]
 )
-def test_llama_2_wants_turns_to_alternate_and_llama_3_does_not(llama2, tiny, roles):
+def test_llama_2_needs_turns_to_alternate_and_llama_3_does_not(llama2, tiny, roles):
     dialog = [message(role, "x") for role in roles.split()]
     ChatFormat(tiny).check(dialog)
     with pytest.raises(ValueError, match=f"user and assistant in turn.*found {', '.join(roles.split())}"):

@@ -13,7 +13,7 @@ from llama.tokenizer.tokenizer_json import tokenizer_json
 
 @pytest.fixture(scope="module")
 def real_tokenizers(tmp_path_factory):
-    """Llama 3's tokenizer from its rank file, and the path of the tokenizer.json made of it."""
+    """Llama 3's tokenizer from its rank file, and the path of the tokenizer.json made from it."""
     tokenizer = Tokenizer(shared("tokenizers", "llama3", "tokenizer.model"))
     written = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     written.write_text(tokenizer_json(tokenizer.ranks, tokenizer.special_tokens, "<|begin_of_text|>", LLAMA3_PATTERN))
@@ -31,7 +31,7 @@ def test_the_ids_of_a_tokenizer_json_are_those_of_the_tokenizers_library(real_to
     words = ["the", " the", "'ll", "  \n\n", "return", "1234567", "antidisestablishment", "<|eot_id|>", "\r\n", "東京"]
     for _ in range(1500):
         pieces = [chosen.choice(words) if chosen.random() < 0.3 else chosen.choice(alphabet) for _ in range(40)]
-        text = "".join(pieces).replace("<|eot_id|>", "<|eot_ id|>")  # theirs would take it for the token
+        text = "".join(pieces).replace("<|eot_id|>", "<|eot_ id|>")  # the library would encode the token
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False).ids
         assert ours.decode(ids) == text
@@ -53,13 +53,13 @@ def small_content() -> dict:
     return json.loads(tokenizer_json(ranks, special, "<|begin_of_text|>", LLAMA3_PATTERN))
 
 
-def test_a_tokenizer_without_the_tokens_of_a_chat_says_so_when_one_is_asked_for(tmp_path):
+def test_a_tokenizer_without_chat_tokens_refuses_a_dialog(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(small_content()))
     tokenizer = Tokenizer(path)
     assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id) == (263, 260, None, -1)
     assert tokenizer.encode("the the") == [258, 32, 258]  # "the the" is cut into words before anything is merged
-    with pytest.raises(ValueError, match=r"has no <\|end_header_id\|>, <\|eot_id\|>, .* not one for dialogs"):
+    with pytest.raises(ValueError, match=r"has no <\|end_header_id\|>, <\|eot_id\|>, .* not made for dialogs"):
         ChatFormat(tokenizer).encode_dialog_prompt([{"role": "user", "content": "hi"}])
 
 
@@ -78,12 +78,12 @@ def test_a_tokenizer_without_the_tokens_of_a_chat_says_so_when_one_is_asked_for(
         (lambda c: c.update(normalizer={"type": "NFC"}), r"the pattern None"),
         (lambda c: c["model"].update(dropout=0.1), r"has dropout = 0.1: expected null"),
         (lambda c: c["model"].update(end_of_word_suffix="</w>"), r"has end_of_word_suffix = '</w>': expected null"),
-        (lambda c: c["added_tokens"].pop(1), r"added_tokens have \[260, 262\].*expected 260 and on"),
+        (lambda c: c["added_tokens"].pop(1), r"added_tokens have \[260, 262\].*expected ids from 260 on"),
         (lambda c: c["added_tokens"][0].update(content="<s>"), r"has no <\|begin_of_text\|> among its added_tokens"),
         (lambda c: c.pop("added_tokens"), r"is JSON, but KeyError \('added_tokens'\)"),
     ],
 )
-def test_a_tokenizer_json_that_no_rank_file_could_be_is_refused(tmp_path, edit, message):
+def test_a_tokenizer_json_that_no_rank_file_can_express_is_refused(tmp_path, edit, message):
     content = small_content()
     edit(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))

@@ -174,7 +174,7 @@ def test_an_adapter_for_another_base_is_refused(write_checkpoint, tmp_path):
         Llama.build(write_checkpoint("same_shape", seed=1), max_seq_len=64, adapter=tmp_path / "out")
     with pytest.raises(ValueError, match=r"changes layers.0.attention.wk.weight of \[32, 64\], and this has one of"):
         Llama.build(write_checkpoint("other_shape", n_kv_heads=2), max_seq_len=64, adapter=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"14 tensors of no matrix here, as base_model.*in the 1 layers of the base"):
+    with pytest.raises(ValueError, match=r"14 unexpected tensors, such as base_model.*in the 1 layers of the base"):
         Llama.build(write_checkpoint("shallow", n_layers=1), max_seq_len=64, adapter=tmp_path / "out")
     config = tmp_path / "out" / "adapter_config.json"
     for key, value, message in [
