@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -92,6 +93,54 @@ def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
     functions.product.restype = None
     functions.round_matrix.argtypes = [pointer, number, number, flag, flag, number, pointer, flag]
     return functions
+
+
+# Up to this many rows of x, `bfloat16_products.cpp` is faster than oneDNN on the same packed matrix.
+FEW_ROWS = 32
+
+
+@functools.cache
+def _product_of_few_rows() -> Callable[..., None] | None:
+    """The compiled product for few rows of bfloat16. None where it cannot be had, and oneDNN's is as right."""
+    try:
+        if sys.platform != "linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
+            return None
+        functions = compiled("bfloat16_products")
+    except (OSError, RuntimeError):
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    functions.product.argtypes = [pointer, number, number, pointer, number, pointer, ctypes.c_int]
+    functions.product.restype = None
+    return functions.product if functions.has_tiles() else None
+
+
+def blocks_of(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
+    """The address of a matrix that oneDNN has packed, if `few_rows` can read its blocks; else None.
+
+    No documentation says how oneDNN packs, so the first and the last block are compared with the weight.
+    """
+    (n_rows, n_columns), height = weight.shape, 32
+    if weight.dtype != torch.bfloat16 or n_rows % height or n_columns % 32 or _product_of_few_rows() is None:
+        return None
+    address, n_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+    if n_bytes != weight.nbytes:
+        return None
+    memory = (ctypes.c_uint8 * n_bytes).from_address(address)
+    blocks = torch.frombuffer(memory, dtype=torch.int16).view(-1, n_columns // 2, height, 2)
+    for found, start in ((blocks[0], 0), (blocks[-1], n_rows - height)):
+        rows = weight.detach()[start : start + height].view(torch.int16)
+        if not torch.equal(found, rows.unflatten(1, (-1, 2)).transpose(0, 1)):
+            return None
+    return address
+
+
+def few_rows(x: torch.Tensor, blocks: int, out_features: int) -> torch.Tensor:
+    """At most FEW_ROWS rows of bfloat16, [..., in_features], times the matrix at an address of `blocks_of`."""
+    x = x.contiguous()
+    y, n_columns = x.new_empty((*x.shape[:-1], out_features)), x.shape[-1]
+    sizes, n_threads = (x.numel() // n_columns, n_columns), torch.get_num_threads()
+    _product_of_few_rows()(x.data_ptr(), *sizes, blocks, out_features, y.data_ptr(), n_threads)
+    return y
 
 
 def in_blocks(matrix: "torch.Tensor | Quantized | Blocks", kind: str) -> Blocks:

@@ -65,6 +65,7 @@ class Packed(Layout):
         self.out_features, self.in_features = weight.shape
         # The number of rows of x is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 64)
+        self.blocks = kernels.blocks_of(self.weight, weight)
         # Compiled programs know a matrix by its number: a new one, or that of the layout before it.
         self.number = next(_numbers) if number is None else number
         _packed[self.number] = self
@@ -72,6 +73,8 @@ class Packed(Layout):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():  # the compiler knows no opaque tensors, but numbers
             return torch.ops.llama.packed_product(x, self.number, self.out_features)
+        if self.blocks is not None and x.numel() <= kernels.FEW_ROWS * self.in_features:
+            return kernels.few_rows(x, self.blocks, self.out_features)
         return _linear()(x, self.weight, None, "none", [], "")
 
     def to_dense(self) -> torch.Tensor:
@@ -107,7 +110,7 @@ _library.define("packed_product(Tensor x, int number, int out_features) -> Tenso
 
 @torch.library.impl(_library, "packed_product", "CPU")
 def _packed_product(x: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    return _linear()(x, _packed[number].weight, None, "none", [], "")
+    return _packed[number](x)
 
 
 @torch.library.register_fake("llama::packed_product", lib=_library)
