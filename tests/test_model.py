@@ -175,7 +175,7 @@ def test_hidden_size_is_the_published_one(shape, hidden_dim):
 
 def test_positions_out_of_room_are_refused():
     model = random_model(**SHAPE, max_batch_size=2)
-    with pytest.raises(ValueError, match=r"positions 0 to 128 asked for: expected 0 to 127"):
+    with pytest.raises(ValueError, match=r"positions 0 to 128: expected 0 to 127"):
         model(torch.zeros(1, 129, dtype=torch.long))
     with pytest.raises(ValueError, match="start_pos = 3, but nothing was run"):
         model(torch.zeros(1, 1, dtype=torch.long), 3)

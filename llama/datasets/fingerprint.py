@@ -25,7 +25,7 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
     """What identifies a model, as JSON. Collective: every process that holds a part of the model calls it."""
     if known := getattr(llama, "fingerprint", None):  # of a model that is elsewhere
         return known
-    model = llama.answerer.shared.engine.opened  # which `llama.model` would take for changed from now on
+    model = llama.answerer.shared.engine.module  # which `llama.model` would take for changed from now on
     args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
     dtype = str(model.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"

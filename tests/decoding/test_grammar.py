@@ -90,7 +90,7 @@ def test_the_mask_is_what_trying_every_token_gives(demo):
         assert allowed == fits
         if n < len(ids):
             so_far += demo.tokenizer.token_bytes(ids[n])
-    assert matcher.is_whole(ids) and not matcher.is_whole(ids[:-1])
+    assert matcher.is_complete(ids) and not matcher.is_complete(ids[:-1])
     n_allowed = lambda tokens: int((matcher.mask(logits, tokens) == 0).sum())  # noqa: E731
     assert n_allowed([]) == n_allowed(ids[:0]) > 0 and n_allowed([0, 0, 0]) == 0  # back, and where no way leads
 
@@ -145,7 +145,7 @@ def test_llama_3s_real_vocabulary_is_taken():
     ids = tokenizer.encode('{"a": 21, "b": "y z"}')
     for n, token in enumerate(ids):
         assert matcher.mask(torch.zeros(tokenizer.n_words), ids[:n])[token] == 0
-    assert matcher.is_whole(ids)
+    assert matcher.is_complete(ids)
 
 
 @pytest.mark.parametrize(

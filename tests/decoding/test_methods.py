@@ -363,7 +363,7 @@ BAD = [
     ({"seed": "x"}, r"seed = 'x': expected an integer"),
     ({"logits_processor": 5}, r"logits_processor = 5: expected a callable"),
     ({"top_logprobs": -1}, r"top_logprobs = -1: expected an integer of at least 0"),
-    ({"top_logprobs": 600}, r"top_logprobs = 600: expected at most the 512 tokens there are"),
+    ({"top_logprobs": 600}, r"top_logprobs = 600: expected at most 512, the size of the vocabulary"),
     ({"temperature": [0.5]}, r"temperature is a list of 1: expected as many values as prompts, 2"),
     ({"top_p": [0.5, 7]}, r"prompt 1: top_p = 7: expected a number of at most 1"),
 ]

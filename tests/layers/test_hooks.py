@@ -264,7 +264,7 @@ def test_a_compiled_step_is_refused_where_it_would_ignore_somebody():
 def test_a_hook_and_a_compiled_step_are_refused_before_anything_is_compiled(write_checkpoint):
     llama = Llama.build(write_checkpoint(), None, 64, 1, device="cpu")
     llama.model.layers[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"layers\.1 has hooks, which a compiled step would ignore: take it off again"):
+    with pytest.raises(ValueError, match=r"layers\.1 has hooks, which a compiled step would ignore: remove it"):
         Llama(llama.model, llama.tokenizer, compile=True)
 
 

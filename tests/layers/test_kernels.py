@@ -159,7 +159,7 @@ def test_why_there_are_no_kernels_is_said(compiler, reason, tmp_path, monkeypatc
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(kernels, "_functions", kernels._functions.__wrapped__)
     assert re.search(reason, kernels.missing.__wrapped__())
-    assert "Matrices of 8 and 4 bits take PyTorch's kernels" in capsys.readouterr().err
+    assert "Matrices of 8 and 4 bits use PyTorch's kernels" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.so"))
 
 

@@ -74,7 +74,7 @@ def test_groups_divide_a_row_where_they_can():
 def test_a_packed_product_is_the_plain_one(dtype, n_rows):
     weight, x = matrix(344, 172).to(dtype), matrix(n_rows, 172).to(dtype)
     layout = lay_out([weight[:100], weight[100:]], None, dtype)
-    if not Packed.serves(weight):
+    if not Packed.supports(weight):
         pytest.skip(f"this processor has no packed product in {dtype}")
     expected = F.linear(x.float(), weight.float())
     tolerance = 1e-4 if dtype == torch.float32 else 2**-8 * expected.abs().max().item()

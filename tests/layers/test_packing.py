@@ -44,7 +44,7 @@ def in_steps(model: Transformer, n: int = 200) -> bool:
 @torch.no_grad()
 def test_packed_matrices_give_the_same_logits_and_the_same_bits_back(dtype, tied):
     model = random_model(**SMALL, tied_embeddings=tied).to(dtype)
-    if not Packed.serves(model.norm.weight):
+    if not Packed.supports(model.norm.weight):
         pytest.skip(f"this processor has no packed product in {dtype}")
     expected, state = model(TOKENS), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -64,7 +64,7 @@ def test_packed_matrices_give_the_same_logits_and_the_same_bits_back(dtype, tied
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_bit_pattern_survives(dtype):
     """Signed zeros, subnormal numbers, infinities, every kind of NaN."""
-    if not Packed.serves(torch.empty(0, dtype=dtype)):
+    if not Packed.supports(torch.empty(0, dtype=dtype)):
         pytest.skip(f"this processor has no packed product in {dtype}")
     model = random_model(**SMALL).to(dtype)
     weight = model.layers[0].attention.wk.weight
@@ -227,7 +227,7 @@ def test_casts_work_at_any_time_and_keep_the_angles_exact(dtype):
     assert all(parameter.dtype == dtype for parameter in model.parameters())
     assert torch.equal(model.rotary, random_model(**SMALL).rotary)
     assert torch.equal(model(TOKENS), plain(TOKENS))
-    assert in_steps(model) or not Packed.serves(model.norm.weight)
+    assert in_steps(model) or not Packed.supports(model.norm.weight)
     torch.testing.assert_close(model(TOKENS), plain(TOKENS), atol=0.05, rtol=0)
 
 
