@@ -1,4 +1,4 @@
-"""Every answer of a given shape fits it, masks are what trying every token gives, and drafts change nothing."""
+"""Every constrained answer fits its constraint, masks equal those of trying every token, drafts change nothing."""
 
 import json
 import re
@@ -175,7 +175,7 @@ def test_what_cannot_be_compiled_is_an_error_before_anything_runs(demo, options,
     assert demo._engine.counters.prefilled == before
 
 
-def test_a_shape_with_no_way_on_ends_the_answer_with_its_reason(demo):
+def test_a_shape_that_allows_no_next_token_ends_the_answer_with_an_error(demo):
     banned = {token: -float("inf") for token in range(256, demo.args.vocab_size)} | {ord("7"): -float("inf")}
     with pytest.raises(GenerationError, match="logit_bias and regex left no token to choose, after 0 tokens"):
         demo.chat_completion(
