@@ -39,7 +39,7 @@ def run(model: Transformer, *sequences: Sequence) -> list[Sequence]:
         engine.add(sequence)
     while engine.has_work:
         ended += engine.step()
-    assert engine.n_free == model.cache.max_batch_size
+    assert not engine.running and engine.partial is None
     return ended
 
 
