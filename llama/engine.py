@@ -114,7 +114,7 @@ class Engine:
         """Prefills waiting prompts if a slot is free, then gives each running sequence one more token.
 
         Returns the sequences that have ended since the last step. Raises whatever the model raises, for example when
-        memory runs out. All sequences in progress fail then, because their keys may be incomplete. The queue remains.
+        memory runs out. All sequences in progress fail then, because their keys may be incomplete. The queue is kept.
         """
         try:
             if self.model_is_held:
@@ -138,7 +138,7 @@ class Engine:
     def _admit(self) -> Batch | None:
         """Moves waiting prompts into free slots. Returns the batch to prefill, without what the cache already holds."""
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
-        # A search counts with all slots that it may come to need.
+        # A search counts as the most slots that it may need.
         taken = {sequence.search or sequence: sequence.n_slots for sequence in self.running}
         n_free = len(self.slots) - sum(taken.values()) - (0 if self.partial is None else self.partial[0].n_slots)
         first_slot = len(self.running)

@@ -1,4 +1,4 @@
-"""One engine for any number of callers: a caller that waits for its answers runs the steps of all.
+"""One engine for any number of callers: one of the waiting callers runs the steps for all of them.
 
 There is no background thread. One of the waiting callers, the driver, steps the engine. The others sleep until one of
 their sequences has ended. When the driver's own sequences have ended, another caller becomes the driver. So the
@@ -124,11 +124,9 @@ class Call(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         with _HeldInterrupts(), self.shared.lock:
-            for sequence in self._open:
-                del self.shared.owners[sequence]
             if self._open:
-                self.shared.change(self.shared.engine.cancel, set(self._open))
-            self._open, self._ended = {}, []
+                self.cancel(set(self._open))
+            self._ended = []
 
     @property
     def has_room(self) -> bool:
