@@ -1,4 +1,4 @@
-// Products of many rows with AMX, whose tiles multiply 16 rows of x by 16 rows of codes, 64 columns at a time.
+// Multiplies many rows with AMX. Its tiles multiply 16 rows of x by 16 rows of codes, 64 columns at a time.
 // Intel's Architectures Software Developer's Manual, volume 1, chapter 18.
 
 #pragma once
@@ -16,7 +16,7 @@ constexpr int64_t kArchReqXcompPerm = 0x1023, kXfeatureXtileData = 18;  // docs.
 
 bool may_use_tiles() { return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtileData) == 0; }
 
-// The intrinsics of tiles do not tell the compiler which memory they read and write.
+// Tile intrinsics do not tell the compiler which memory they read and write; this does.
 inline void touch(void* memory) { asm volatile("" ::"r"(memory) : "memory"); }
 
 struct alignas(64) TileConfig {
@@ -25,8 +25,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// The first tiles are the sums of two blocks, 2 * plane + block. Then, for two planes, come the integers of each and
-// the codes of each block; for three, one tile of either.
+// Tile 2 * plane + block has the sums of one of two blocks. With two planes, the next tiles have the integers of each
+// plane and the codes of each block. With three planes, there is one tile for integers and one for codes.
 template <int P>
 void configure_tiles(int64_t n_rows, int64_t step) {
   TileConfig config;
@@ -51,7 +51,7 @@ inline void zero_tiles() {
   }
 }
 
-// Sums [plane][block][16 rows of x][16].
+// Loads sums [plane][block][16 rows of x][16].
 template <int P>
 inline void load_tiles(const int32_t (*sums)[2][kTileRows][kRows]) {
   _tile_loadd(0, sums[0][0], kLine);
@@ -77,11 +77,11 @@ inline void store_tiles(int32_t (*sums)[2][kTileRows][kRows]) {
   touch(sums);
 }
 
-// Adds the products of `size` columns of 16 rows of x with those of two blocks.
+// Adds the products of `size` columns of 16 rows of x and of two blocks.
 template <int P>
 inline void add_products(const Rows& x, int64_t row, int64_t column, int64_t size, const uint8_t* const* codes) {
   touch(const_cast<uint8_t*>(codes[0]));
-  const int8_t* integers = x.at(row, 0, column);  // of the planes one after the other, step by step
+  const int8_t* integers = x.at(row, 0, column);  // [step][plane]
   const int64_t plane = x.tile_rows * x.step;
   for (int64_t k = 0; k < size; k += x.step, integers += P * plane) {
     if (P == 2) {
@@ -111,7 +111,7 @@ inline void add_products(const Rows& x, int64_t row, int64_t column, int64_t siz
   }
 }
 
-// The codes of a group as signed bytes, [k / 4][16 rows][4]: as tiles take them. Those of 8 bits lie so.
+// Writes 4-bit codes of a group as signed bytes, [k / 4][16 rows][4], as tiles need them and 8-bit codes are stored.
 inline void spread(const uint8_t* codes, int64_t size, uint8_t* out) {
   const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(8);
   for (int64_t k = 0; k < size; k += 8) {
@@ -123,16 +123,16 @@ inline void spread(const uint8_t* codes, int64_t size, uint8_t* out) {
   }
 }
 
-// Four blocks times all rows of x, into sums [row][block][16]. `room` takes the codes of the blocks as bytes.
+// Multiplies four blocks by all rows of x into sums [row][block][16]. `scratch` is memory for the codes as bytes.
 template <int P>
-void many_rows_of_4_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* room) {
+void many_rows_of_4_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* scratch) {
   alignas(64) int32_t products[P][2][kTileRows][kRows];
   for (int64_t from = 0; from < x.n; from += kChunkRows)
     for (int64_t g = 0; g < s.n_groups; g++) {
       const uint8_t* codes[kBlocksPerTask];
       Scales scales[kBlocksPerTask];
       for (int64_t b = 0; b < kBlocksPerTask; b++) {
-        uint8_t* bytes = room + (kBlocksPerTask * g + b) * s.group * kRows;
+        uint8_t* bytes = scratch + (kBlocksPerTask * g + b) * s.group * kRows;
         const uint8_t* stored = codes_of<4>(blocks[b], s, g);
         if (from == 0) spread(stored, s.group, bytes);
         scales[b] = scales_of<4>(stored - kLine);
@@ -157,11 +157,11 @@ void many_rows_of_4_bits(const uint8_t* const* blocks, const Shape& s, const Row
     }
 }
 
-// As above; `room` takes the sums of integers of each 16 rows of x.
+// As above. `scratch` is memory for the sums of integers.
 template <int P>
-void many_rows_of_8_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* room) {
+void many_rows_of_8_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* scratch) {
   using Products = int32_t[P][2][kTileRows][kRows];
-  Products* products = reinterpret_cast<Products*>(room);
+  Products* products = reinterpret_cast<Products*>(scratch);
   for (int64_t pair = 0; pair < kBlocksPerTask; pair += 2) {
     const uint8_t* all[2] = {codes_of<8>(blocks[pair], s, 0), codes_of<8>(blocks[pair + 1], s, 0)};
     for (int64_t k = 0; k < s.k; k += kChunkColumns) {
