@@ -1,10 +1,10 @@
-"""Many sequences through one model: which slot each is in, prefill, decode steps, and when each ends.
+"""Runs many sequences through one model: assigns slots, prefills prompts, decodes tokens, ends sequences.
 
-Knows tokens and not text, and nothing of threads. The engine of each model-parallel rank runs the same steps on the
-same logits and draws the same random numbers, so ranks agree on every token without talking about it.
+Start reading at `Engine.step`. Sequences wait in a queue. Each is prefilled into a free slot, decodes one token a step
+in one batch with the others, and frees its slot when it ends.
 
-`Engine.step` tells the whole story: sequences wait, are prefilled into a slot, decode one token a step beside all the
-others, and leave their slot to the next.
+Knows tokens but not text, and nothing of threads. Each model-parallel rank has its own engine. All of them run the same
+steps on the same logits with the same random numbers, so they agree on every token without communicating.
 """
 
 from collections import deque
@@ -14,76 +14,77 @@ from torch import nn
 
 from llama.decode_step import DecodeStep, run_rows
 from llama.kv_cache import Slots, shared_prefix
-from llama.layers.hooks import Patches, is_looked_at
+from llama.layers.hooks import Patches, is_observed
 from llama.layers.packing import pack
-from llama.meta_names import ForwardOnly, cache_state, run_again, runnable
+from llama.meta_names import ForwardOnly, cache_state, recompute_keys, runnable
 from llama.model import Transformer
 from llama.sequence import Counters, Search, Sequence, choose, score_prompt
 
-# How many positions one prefill works on, padding included: enough to keep a device busy, and a bound on the memory of
-# the activations. While other sequences are decoding it is less, so that they do not stall; longer prompts are cut.
+# The most positions of one prefill, padding included: enough to keep a device busy, and a limit on the memory that the
+# activations take. Smaller while sequences decode, so that they do not stall. Longer prompts run in pieces.
 PREFILL_TOKENS = 4096
 PREFILL_TOKENS_WHILE_DECODING = 512
-# A first prefill of this many positions gains more from packed matrices than packing them takes.
+# A prefill of at least this many positions gains more from packed matrices than packing costs.
 PACK_FIRST_TOKENS = 384
 
-# What one prefill runs: sequences, where each begins, the slot of the first, where each ends.
+# One prefill: the sequences, the start of each, the slot of the first sequence, the end of each.
 Batch = tuple[list[Sequence], list[int], int, list[int]]
 
 
 class Engine:
     """Runs sequences through a model, as many at a time as its cache has slots.
 
-    Slots 0, 1, … hold the sequences in `running`, in their order, so that a decode step reads one slice of the cache.
-    A slot after them may hold one whose prompt is being prefilled in pieces. What a slot held stays in it until it is
-    overwritten, and a new prompt that begins alike takes the keys and values of the shared beginning from there.
+    Slot i holds sequence i of `running`, so a decode step reads one slice of the cache. A slot after these may hold a
+    sequence whose prompt is prefilled in pieces. A freed slot keeps its keys and values until they are overwritten. A
+    new prompt with the same beginning copies them instead of computing them.
     """
 
     def __init__(self, model: Transformer):
-        self.opened, self.model = model, runnable(model)  # what users see, and how it is run
-        self.model_is_held = True  # by somebody who may change it, or run it, at any time
-        self.is_looked_at, self.patches = is_looked_at(model), Patches(model)
+        self.module, self.model = model, runnable(model)  # what callers see, and what the engine runs
+        self.model_is_held = True  # whether a caller has a reference to it, and may change or run it at any time
+        self.is_observed, self.patches = is_observed(model), Patches(model)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how much of its prompt is done
+        self.partial: tuple[Sequence, int, int] | None = None  # a sequence, its slot, how many prompt tokens have run
         self.model.allocate_cache()
         self.slots = Slots(self.model.cache)
-        self._cache_state: tuple | None = None  # after the last step
+        self._cache_state: tuple | None = None  # at the end of the last step
         self.counters = Counters()
         self.decode_step = DecodeStep(self.model)
         self.reuse_prefixes = True
-        self._ended: list[Sequence] = []  # since the last step returned
+        self._ended: list[Sequence] = []  # the next step returns these
 
     def compile(self) -> None:
-        """Has the decoding step compiled when it first runs. Raises ValueError for a model with hooks."""
-        runnable(self.opened, compiled=True)
+        """Compiles the decode step when it first runs. Raises ValueError for a model with hooks."""
+        runnable(self.module, compiled=True)
         self.decode_step = DecodeStep(self.model, compile=True)
 
     def check(self, model: nn.Module) -> "Transformer | ForwardOnly":
-        """How a model would be run. Raises ValueError or TypeError if it cannot be, or not in a compiled step."""
+        """Returns what the engine would run for `model`. Raises ValueError or TypeError if it cannot run it."""
         return runnable(model, self.decode_step.compiled)
 
-    def look_again(self) -> None:
-        """Runs the model as it is now; what was in progress in another has failed. Raises as `check`."""
-        now = self.check(self.opened)
-        now.allocate_cache()  # which follows casts, and modules that were exchanged
+    def refresh_model(self) -> None:
+        """Runs the model as callers have changed it. Fails or recomputes what is in progress. Raises as `check`."""
+        now = self.check(self.module)
+        now.allocate_cache()  # for casts and replaced modules
         if now != self.model:
-            self._give_up("the model was exchanged for another, or runs one sequence at a time from now on")
+            self._give_up("the model was replaced by another, or runs one sequence at a time from now on")
             self.model, self.slots = now, Slots(now.cache)
             self.decode_step = DecodeStep(now, self.decode_step.compiled)
             for sequence in [s for s in self.waiting if s.n_slots > len(self.slots)]:
                 self.waiting.remove(sequence)
                 self._ended.append(sequence)
                 sequence.fail("beams share keys, which a model that runs one sequence at a time cannot")
-        self.is_looked_at = is_looked_at(self.opened)
-        if cache_state(self.model) != self._cache_state:  # somebody else has run the model, or changed its cache
-            partial = [self.partial[1:]] if self.partial else []  # a slot, and how long its prompt is so far
-            held = [*enumerate(len(sequence.prompt) for sequence in self.running), *partial]
-            run_again(self.model, self.slots, dict(held), self.is_looked_at)
+        self.is_observed = is_observed(self.module)
+        if cache_state(self.model) != self._cache_state:  # a caller ran the model, or changed its cache
+            lengths = {slot: len(sequence.prompt) for slot, sequence in enumerate(self.running)}
+            if self.partial:
+                lengths[self.partial[1]] = self.partial[2]
+            recompute_keys(self.model, self.slots, lengths, self.is_observed)
             self._cache_state = cache_state(self.model)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence at the end of those that wait for a slot; `step` returns it once it has ended."""
+        """Appends a sequence to the queue. `step` returns it once it has ended."""
         if sequence.n_slots > len(self.slots):
             raise ValueError(f"{sequence.n_slots} beams: expected at most the {len(self.slots)} slots of the cache")
         if sequence.n_prefill == 0:
@@ -93,7 +94,7 @@ class Engine:
             self.waiting.append(sequence)
 
     def cancel(self, sequences: set[Sequence]) -> None:
-        """Forgets sequences that nobody waits for any more; their slots are free."""
+        """Drops sequences and frees their slots. `step` will not return them."""
         self.waiting = deque(s for s in self.waiting if s not in sequences)
         self._ended = [s for s in self._ended if s not in sequences]
         if self.partial is not None and self.partial[0] in sequences:
@@ -110,14 +111,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One prefill, if a prompt waits and a slot is free, and one new token for each running sequence.
+        """Prefills waiting prompts if a slot is free, then gives each running sequence one more token.
 
-        Returns the sequences that have ended since the last step. Raises whatever the model raises, such as running out
-        of memory: all sequences in progress have failed then, for their keys may be half written; the others wait on.
+        Returns the sequences that have ended since the last step. Raises whatever the model raises, for example when
+        memory runs out. All sequences in progress fail then, because their keys may be incomplete. The queue is kept.
         """
         try:
             if self.model_is_held:
-                self.look_again()
+                self.refresh_model()
             if self.partial is not None:
                 self._prefill(*self._next_piece())
             elif self.waiting and (batch := self._admit()) is not None:
@@ -135,28 +136,28 @@ class Engine:
     # Prefill
 
     def _admit(self) -> Batch | None:
-        """The next prompts that are prefilled together, each behind what the cache already has of it."""
+        """Moves waiting prompts into free slots. Returns the batch to prefill, without what the cache already holds."""
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
-        # Slots that neither a sequence has nor a search may still grow into.
+        # A search counts as the most slots that it may need.
         taken = {sequence.search or sequence: sequence.n_slots for sequence in self.running}
         n_free = len(self.slots) - sum(taken.values()) - (0 if self.partial is None else self.partial[0].n_slots)
         first_slot = len(self.running)
         group, starts, stops, width = [], [], [], 0
         while self.waiting and self.waiting[0].n_slots <= n_free:
             sequence = self.waiting[0]
-            limit = 0 if self.is_looked_at or not self.reuse_prefixes else sequence.n_reusable
+            limit = 0 if self.is_observed or not self.reuse_prefixes else sequence.n_reusable
             source, shared = self.slots.find(sequence.prompt, limit)
-            # One that begins like a prompt of this group waits until that one's keys are there.
+            # A prompt that shares a longer beginning with one of this group waits, and copies those keys next time.
             if group and any(shared_prefix(sequence.prompt, s.prompt[: s.n_prefill], limit) > shared for s in group):
                 break
             wider = max(width, sequence.n_prefill - shared)
-            if group and (wider * (len(group) + 1) > budget or (self.is_looked_at and sequence.n_prefill != width)):
-                break  # who looks sees no padding
+            if group and (wider * (len(group) + 1) > budget or (self.is_observed and sequence.n_prefill != width)):
+                break  # it is too much for one prefill, or a hook would see padding
             self.waiting.popleft()
             self.slots.take(first_slot + len(group), source, shared)
             self.counters.reused += shared
             sequence.n_cached = shared
-            if wider > budget and not self.is_looked_at:  # alone, and in pieces
+            if wider > budget and not self.is_observed:  # runs alone, in pieces
                 self.partial = (sequence, first_slot, shared)
                 return self._next_piece()
             group.append(sequence)
@@ -168,7 +169,7 @@ class Engine:
         return (group, starts, first_slot, stops) if group else None
 
     def _next_piece(self) -> Batch:
-        """The next piece of a long prompt; with the last, the sequence is running."""
+        """Returns the next piece of a long prompt. With the last piece, the sequence joins `running`."""
         sequence, slot, done = self.partial
         budget = PREFILL_TOKENS_WHILE_DECODING if self.running else PREFILL_TOKENS
         if (stop := min(done + budget, sequence.n_prefill)) == sequence.n_prefill:
@@ -180,17 +181,17 @@ class Engine:
         return [sequence], [done], slot, [stop]
 
     def _prefill(self, group: list[Sequence], starts: list[int], first_slot: int, stops: list[int]) -> None:
-        """Runs prompt[start:stop] of each sequence; one whose whole prompt has run gets its next token."""
+        """Runs prompt[start:stop] of each sequence. A sequence whose prompt is complete gets its first token."""
         texts = [sequence.prompt[:stop] for sequence, stop in zip(group, stops)]
         if sum(stops) - sum(starts) >= PACK_FIRST_TOKENS:
             pack(self.model)
         logits, at = run_rows(self.model, texts, starts, first_slot)
-        whole, last = [], []  # the rows that get a token now, and their last columns
+        whole, last = [], []  # rows whose prompt is complete, and the column of its last token
         for row, (sequence, start, stop) in enumerate(zip(group, starts, stops)):
             self.counters.prefilled += stop - start
             self.slots.record(first_slot + row, start, sequence.prompt[start:stop])
             if sequence.score_from is not None and sequence.finish_reason is None:
-                column = at[row] - start  # of position 0
+                column = at[row] - start  # where position 0 would be
                 score_prompt(sequence, lambda a, b, r=row, c=column: logits[r, a + c : b + c], stop)
             if stop == sequence.n_prefill and sequence.finish_reason is None:
                 if sequence.max_new_tokens == 0:
@@ -205,7 +206,7 @@ class Engine:
 
     def _decode(self) -> None:
         """Runs the last token of each running sequence, and chooses the next."""
-        packed = pack(self.model)  # here and not while loading, so that the first token comes at once
+        packed = pack(self.model)  # not while loading, so that the first token does not wait for it
         tokens, positions = [], []
         for sequence in self.running:
             tokens.append(sequence.tokens[-1])
@@ -219,8 +220,8 @@ class Engine:
         self._choose(self.running, logits)
 
     def _choose(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Gives each sequence its next token, from the logits after its last [B, vocab_size]; a search its beams."""
-        sampled, searches = [], {}  # rows; and the row of each beam of each search
+        """Chooses the next token of each sequence, and the next beams of each search, from logits [B, vocab_size]."""
+        sampled, searches = [], {}  # rows, and for each search the row of each of its beams
         for row, sequence in enumerate(sequences):
             if sequence.search is None:
                 sampled.append(row)
@@ -234,9 +235,9 @@ class Engine:
             self._advance(search, logits[[rows[beam] for beam in search.beams]])
 
     def _advance(self, search: Search, logits: torch.Tensor) -> None:
-        """Lets a search choose the beams that go on, and gives each a slot with its keys.
+        """Advances a search by one token, and gives each new beam a slot with the keys of its parent.
 
-        A beam's first continuation stays in its slot; the others take those of beams that have none, then free ones.
+        The first child of a beam keeps its slot. Other children take slots of beams without children, then free ones.
         """
         slots = [self.running.index(beam) for beam in search.beams]
         parents = search.advance(logits.log_softmax(-1))
@@ -249,7 +250,7 @@ class Engine:
                 stays.add(slot)
                 self.running[slot] = beam
         free = [slot for slot in slots if slot not in stays]
-        start = len(search.sequence.prompt) if len(free) >= len(movers) else 0  # a new slot lacks the prompt
+        start = len(search.sequence.prompt) if len(free) >= len(movers) else 0  # new slots need the prompt's keys too
         while len(free) < len(movers):
             free.append(self._new_slot())
         for slot, beam in zip(free, movers):
@@ -265,7 +266,7 @@ class Engine:
     # Slots
 
     def _new_slot(self) -> int:
-        """The slot behind the running ones, for one more of them; a prompt that is being prefilled there makes room."""
+        """Adds the slot after the running ones to them; moves a prompt that is prefilled there to the next slot."""
         slot = len(self.running)
         if self.partial is not None and self.partial[1] == slot:
             self.slots.swap(slot, slot + 1)
@@ -278,17 +279,17 @@ class Engine:
         for sequence in [sequence for sequence in self.running if sequence.finish_reason is not None]:
             self._release(sequence)
             self._ended.append(sequence)
-        self._cache_state = cache_state(self.model)  # no step writes anything after this
+        self._cache_state = cache_state(self.model)  # the step writes nothing after this
 
     def _release(self, sequence: Sequence) -> None:
-        """Takes a sequence out of its slot; the last running one moves down into it."""
+        """Frees the slot of a sequence, and moves the last running sequence into it."""
         slot = self.running.index(sequence)
         if (last := self.running.pop()) is not sequence:
             self.running[slot] = last
         self.slots.swap(len(self.running), slot)
 
     def _give_up(self, reason: str) -> None:
-        """Ends the sequences in progress with an error, and forgets what the slots hold."""
+        """Fails the sequences in progress, and discards the record of what the slots hold."""
         lost = [*self.running, *([self.partial[0]] if self.partial else [])]
         for sequence in dict.fromkeys(s if s.search is None else s.search.sequence for s in lost):
             if sequence.finish_reason is None:

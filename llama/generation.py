@@ -1,6 +1,6 @@
-"""`Llama`: build it from a directory, then complete texts and answer dialogs. Text at the door, tokens inside.
+"""`Llama`: build it from a directory, then complete texts and answer dialogs.
 
-Everything a user passes in is checked here, before anything runs; the work is done a floor below.
+Checks everything that a user passes in before anything runs, and turns text into tokens. `llama.decoding` then answers.
 """
 
 import os
@@ -52,34 +52,34 @@ class Llama:
         adapter: str | os.PathLike | None = None,
         train: bool = False,
     ) -> "Llama":
-        """Loads a checkpoint, in a plain `python` or in each process of a torchrun.
+        """Loads a checkpoint, in a plain `python` or in each process that torchrun starts.
 
-        Process groups are made if there are none yet; on CUDA the process's current device is set; on ranks other than
-        0 stdout is silenced. Nothing else that is global is touched.
+        Creates process groups if there are none, sets the current device on CUDA, and silences stdout on all ranks but
+        rank 0. Changes nothing else that is global.
 
         Args:
-            ckpt_dir: Meta's directory (params.json and consolidated.NN.pth) or Hugging Face's, of any number of shards.
-            tokenizer_path: tokenizer.model of `ckpt_dir` when None, or its tokenizer.json where there is no other.
-            max_seq_len: room for a prompt and its answer, tokens.
-            max_batch_size: how many sequences run at a time; more prompts than that take turns.
-            model_parallel_size: over how many processes the model is split; all of them when None.
-            seed: what the random numbers of calls without a seed of their own come from.
-            device: "cuda", "mps", "cpu"; the first of these that is there when None.
-            dtype: of the weights and the computation; the checkpoint's, or the nearest the device has, when None.
-            compile: whether `torch.compile` compiles the decoding step when it first runs: a minute, later seconds.
-            quantize: "int8" or "int4" rounds the matrices while they are loaded; in bfloat16, unless `dtype` is given.
-            draft: a smaller model's directory, or "ngram", which proposes tokens: the same answers, sooner.
-            adapter: a LoRA's directory, as `llama finetune` and PEFT write it; folded in, or beside quantised weights.
-            train: whether all weights are parameters that learn, never packed; in float32, unless `dtype` is given.
+            ckpt_dir: a directory of Meta's (params.json, consolidated.NN.pth) or Hugging Face's, any number of shards.
+            tokenizer_path: when None, tokenizer.model in `ckpt_dir`, or tokenizer.json if there is no tokenizer.model.
+            max_seq_len: the most tokens of a prompt and its answer together.
+            max_batch_size: how many sequences run at the same time. Further prompts wait for their turn.
+            model_parallel_size: the number of processes to split the model over; all of them when None.
+            seed: determines the random numbers of calls that pass no seed.
+            device: "cuda", "mps" or "cpu"; when None, the first of these that the machine has.
+            dtype: of the weights and the computation; when None, the checkpoint's or the nearest the device supports.
+            compile: compiles the decoding step when it first runs: about a minute, a few seconds in later processes.
+            quantize: "int8" or "int4" rounds the matrices while loading; computes in bfloat16 unless `dtype` is given.
+            draft: the directory of a smaller model, or "ngram": proposes tokens. The answers are the same, but faster.
+            adapter: a LoRA directory written by `llama finetune` or PEFT. Merged, or applied beside quantised weights.
+            train: makes all weights trainable and never packs them; uses float32 unless `dtype` is given.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or broken, or a number is out of range.
-            MemoryError: the device has no room for the weights and the cache.
+            MemoryError: the weights and the cache do not fit into the device's memory.
         """
         started = time.perf_counter()
         check_flags(compile=compile, train=train)
-        DecodingOptions(seed=seed)  # raises if it is none
-        dtype = "float32" if train and dtype is None else dtype  # small steps of learning are lost in bfloat16
+        DecodingOptions(seed=seed)  # raises ValueError if the seed is out of range
+        dtype = "float32" if train and dtype is None else dtype  # bfloat16 rounds small updates of the weights away
         device = parallel.pick_device(device)
         parallel.initialize(model_parallel_size, device)
         parallel.silence_other_ranks()
@@ -91,9 +91,9 @@ class Llama:
             model, loaded = build_adapted(checkpoint, adapter, dtype, device, quantize, train)
             proposer = make_proposer(draft, smaller, model.dtype, device)
         print(loaded.describe(device, time.perf_counter() - started, dist.get_world_size()))
-        del checkpoint, smaller  # which hold the weights: only those that nobody else holds are packed
+        del checkpoint, smaller  # they refer to the weights, and a weight with other references is not packed
         llama = Llama(model, tokenizer, seed, proposer, compile)
-        llama._engine.model_is_held = False  # nobody has seen it
+        llama._engine.model_is_held = False  # no caller has a reference to it
         return llama
 
     def __init__(
@@ -115,21 +115,21 @@ class Llama:
 
     @property
     def model(self) -> Transformer:
-        """The network. Who holds it may run or change it, so later calls take no keys that were made before them."""
+        """The network. Callers may run or change it, so later calls do not reuse keys from earlier calls."""
         self._engine.model_is_held = True
-        return self._engine.opened
+        return self._engine.module
 
     @model.setter
     def model(self, model: torch.nn.Module) -> None:
         self.answerer.shared.exchange(model)
 
     def save(self, dst: str | os.PathLike, to: str = "meta", **options: Any) -> None:
-        """Writes the weights as they are now, whole or not at all: see `llama.checkpoint.save_checkpoint`."""
-        save_checkpoint(self._engine.opened, self.tokenizer, dst, to, **options)
+        """Writes the current weights, completely or not at all: see `llama.checkpoint.save_checkpoint`."""
+        save_checkpoint(self._engine.module, self.tokenizer, dst, to, **options)
 
     @property
     def args(self) -> ModelArgs:
-        """The shape of the model, and the room in its cache."""
+        """The shape of the model and of its cache."""
         return self._engine.model.args
 
     def generate(
@@ -144,31 +144,31 @@ class Llama:
         progress: bool = False,
         **options: Unpack[Options],
     ) -> tuple:
-        """Continues prompts of token ids. Any number of threads may call this, and all that follows, at once.
+        """Continues prompts of token ids. Several threads may call this and all other methods at the same time.
 
-        Each prompt has its own budget of min(max_gen_len, max_seq_len - its length) tokens and ends early at a stop
-        token, which is not part of the answer. What a prompt gives does not depend on others, or on how many processes.
+        An answer has at most min(max_gen_len, max_seq_len - length of its prompt) tokens. It ends earlier at a stop
+        token, which is not part of it. It depends neither on the other prompts nor on the number of processes.
 
         Args:
-            prompt_tokens: the prompts, each a list of at least one id; any number of them.
-            max_gen_len: the most new tokens of an answer; as many as fit when None.
-            temperature: 0 takes the most likely token each time; 0.6 when None, or 0 in a beam search.
+            prompt_tokens: the prompts, each a list of at least one id.
+            max_gen_len: the most new tokens of an answer; when None, as many as fit.
+            temperature: 0 takes the most likely token each time. None means 0.6, or 0 in a beam search.
             top_p: as in `DecodingOptions`.
             logprobs: whether to return the log-probability of each token.
-            echo: whether each answer begins with its prompt; the first prompt token's logprob is 0.0.
-            progress: whether to show a bar of the prompts done and tokens/s.
-            options: any other field of `DecodingOptions`. Each, and those above, may be a list with one value for each
-                prompt. Without `seed`, each call of a `Llama` draws anew, from the seed of `build`.
+            echo: whether each answer begins with its prompt. The log-probability of the first prompt token is 0.0.
+            progress: whether to show a progress bar of finished prompts and tokens/s.
+            options: any other field of `DecodingOptions`. Each of these options, max_gen_len, temperature and top_p may
+                be a list with one value for each prompt. Calls without `seed` differ; `build(seed=…)` determines them.
 
         Returns:
-            The answers' ids, in the order of the prompts, `num_return_sequences` to each; and for each token its
-            log-probability under the model, the log-softmax of its untempered logits in nats, or None when not asked
-            for. With top_logprobs=k also, for each token, the k most likely (id, log-probability).
+            (ids, logprobs): the ids of `num_return_sequences` answers for each prompt, in the order of the prompts, and
+            the log-probability of each token under the model, in nats, at temperature 1; None without `logprobs`.
+            With top_logprobs=k, a third element: the k most likely (id, log-probability) at each token.
 
         Raises:
-            ValueError, TypeError: a prompt is empty, longer than max_seq_len or has ids out of range (named by its
-                index), or an option is out of range. Nothing has run then.
-            GenerationError: the model or a logits_processor gave logits that cannot be used, for some of the prompts.
+            ValueError, TypeError: a prompt is empty, too long or has ids out of range (the message gives its index),
+                or an option is out of range. Raised before anything runs.
+            GenerationError: the model or a logits_processor returned unusable logits for some of the prompts.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         check_flags(logprobs=logprobs, echo=echo, progress=progress)
@@ -188,16 +188,16 @@ class Llama:
         progress: bool = False,
         **options: Unpack[Options],
     ) -> list[CompletionPrediction]:
-        """Continues texts. Arguments and errors as in `generate`; an empty text is continued from nothing.
+        """Continues texts, which may be empty. Arguments and errors are those of `generate`.
 
         Returns:
-            For each answer {"generation": text, "finish_reason": "stop" or "length"}, with a beam's "score", and
-            "tokens", "logprobs" and "top_logprobs" when these are asked for.
+            For each answer {"generation": text, "finish_reason": "stop" or "length"}, the "score" of a beam, and
+            "tokens", "logprobs" and "top_logprobs" if requested.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         check_flags(logprobs=logprobs, echo=echo, progress=progress)
         ids, settings = self.answerer.encode_texts(prompts, options)
-        if (generate := self._other_generate) is None:
+        if (generate := self._patched_generate) is None:
             groups = self.answerer.answer(jobs_of(ids, settings, logprobs, echo), progress)
         else:
             groups = predictions.answers_of(generate, self.answerer, ids, logprobs, echo, options)
@@ -214,19 +214,20 @@ class Llama:
         progress: bool = False,
         **options: Unpack[Options],
     ) -> list[ChatPrediction]:
-        """Answers dialogs, each a list of {"role", "content"}, or the user's message; Llama 2's end with the user's.
+        """Answers dialogs. A dialog is a list of {"role", "content"}, or a single message of the user.
 
-        Arguments and errors as in `generate`. Text in a message is text: "<|eot_id|>" is those characters. Messages of
-        the assistant whose content is "<PLACEHOLDER>" are generated in their places, in order, each as a call with all
-        the messages before it would, of the same options and seed. Each of several answers has such turns of its own.
+        Arguments and errors are those of `generate`. Llama 2's dialogs must end with a message of the user. Text in a
+        message stays text: "<|eot_id|>" is encoded as these characters. Assistant messages whose content is
+        "<PLACEHOLDER>" are open turns: they are generated in order, each as a call with the messages before it, the
+        same options and the same seed would do. With num_return_sequences, each answer fills the open turns anew.
 
         Returns:
-            For each answer {"generation": {"role": "assistant", "content": text}}, and what a text's has. For a dialog
-            with placeholders it is the last of its answers, and "dialog" has all the messages.
+            For each answer {"generation": {"role": "assistant", "content": text}} and the other keys of
+            `text_completion`. With open turns, "generation" is the last of them and "dialog" has all messages.
         """
         options |= {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         check_flags(logprobs=logprobs, progress=progress)
-        opened, generate = open_dialogs(dialogs, self.formatter), self._other_generate
+        opened, generate = open_dialogs(dialogs, self.formatter), self._patched_generate
         if [dialog for dialog in opened if dialog.has_placeholders]:
             return fill_dialogs(self.answerer, self.formatter, opened, options, logprobs, progress, generate)
         settings = self.answerer.check_options(opened, options)
@@ -239,17 +240,17 @@ class Llama:
         return predictions.chats(self.answerer, ids, groups, logprobs, options)
 
     def stream_text(self, prompt: str, **options: Unpack[StreamOptions]) -> Iterator[str]:
-        """Yields the text that continues a prompt while it is decided; the options are those of `DecodingOptions`.
+        """Yields the continuation of a prompt piece by piece while it is generated; options as in `DecodingOptions`.
 
-        A piece is the text that is new, not the text so far. It is never half a character, and nothing of a stop string
-        is yielded; joined, the pieces are what `text_completion` returns with the same seed. An answer of nothing
-        yields nothing. Closing the iterator ends the answer and frees its slot.
+        A piece is new text only: never part of a character, never part of a stop string. Joined, the pieces are what
+        `text_completion` returns with the same seed. An empty answer yields nothing. Closing the iterator ends the
+        answer and frees its slot.
         """
         (ids,), (option,) = self.answerer.encode_texts([prompt], options)
         return self.answerer.open_stream(ids, option)
 
     def stream_chat(self, dialog: Dialog | str, **options: Unpack[StreamOptions]) -> Iterator[str]:
-        """Yields the answer to a dialog piece by piece, as `stream_text` does: print(piece, end="") shows it."""
+        """Yields the answer to a dialog piece by piece, as `stream_text` does."""
         opened = named("dialog 0", OpenDialog, dialog, self.formatter)
         if opened.has_placeholders:
             raise ValueError("a stream is one answer: expected a dialog without open turns")
@@ -258,42 +259,42 @@ class Llama:
         return self.answerer.open_stream(ids, option)
 
     def score(self, texts: SequenceOf, top_logprobs: int = 0, stride: int | None = None) -> list[scoring.Score]:
-        """The log-probability of each token of texts, without generating.
+        """Returns the log-probability of each token of texts. Generates nothing.
 
         Args:
-            texts: of any length; they get a begin-of-text token before them. Or lists of ids, taken as they are.
+            texts: texts of any length, each scored after a begin-of-text token, or lists of ids, scored as they are.
             top_logprobs: how many of the most likely tokens to report at each position.
-            stride: by how many tokens the windows over a text longer than max_seq_len advance; half of that when None.
+            stride: how many tokens the window over a text longer than max_seq_len advances; max_seq_len / 2 when None.
 
         Raises:
-            ValueError, TypeError: as in `generate`, naming the text by its index.
+            ValueError, TypeError: as in `generate`; the message gives the index of the text.
         """
         return scoring.score_texts(self.answerer, texts, top_logprobs, stride)
 
     def perplexity(self, texts: SequenceOf, stride: int | None = None) -> list[float]:
-        """exp of the mean negative log-probability of each text's tokens after its first; arguments as in `score`.
+        """Returns, for each text, exp of the mean negative log-probability of its tokens after the first.
 
-        Raises as `score`; ValueError also for a text that has no token after its first.
+        Arguments and errors are those of `score`. Also raises ValueError for a text without a token after the first.
         """
         return scoring.perplexities(self.answerer, texts, stride)
 
-    # What the other houses build on
+    # For the other houses
 
     def answer(self, prompts: SequenceOf[SequenceOf[int]], *flags: bool, **options: Any) -> list[list[Answer]]:
-        """The answers to each prompt of ids, with all there is to tell of them: see `Answerer.answer_all`."""
+        """Answers prompts of ids and returns full `Answer` records: see `Answerer.answer_all`."""
         return self.answerer.answer_all(prompts, *flags, **options)
 
     def open_jobs(self) -> Jobs:
-        """For jobs that come one after the other, on this replica alone. Use it in a `with`; nothing is checked."""
+        """Returns a context manager that takes jobs one by one, on this replica only. Checks nothing."""
         return Jobs(self.answerer)
 
     def score_tokens(self, texts: SequenceOf[tuple[list[int], int]], shared: bool = False) -> list[scoring.TokenScores]:
-        """The scores of the tokens of each (ids, start), from start on: see `llama.decoding.scoring.score_tokens`."""
+        """Scores the tokens of each (ids, start) from start on: see `llama.decoding.scoring.score_tokens`."""
         return scoring.score_tokens(self.answerer, texts, shared=shared)
 
     @property
-    def _other_generate(self) -> Callable[..., tuple] | None:
-        """The `generate` that somebody has put in the place of ours, which texts and dialogs are answered by then."""
+    def _patched_generate(self) -> Callable[..., tuple] | None:
+        """The `generate` that a caller put in place of ours, if any: it then answers texts and dialogs."""
         return None if is_ours(self.generate) else self.generate
 
     __reduce__ = parts_of_a_copy

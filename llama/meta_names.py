@@ -1,8 +1,8 @@
-"""What only scripts written against Meta's code need: its names, and its manners of calling a model.
+"""What only scripts written against Meta's code need: its names, and its way of calling a model.
 
-The names are importable from where those scripts look for them: `llama`, `llama.generation`, `llama.model`. The manners
-are `forward(tokens, start_pos)`, blocks called as `block(x, start_pos, freqs_cis, mask)`, complex rotary numbers, and
-caches that attention modules own. Interface: github.com/meta-llama/llama3, llama/model.py and llama/generation.py.
+The names can be imported from `llama`, `llama.generation` and `llama.model`, as in Meta's code. Its way of calling a
+model: `forward(tokens, start_pos)`, `block(x, start_pos, freqs_cis, mask)`, complex rotary numbers, and attention
+modules that own their caches. Interface: github.com/meta-llama/llama3, llama/model.py and llama/generation.py.
 """
 
 import itertools
@@ -28,10 +28,10 @@ B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 
 
 def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draws from the nucleus: the smallest set of most likely tokens that holds at least `p` of the probability.
+    """Samples from the smallest set of most likely tokens whose probabilities sum to at least `p`.
 
-    Tokens of equal probability enter in the order of their ids. (Meta's function of this name also keeps the next
-    token when the set holds exactly `p`.) Holtzman et al. 2019, arXiv 1904.09751.
+    Tokens of equal probability are ordered by id. (Meta's function also keeps the next token if the sum is exactly
+    `p`.) Holtzman et al. 2019, arXiv 1904.09751.
 
     Args:
         probs: probabilities, [..., vocab_size].
@@ -46,7 +46,7 @@ def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | Non
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p = {p}: expected a number in (0, 1]")
-    if probs.device.type == "mps":  # which has no float64
+    if probs.device.type == "mps":  # MPS has no float64
         return sample_top_p(probs.cpu(), p, generator).to(probs.device)
     rows = probs.reshape(-1, probs.shape[-1])
     weights, ids = filtered(rows, *torch.tensor([[0.0], [p], [0.0]], dtype=torch.float64, device=probs.device))
@@ -55,28 +55,28 @@ def sample_top_p(probs: torch.Tensor, p: float, generator: torch.Generator | Non
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, use_scaled: bool = False) -> torch.Tensor:
-    """The rotary table of heads of `dim` numbers, as complex numbers: complex64 [end, dim / 2]."""
+    """Returns the rotary table for heads of size `dim` as complex numbers: complex64 [end, dim / 2]."""
     return torch.view_as_complex(rotary_table(end, dim, theta, 8.0 if use_scaled else None))
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """Each key or value head n_rep times in a row: [B, T, n_kv_heads, head_dim] -> [B, T, n_kv_heads * n_rep, ..]."""
+    """Repeats each key or value head: [B, T, n_kv_heads, head_dim] -> [B, T, n_kv_heads * n_rep, head_dim]."""
     return x.repeat_interleave(n_rep, dim=2)
 
 
 def shared_attribute(owner: str, name: str) -> property:
-    """An attribute that is its owner's, another attribute of the same object: who sets the one sets the other."""
+    """A property that reads and sets `self.<owner>.<name>`."""
     return property(lambda o: getattr(getattr(o, owner), name), lambda o, new: setattr(getattr(o, owner), name, new))
 
 
 def parts_of_a_copy(llama: Any) -> tuple:
-    """What copies of a `Llama` are made of: the model and tokenizer, and what somebody has added.
+    """`Llama.__reduce__`. A copy has the model, the tokenizer and attributes that callers added, but no draft.
 
-    The engine is another's, with nothing in it, and a draft model stays behind.
+    It has its own engine, which is empty.
     """
-    made_of = llama.model, llama.tokenizer, llama.answerer.seed, None, llama._engine.decode_step.compiled
+    arguments = llama.model, llama.tokenizer, llama.answerer.seed, None, llama._engine.decode_step.compiled
     own = {name: value for name, value in vars(llama).items() if name not in ("_engine", "answerer")}
-    return _make, (type(llama), made_of), own
+    return _make, (type(llama), arguments), own
 
 
 def _make(cls: type, arguments: tuple) -> Any:
@@ -87,7 +87,7 @@ def _make(cls: type, arguments: tuple) -> Any:
 
 
 class StartPos(int):
-    """The position of a pass's first column, an int as Meta's blocks take it; `place` is where it is in the cache."""
+    """The position of the first column of a pass, as the int that Meta's blocks expect. `place`: its `CacheView`."""
 
     place: CacheView | None
 
@@ -98,12 +98,9 @@ class StartPos(int):
 
 
 class UnevenStartPos:
-    """The first positions of rows that differ in them, for hooks: there is no one int, as Meta's blocks take it.
+    """The `start_pos` that hooks get when rows start at different positions, for which there is no single int.
 
-    A comparison with a number has an answer where it is the same for every row.
-
-    Raises:
-        ValueError: any other use.
+    Comparisons with a number work if the result is the same for all rows. Any other use raises ValueError.
     """
 
     __hash__ = None
@@ -132,7 +129,7 @@ for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
 
 
 def _in_metas_order(name: str) -> property:
-    """A tensor of an attention module's cache in Meta's order, [max_batch_size, max_seq_len, n_kv_heads, head_dim]."""
+    """A property: a module's cache in Meta's layout, [max_batch_size, max_seq_len, n_kv_heads, head_dim]."""
 
     def read(attention: "OwnCache") -> torch.Tensor:
         if attention.keys is None:
@@ -146,7 +143,7 @@ def _in_metas_order(name: str) -> property:
 
 
 def has_foreign_blocks(layers: Iterable[nn.Module]) -> bool:
-    """Whether a block or its attention is of another class than ours, was patched, or a hook may change its mask."""
+    """Whether a block or its attention is of a foreign class, is patched, or has a hook that may change its mask."""
     parts = (part for block in layers for part in (block, getattr(block, "attention", block)))
     return any(not calls_ours(part) or part._forward_pre_hooks for part in parts)
 
@@ -154,10 +151,10 @@ def has_foreign_blocks(layers: Iterable[nn.Module]) -> bool:
 def mask_for_foreign_blocks(
     starts: list[int], n_new: int, slots: slice, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | None:
-    """What Meta's blocks take: numbers to add to the scores, [n_new, length] in the dtype of the weights.
+    """Returns the mask that Meta's blocks expect, which is added to the scores: [n_new, length] of the given dtype.
 
     Raises:
-        ValueError: the rows are at different positions or not the first of the cache, which `start_pos` cannot say.
+        ValueError: rows start at different positions or not at row 0 of the cache, which `start_pos` cannot express.
     """
     if min(starts) < max(starts) or slots.start > 0:
         raise ValueError("a block or attention that is not Llama's own takes all rows at one position, from row 0 on")
@@ -170,8 +167,8 @@ def mask_for_foreign_blocks(
 class OwnCache(nn.Module):
     """An attention module's keys and values of past positions, [max_batch_size, n_kv_heads, max_seq_len, head_dim].
 
-    `Transformer.allocate_cache` makes those of all layers; a module that is called by itself makes its own. They follow
-    the module's dtype and device.
+    `Transformer.allocate_cache` allocates those of all layers. A module that is called on its own allocates its own.
+    Casting or moving the module casts or moves them too.
     """
 
     keys: torch.Tensor | None = None
@@ -182,22 +179,21 @@ class OwnCache(nn.Module):
 
     @torch.inference_mode(False)
     def allocate_cache(self, dtype: torch.dtype, device: torch.device, as_built: bool = False) -> None:
-        """Makes room, unless there is; where it is to be `as_built`, gives up what somebody has put in its place."""
+        """Allocates the cache if there is none; with `as_built`, also if it has another shape than `cache_shape`."""
         pair = self.keys, self.values
         if any(tensor is None or (as_built and tensor.shape != self.cache_shape) for tensor in pair):
             cache = KVCache(1, self.cache_shape, dtype, device)
             self.keys, self.values = cache.keys[0], cache.values[0]
 
-    def remember(
+    def update_cache(
         self, start_pos: Place, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the keys and values of a pass, and returns them with those before, [B, n_kv_heads, length, head_dim].
+        """Writes the keys and values of a pass. Returns them with all earlier ones, [B, n_kv_heads, length, head_dim].
 
         Args:
-            start_pos: where they belong: from this position on in the first B rows; or where the view says. None keeps
-                nothing.
+            start_pos: where they belong: at this position of the first B rows, or in this `CacheView`. None: nowhere.
             q: [B, n_heads, T, head_dim].
-            k, v: [B, n_kv_heads, T, head_dim]. A gradient flows through these; those before are constants.
+            k, v: [B, n_kv_heads, T, head_dim]. Gradients flow through these, not through earlier keys and values.
         """
         place = getattr(start_pos, "place", start_pos)
         if place is None:
@@ -221,20 +217,20 @@ class OwnCache(nn.Module):
 
 
 def n_rows(model: nn.Module) -> int:
-    """How many rows the caches in a model have, which may be others than those it was built with."""
+    """The number of rows in the caches of a model, which callers may have replaced."""
     caches = (module.keys for module in model.modules() if isinstance(module, OwnCache))
     return min((len(keys) for keys in caches if keys is not None), default=0)
 
 
 def cache_state(model: "RotaryAsComplex | ForwardOnly") -> tuple[int, ...]:
-    """Another one after anybody has written to the first layer's keys, or given a layer other keys."""
+    """Changes when anybody writes to the first layer's keys or replaces the keys of a layer."""
     keys = model.cache.keys
     n_written = keys[0]._version if keys and not keys[0].is_inference() else 0  # inference mode does not count
     return (*map(id, keys), n_written)
 
 
 class RotaryAsComplex(nn.Module):
-    """A model's rotary table under Meta's name, and in float32 whatever the weights are cast to."""
+    """A model's rotary table under Meta's name. It stays float32 when the weights are cast."""
 
     rotary: torch.Tensor  # [max_seq_len, head_dim / 2, 2]
 
@@ -244,13 +240,13 @@ class RotaryAsComplex(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first parameter: any other module may have been exchanged for one without. None is unpacked."""
+        """The dtype of the first parameter, because callers may have replaced any given module. Unpacks nothing."""
         found = (p for module in self.modules() for p in vars(module)["_parameters"].values() if p is not None)
         return next(found).dtype
 
     @property
     def freqs_cis(self) -> torch.Tensor:
-        """complex64 [max_seq_len, head_dim / 2], the memory of the table."""
+        """complex64 [max_seq_len, head_dim / 2], a view of the table."""
         return torch.view_as_complex(self.rotary)
 
     @freqs_cis.setter
@@ -260,7 +256,7 @@ class RotaryAsComplex(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         rotary = self.rotary
         for module in self.modules():
-            if isinstance(module, Packable):  # all are asked before the first is cast
+            if isinstance(module, Packable):  # check all before casting the first
                 module.check_cast(fn)
         super()._apply(fn, recurse)
         self.rotary = rotary.to(self.rotary.device)
@@ -268,15 +264,14 @@ class RotaryAsComplex(nn.Module):
 
 
 class ForwardOnly:
-    """A module that is only called as Meta's code would, `module(tokens, start_pos)`, in the place of a `Transformer`.
+    """Lets the engine run a module that must be called as `module(tokens, start_pos)`.
 
-    Such are wrappers, compiled models, and a `Transformer` with hooks of its own or with foreign blocks. They may keep
-    their own past, by rows. So one sequence runs at a time, in row 0, from its first position to its last: to the
-    engine this is a model whose cache has one slot.
+    These are wrappers, compiled models, and a `Transformer` with hooks of its own or foreign blocks. They may keep a
+    cache of their own, by row. So they run one sequence at a time, in row 0: for the engine, the cache has one slot.
 
     Raises:
-        TypeError: it is no module.
-        ValueError: neither the module nor one inside it has `params`, so there is no knowing how much it takes.
+        TypeError: it is not a module.
+        ValueError: neither the module nor one inside it has `params`, so its max_seq_len is unknown.
     """
 
     packable = False
@@ -292,7 +287,7 @@ class ForwardOnly:
                 f"a {type(module).__name__} has no `params`: expected a module with those of a Transformer"
             )
         self.module, self.max_seq_len = module, self.args.max_seq_len
-        self.cache = self  # as far as the engine and its `Slots` ask
+        self.cache = self  # has all that the engine and its `Slots` use of a `KVCache`
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ForwardOnly) and other.module is self.module
@@ -303,14 +298,14 @@ class ForwardOnly:
 
     @property
     def keys(self) -> list[torch.Tensor]:
-        """Those of the attention modules that are ours."""
+        """The keys of the attention modules that are ours."""
         return [m.keys for m in self.module.modules() if isinstance(m, OwnCache) and m.keys is not None]
 
     def allocate_cache(self) -> None:
-        """Nothing: the module keeps its own past."""
+        """Does nothing: the module has its own cache."""
 
     def move(self, *where: object) -> None:
-        """Nothing: there is no other slot."""
+        """Does nothing: there is only one slot."""
 
     def run(self, tokens: torch.Tensor, start_pos: list[int], slots: slice | None = None) -> torch.Tensor:
         """Logits [1, T, vocab_size]; arguments as of `Transformer.run`."""
@@ -322,19 +317,21 @@ class ForwardOnly:
 
 
 @torch.inference_mode()
-def run_again(model: "RotaryAsComplex | ForwardOnly", slots: Slots, held: dict[int, int], as_before: bool) -> None:
-    """Makes the keys of some slots anew, for somebody has written over the cache; what the others held is gone.
+def recompute_keys(
+    model: "RotaryAsComplex | ForwardOnly", slots: Slots, prompt_lengths: dict[int, int], token_by_token: bool
+) -> None:
+    """Recomputes the keys and values of some slots after a caller has overwritten the cache. Empties all other slots.
 
     Args:
-        held: the slots, and the length of the prompt in each.
-        as_before: whether a hook may see the difference between one pass and many: a prompt, then each token after it.
+        prompt_lengths: for each slot to recompute, the length of its prompt.
+        token_by_token: whether to run the prompt and then each later token on its own, as hooks saw it the first time.
     """
     for slot, ids in enumerate(slots.tokens):
-        if slot not in held:
+        if slot not in prompt_lengths:
             slots.tokens[slot] = []
             continue
         start = 0
-        for stop in range(held[slot] if as_before else len(ids), len(ids) + 1):
+        for stop in range(prompt_lengths[slot] if token_by_token else len(ids), len(ids) + 1):
             if stop > start:
                 tokens = torch.tensor([ids[start:stop]], device=model.device)
                 model.run(tokens, [start], slice(slot, slot + 1))
@@ -342,10 +339,10 @@ def run_again(model: "RotaryAsComplex | ForwardOnly", slots: Slots, held: dict[i
 
 
 def runnable(model: nn.Module, compiled: bool = False) -> "RotaryAsComplex | ForwardOnly":
-    """What the engine runs: a `Transformer` as it is, if nobody would notice that not all of it is called.
+    """Returns what the engine runs: a plain `Transformer` itself, anything else in a `ForwardOnly`.
 
     Raises:
-        TypeError, ValueError: as `ForwardOnly`, and for a step that is `compiled` as `check_hooks`.
+        TypeError, ValueError: as `ForwardOnly`; with `compiled`, also as `check_hooks`.
     """
     if compiled:
         check_hooks(model)

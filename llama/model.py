@@ -1,7 +1,7 @@
-"""The network: token ids to logits. Llama 2, 3, 3.1, 3.2 and 3.3 text models, told apart by `ModelArgs` alone.
+"""The network: token ids to logits. Llama 2, 3, 3.1, 3.2 and 3.3 text models differ only in their `ModelArgs`.
 
-Read it upwards from `Transformer.forward` or downwards from `RMSNorm`; each class is one box of the usual drawing.
-Knows nothing of text, files, sampling or when an answer ends.
+Start reading at `RMSNorm` and go down, or at `Transformer.forward` and go up. Each class is one box of the usual
+diagram. Knows nothing of text, files, sampling or when an answer ends.
 
 Sources: Touvron et al. 2023, "Llama 2" (arXiv 2307.09288); Grattafiori et al. 2024, "The Llama 3 herd of models"
 (arXiv 2407.21783); grouped-query attention, Ainslie et al. 2023 (arXiv 2305.13245); SwiGLU, Shazeer 2020 (arXiv
@@ -26,20 +26,20 @@ from llama.meta_names import apply_rotary_emb, precompute_freqs_cis, repeat_kv  
 
 @dataclass
 class ModelArgs:
-    """The shape of a model: the keys of Meta's params.json, and what that file leaves unsaid."""
+    """The shape of a model: the keys of Meta's params.json, and what that file does not contain."""
 
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    vocab_size: int = -1  # -1 in Llama 2's files: the tokenizer's
+    n_kv_heads: int | None = None  # None: the same as n_heads
+    vocab_size: int = -1  # -1 in Llama 2's files, where the tokenizer determines it
     multiple_of: int = 256  # the hidden size is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
-    rope_theta: float = 10000.0  # Llama 2's, whose files do not say; Llama 3's say 500,000
+    rope_theta: float = 10000.0  # Llama 2, whose files do not contain it; 500,000 in Llama 3's files
     use_scaled_rope: bool = False  # Llama 3.1 and later
     rope_scale_factor: float = 8.0  # 32 in Llama 3.2 1B and 3B
-    tied_embeddings: bool = False  # the output matrix is the embedding table: Llama 3.2 1B and 3B
+    tied_embeddings: bool = False  # whether the output matrix is the embedding table: Llama 3.2 1B and 3B
     max_batch_size: int = 32
     max_seq_len: int = 2048
 
@@ -58,7 +58,7 @@ class ModelArgs:
 
     @property
     def model_parallel_sizes(self) -> list[int]:
-        """Over how many processes the heads can be shared out: whole heads, and as many of them to each key head."""
+        """The numbers of processes that can share the heads: each gets whole query heads and whole key heads."""
         sizes = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
         return [n for n in sizes if self.n_kv_heads % n == 0 or n % self.n_kv_heads == 0]
 
@@ -68,7 +68,7 @@ class ModelArgs:
 
 
 def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """The width of SwiGLU: two thirds of `hidden_dim`, scaled, rounded up to `multiple_of`."""
+    """The width of SwiGLU: two thirds of `hidden_dim`, times the multiplier, rounded up to `multiple_of`."""
     hidden_dim = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
         hidden_dim = int(ffn_dim_multiplier * hidden_dim)
@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(meta.OwnCache):
-    """Causal self-attention; several query heads share one key and value head. This rank's share of the heads."""
+    """Causal self-attention over this rank's heads. Several query heads share one key and value head."""
 
     same_input = ("wq", "wk", "wv")
 
@@ -99,7 +99,7 @@ class Attention(meta.OwnCache):
         self.n_kv_heads, self.head_dim = args.n_kv_heads, args.head_dim
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
         n_ranks = self.wq.world_size
-        # With more ranks than key and value heads, each of those is on several ranks.
+        # With more ranks than key and value heads, several ranks hold a copy of the same head.
         n_kv_heads = max(args.n_kv_heads, n_ranks)
         self.wk = ColumnParallelLinear(args.dim, n_kv_heads * args.head_dim)
         self.wv = ColumnParallelLinear(args.dim, n_kv_heads * args.head_dim)
@@ -111,8 +111,8 @@ class Attention(meta.OwnCache):
     def forward(self, x: torch.Tensor, start_pos: Place, freqs_cis: torch.Tensor, mask: Mask) -> torch.Tensor:
         """[B, T, dim] -> [B, T, dim].
 
-        `start_pos` is the place in the cache, `freqs_cis` the angles of the positions, `mask` which
-        keys the tokens see (`attend`).
+        `start_pos`: where in the cache the new keys and values go. `freqs_cis`: the rotary angles of the positions.
+        `mask`: which keys each token sees (`attend`).
         """
         q, k, v = multiply_together(x, self.wq, self.wk, self.wv)
         q = q.unflatten(-1, (self.n_local_heads, self.head_dim))
@@ -120,7 +120,7 @@ class Attention(meta.OwnCache):
         v = v.unflatten(-1, (self.n_local_kv_heads, self.head_dim))
         q, k = apply_rotary_emb(q, k, freqs_cis)
         q = q.transpose(1, 2)  # [B, n_local_heads, T, head_dim]
-        k, v = self.remember(start_pos, q, k.transpose(1, 2), v.transpose(1, 2))  # [B, n_local_kv_heads, length, ..]
+        k, v = self.update_cache(start_pos, q, k.transpose(1, 2), v.transpose(1, 2))  # [B, local_kv_heads, length, ..]
         y = attend(q, k, v, mask)
         return self.wo(y.transpose(1, 2).flatten(-2))
 
@@ -143,7 +143,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward; each reads a normed copy of the stream and adds to it."""
+    """Attention, then feed-forward. Each reads the normalised residual stream and adds its result to the stream."""
 
     def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
@@ -161,10 +161,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(meta.RotaryAsComplex):
-    """A Llama, split over the ranks of the model-parallel group (`llama.parallel.initialize` makes it).
+    """A Llama, split over the ranks of the model-parallel group (see `llama.parallel.initialize`).
 
-    With a cache, `forward` takes new tokens and reads the keys and values of those before. Without, it is a plain
-    function of its tokens, for training.
+    With a cache, `forward` runs new tokens and reads the keys and values of earlier tokens. Without a cache, for
+    training, its result depends on its arguments only.
     """
 
     packable = True  # whether `layers.packing.pack` may pack the matrices for decoding
@@ -194,7 +194,7 @@ class Transformer(meta.RotaryAsComplex):
 
     @torch.no_grad()
     def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
-        """Random weights to start training from: N(0, std²); the matrices that add to the stream smaller, by depth."""
+        """Sets random weights for training: N(0, std²), smaller by depth in matrices that add to the stream."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -203,9 +203,10 @@ class Transformer(meta.RotaryAsComplex):
                 parameter.normal_(std=std * scale, generator=generator)
 
     def allocate_cache(self, as_built: bool = True) -> None:
-        """Makes room for the keys and values of `max_batch_size` sequences of `max_seq_len` positions.
+        """Allocates the keys and values of `max_batch_size` sequences of `max_seq_len` positions.
 
-        Layers that have room keep it, if it is of this size or not `as_built`. Call this when modules were exchanged.
+        Call it again after replacing modules. A layer keeps a cache that it has; with `as_built`, only if the size is
+        the one that the layer was built with.
         """
         attentions = [module for module in self.modules() if isinstance(module, Attention)]
         for attention in attentions:
@@ -216,28 +217,28 @@ class Transformer(meta.RotaryAsComplex):
         self.cache.values = [attention.values for attention in attentions]
 
     def forward(self, tokens: torch.Tensor, start_pos: Starts = None) -> torch.Tensor:
-        """Logits of the token that follows each position.
+        """Returns the logits of the token that follows each position, float32 [B, T, vocab_size].
 
         Args:
-            tokens: ids, [B, T]. Row b goes into row b of the cache.
-            start_pos: the position of the first column, one for all rows or one for each, [B], as a list or a tensor
-                (a list saves reading it back from the device). Positions before it are read from the cache, which the
-                first call with a `start_pos` makes. A row shorter than T is padded on the right, with any id: its next
-                token overwrites what the padding writes. None: from position 0, without a cache.
+            tokens: ids, [B, T]. Row b uses row b of the cache.
+            start_pos: the position of the first column: one for all rows, or one for each row [B] as a list or tensor
+                (a tensor must be copied from the device). Earlier positions are read from the cache, which the first
+                call with a `start_pos` creates. Pad rows shorter than T on the right with any id: the row's next token
+                overwrites what the padding wrote. None: start at position 0 and use no cache.
 
-        Returns float32 [B, T, vocab_size]. Raises ValueError for more rows or positions than there is room for, or a
-        start before which nothing was run.
+        Raises:
+            ValueError: too many rows or positions for the cache, or nothing was run before `start_pos`.
         """
         return self.run(tokens, start_pos)[:]
 
     def run(self, tokens: torch.Tensor, start_pos: Starts = None, slots: slice | None = None) -> Logits:
-        """`forward`, with the logits made where they are indexed; `slots` are the rows of the cache, as below."""
+        """`forward`, but computes logits only for the positions that are indexed; `slots` as in `hidden_states`."""
         hidden = self.hidden_states(tokens, start_pos, slots)
-        is_watched = has_global_hook() or not is_plain(self.output, ColumnParallelLinear.forward)
-        return Logits(hidden, self.logits, self.logits(hidden) if is_watched else None)
+        is_observed = has_global_hook() or not is_plain(self.output, ColumnParallelLinear.forward)
+        return Logits(hidden, self.logits, self.logits(hidden) if is_observed else None)
 
     def hidden_states(self, tokens: torch.Tensor, start_pos: Starts = None, slots: slice | None = None) -> torch.Tensor:
-        """`forward` up to the last norm, [B, T, dim]; `slots` are the rows of the cache, the first B when None."""
+        """`forward` up to the last norm, [B, T, dim]. `slots`: the rows of the cache to use; None: the first B."""
         place, freqs_cis, mask = self._locate(tokens, start_pos, slots)
         x = self.tok_embeddings(tokens)
         for block in self.layers:
@@ -245,18 +246,18 @@ class Transformer(meta.RotaryAsComplex):
         return self.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The output matrix, [..., dim] -> float32 [..., vocab_size]."""
+        """Applies the output matrix: [..., dim] -> float32 [..., vocab_size]."""
         return self.output(hidden).float()
 
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor, exact: bool = False
     ) -> torch.Tensor:
-        """The logits after one more token in each of the first B rows of the cache, float32 [B, vocab_size].
+        """Runs one more token in each of the first B rows of the cache. Returns logits, float32 [B, vocab_size].
 
-        No decision depends on what a tensor holds, so that a step can be compiled or recorded.
+        Its control flow does not depend on values in tensors, so it can be compiled or recorded as a graph.
 
-        `tokens` are ids [B, 1], `positions` where each goes [B], `key_positions` 0, 1, … up to the last position of the
-        longest row at least; `exact`, if they end where every row does.
+        `tokens`: ids [B, 1]. `positions`: where each belongs [B]. `key_positions`: 0, 1, … at least to the last
+        position of the longest row. `exact`: whether all rows end at the last key position, so no mask is needed.
         """
         positions = positions[:, None]
         mask = None if exact else (key_positions <= positions[:, :, None])[:, None]  # [B, 1, 1, length]
@@ -269,13 +270,13 @@ class Transformer(meta.RotaryAsComplex):
     def _locate(
         self, tokens: torch.Tensor, start_pos: Starts, slots: slice | None
     ) -> tuple[meta.StartPos | meta.UnevenStartPos, torch.Tensor, Mask]:
-        """Where the tokens are, their rotary angles, and what each may see."""
+        """Returns where the tokens belong in the cache, their rotary angles, and their attention mask."""
         starts = start_pos if isinstance(start_pos, list) else as_list(start_pos)
         batch_size, n_new = tokens.shape
         first, last = min(starts), max(starts)
         length = last + n_new  # of the longest row
         if first < 0 or length > self.args.max_seq_len:
-            raise ValueError(f"positions {first} to {length - 1} asked for: expected 0 to {self.args.max_seq_len - 1}")
+            raise ValueError(f"positions {first} to {length - 1}: expected 0 to {self.args.max_seq_len - 1}")
         if start_pos is not None and batch_size > self.args.max_batch_size and batch_size > meta.n_rows(self):
             raise ValueError(f"{batch_size} rows: the cache was built for max_batch_size = {self.args.max_batch_size}")
         if self.cache is None and last > 0:
@@ -288,5 +289,5 @@ class Transformer(meta.RotaryAsComplex):
             mask = meta.mask_for_foreign_blocks(starts, n_new, slots, self.dtype, self.device)
         place = None if start_pos is None else CacheView(slots.start, positions, length)
         at = meta.StartPos(first, place) if first == last else meta.UnevenStartPos(starts, place)
-        rotary = self.rotary[positions]  # MPS hardly knows complex numbers
+        rotary = self.rotary[positions]  # MPS does not support most complex operations
         return at, rotary if rotary.device.type == "mps" else torch.view_as_complex(rotary), mask

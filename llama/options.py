@@ -1,6 +1,6 @@
-"""How an answer is decoded: every keyword of `generate` in one checked record, one for each prompt.
+"""How an answer is decoded: the options of one prompt in one checked record.
 
-Knows nothing of models or text. The names are those of Transformers and vLLM.
+The names are those of Transformers and vLLM. Knows nothing of models or text.
 """
 
 import math
@@ -13,12 +13,12 @@ from typing import Any
 
 from llama.keywords import LogitsProcessor, unknown
 
-# The most answers to one prompt. They are all set up at once: without a limit, a mistyped number in one line of a data
-# set would take all the memory there is.
+# The most answers to one prompt. All of them are set up at once, so without a limit one mistyped number in a data set
+# could take all memory.
 MAX_SEQUENCES = 10_000
 
-# The kind of each number, its least and its most. Within these float32 neither overflows nor rounds to zero, whatever
-# the options are together, and integers fit into int64 tensors.
+# The type of each number, its minimum and its maximum. Within these limits float32 neither overflows nor rounds to zero
+# in any combination of options, and integers fit into int64 tensors.
 MAX_INT = 2**63 - 1
 NUMBERS = {
     "max_gen_len": (Integral, 0, MAX_INT),
@@ -41,44 +41,44 @@ MAX_BIAS = 1e30
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How the answers to one prompt are decoded. `per_prompt` makes one for each prompt of a call."""
+    """How the answers to one prompt are decoded. `per_prompt` creates one for each prompt of a call."""
 
     max_gen_len: int | None = None  # the most new tokens of an answer; None: as many as fit
     # Divides the logits before sampling; 0 takes the most likely token each time. None: 0.6, or 0 in a beam search.
     temperature: float | None = None
-    top_p: float = 0.9  # samples from the smallest set of tokens that holds this much of the probability, in (0, 1]
-    # Samples from the k most likely tokens (and those tied with the last); None, 0 or -1: from all.
+    top_p: float = 0.9  # samples from the smallest set of tokens with at least this probability together, in (0, 1]
+    # Samples from the k most likely tokens and those as likely as the k-th; None, 0 or -1: from all tokens.
     top_k: int | None = None
     min_p: float | None = None  # drops tokens less than min_p times as likely as the likeliest (arXiv 2407.01082)
-    # Divides the logits above 0, and multiplies those below, of every token of the prompt and the answer so far (CTRL,
-    # arXiv 1909.05858); 1 is none.
+    # For each token of the prompt and the answer so far, divides its logit if positive and multiplies it if negative
+    # (CTRL, arXiv 1909.05858); 1 changes nothing.
     repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice in prompt and answer; 0: no such rule
-    presence_penalty: float = 0.0  # subtracted from the logits of each token of the answer so far, -2 to 2
-    frequency_penalty: float = 0.0  # subtracted once for each time that the token has occurred there, -2 to 2
+    no_repeat_ngram_size: int = 0  # no n-gram of this size occurs twice in prompt and answer; 0: no limit
+    presence_penalty: float = 0.0  # subtracted from the logit of each token of the answer so far, -2 to 2
+    frequency_penalty: float = 0.0  # subtracted once for each occurrence of the token in the answer so far, -2 to 2
     num_return_sequences: int = 1  # answers to each prompt, at most 10,000
-    num_beams: int = 1  # beam search with that many beams if more than 1; needs temperature 0
+    num_beams: int = 1  # more than 1: beam search with this many beams; needs temperature 0
     length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
     early_stopping: bool | str = False  # when a beam search ends: True, False or "never", as in Transformers
-    # Strings that end the answer where they begin, and ids of tokens that do; neither is part of it.
+    # Strings and token ids that end the answer; the answer does not contain them.
     stop: str | int | list[str | int] | None = None
-    logit_bias: Mapping[int, float] | None = None  # added to the logits of the ids it names
+    logit_bias: Mapping[int, float] | None = None  # for some token ids, a number to add to the logit
     seed: int | None = None  # makes the answers reproducible
-    # What the answer must fit, at most one of these (`llama.decoding.grammar`):
-    json_schema: Mapping[str, Any] | str | None = None  # the answer is JSON of this schema
-    regex: str | None = None  # the whole answer matches this regular expression, in the syntax of Rust's
+    # Constraints on the answer, at most one of these (`llama.decoding.grammar`):
+    json_schema: Mapping[str, Any] | str | None = None  # the answer is JSON that fits this schema
+    regex: str | None = None  # the whole answer matches this regular expression, in Rust's syntax
     choice: list[str] | None = None  # the answer is one of these texts
-    grammar: str | None = None  # the answer is a text of this grammar, in Lark's notation
-    logits_processor: LogitsProcessor | None = None  # called as Transformers'; returns logits [1, vocab_size]
+    grammar: str | None = None  # the answer fits this grammar, in Lark's notation
+    logits_processor: LogitsProcessor | None = None  # called as in Transformers; returns logits [1, vocab_size]
     top_logprobs: int = 0  # how many of the most likely tokens to report at each position
-    # "left" or "right": at which side a prompt is cut that leaves no room for max_gen_len tokens, or a quarter of
-    # max_seq_len, whichever is less; of a dialog, its longest message is cut. None: it is an error if it does not fit.
+    # Cuts a prompt on the "left" or "right" until max_gen_len tokens fit after it, or a quarter of max_seq_len if that
+    # is less. A dialog is cut in its longest message. None: a prompt that does not fit is an error.
     truncate: str | None = None
 
     def __post_init__(self):
         for name, (kind, least, most) in NUMBERS.items():
             value, may_be_none = getattr(self, name), self.__dataclass_fields__[name].default is None
-            is_kind = isinstance(value, kind) and not isinstance(value, (bool, Fraction))  # which PyTorch does not take
+            is_kind = isinstance(value, kind) and not isinstance(value, (bool, Fraction))  # PyTorch refuses Fraction
             if (is_kind and least <= value <= most) or (value is None and may_be_none):
                 continue
             expected = "an integer" if kind is Integral else "a number"
@@ -103,11 +103,11 @@ class DecodingOptions:
             self._check_beams()
 
     def _check_beams(self) -> None:
-        """Raises ValueError if an option does not go with a beam search."""
+        """Raises ValueError if an option cannot be combined with beam search."""
         if self.temperature > 0:
             raise ValueError(
                 f"num_beams = {self.num_beams} with temperature = {self.temperature}: a beam search does not "
-                "sample, so expected temperature = 0 with it (top_p, top_k and min_p then have no part)"
+                "sample, so expected temperature = 0 with it (top_p, top_k and min_p then have no effect)"
             )
         if self.top_logprobs or self.stop_strings:
             raise ValueError(
@@ -129,16 +129,16 @@ class DecodingOptions:
 
     @property
     def stop_strings(self) -> list[str]:
-        """Those of `stops` that are text."""
+        """The strings in `stops`."""
         return [stop for stop in self.stops if isinstance(stop, str)] if self.stop is not None else []
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Those of `stops` that are ids."""
+        """The token ids in `stops`."""
         return frozenset(self.stops).difference(self.stop_strings) if self.stop is not None else frozenset()
 
     def check_model(self, vocab_size: int, max_batch_size: int, name: str = "") -> None:
-        """Raises ValueError, begun by `name`, for a token or a beam that the model has no room for."""
+        """Raises ValueError if a token id or num_beams is too large for the model. Its message begins with `name`."""
         stop_ids = () if self.stop is None else self.stop_ids
         for option, ids in (("stop", stop_ids), ("logit_bias", self.logit_bias or ())):
             for token in ids:
@@ -147,7 +147,7 @@ class DecodingOptions:
                     raise ValueError(f"{found}: expected ids from 0 to {vocab_size - 1}")
         if self.top_logprobs > vocab_size:
             found = f"top_logprobs = {self.top_logprobs}"
-            raise ValueError(f"{name}{found}: expected at most the {vocab_size} tokens there are")
+            raise ValueError(f"{name}{found}: expected at most {vocab_size}, the size of the vocabulary")
         if self.num_beams > max_batch_size:
             found = f"num_beams = {self.num_beams}: expected at most max_batch_size = {max_batch_size}"
             raise ValueError(f"{name}{found}, which `Llama.build` sets")
@@ -157,16 +157,16 @@ NAMES = tuple(field.name for field in fields(DecodingOptions))
 
 
 def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
-    """The options of each prompt; a list among the values holds one value for each prompt.
+    """Returns the options of each prompt. A value that is a list has one element for each prompt.
 
-    For `stop` and `choice`, whose values may be lists, that is a list with a list or None in it. Raises ValueError for
-    a value or a length out of range, and TypeError for a name that is none.
+    A single `stop` or `choice` may be a list too: those have one element for each prompt if any element is a list or
+    None. Raises ValueError for a value or a length out of range, and TypeError for an unknown option.
     """
     lists = {}
     for name, value in options.items():
         if name not in NAMES:
             raise TypeError(unknown(name, NAMES))
-        # Arrays and tensors, and single numbers of theirs, are taken for what they hold.
+        # Arrays, tensors and their scalars become lists and numbers.
         options[name] = value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, (list, tuple)) and _is_per_prompt(name, value):
             lists[name] = value
@@ -184,7 +184,7 @@ def per_prompt(n_prompts: int, **options: Any) -> list[DecodingOptions]:
 
 
 def check_flags(**flags: Any) -> None:
-    """Raises TypeError for a value that is neither True nor False: a text such as "no" would count as true."""
+    """Raises TypeError for a value other than True and False: a string such as "no" would count as true."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             found = f"{name} = {shown(value)}: expected True or False"
@@ -192,7 +192,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def as_list(name: str, values: Any, what: str, single: str) -> list:
-    """The elements of what should be a list. Raises TypeError for a single one, whose parts would be taken for them."""
+    """Returns the elements of an iterable as a list. Raises TypeError for other types, texts and dictionaries."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         hint = f", so pass [{single}]" if isinstance(values, (str, bytes, Mapping)) else ""
         raise TypeError(f"{name} is a {type(values).__name__}: expected a list of {what}{hint}")
@@ -200,10 +200,10 @@ def as_list(name: str, values: Any, what: str, single: str) -> list:
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[int]:
-    """Token ids as a list of int, whatever holds them: a list, a tuple, an array or a tensor.
+    """Returns token ids as a list of int. `ids` may be a list, a tuple, an array or a tensor.
 
-    Raises ValueError or TypeError, begun by `name`, if there are none, more than `limit` (max_seq_len; None: any
-    number), or some are not from 0 to vocab_size - 1.
+    Raises ValueError or TypeError if there are no ids, more than `limit` (max_seq_len; None: no limit), or ids outside
+    0 to vocab_size - 1. The message begins with `name`.
     """
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if not isinstance(ids, (list, tuple)):
@@ -223,7 +223,7 @@ def check_ids(name: str, ids: Any, vocab_size: int, limit: int | None) -> list[i
 def _is_per_prompt(name: str, value: list | tuple) -> bool:
     if name in ("stop", "choice"):
         return isinstance(value, list) and any(item is None or isinstance(item, (list, tuple, set)) for item in value)
-    return not callable(value)  # Transformers' LogitsProcessorList is both
+    return not callable(value)  # Transformers' LogitsProcessorList is a list and callable
 
 
 def _mistake(options: DecodingOptions, name: str, expected: str) -> ValueError:
@@ -231,7 +231,7 @@ def _mistake(options: DecodingOptions, name: str, expected: str) -> ValueError:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut to a line."""
+    """A value as text for an error message, cut to one line."""
     try:
         return reprlib.repr(value)
     except ValueError:  # Python refuses to print integers of more than 4,300 digits

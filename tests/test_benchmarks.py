@@ -1,11 +1,11 @@
-"""The programs that measure still run on the engine of today, and what they count stays within its bars."""
+"""The benchmark programs run with the current engine, and the counted function calls stay below their limits."""
 
 from benchmarks.calls import count
 from benchmarks.contestants import Ours
 
 
 def test_a_greedy_chat_completion_enters_at_most_100_functions_13_deep(demo):
-    """`python -m benchmarks.calls --list` names them. What few answers need is not entered for all."""
+    """`python -m benchmarks.calls --list` lists them. Code that few answers need must not run for all."""
     dialogs = [[{"role": "user", "content": "What is 21 + 34?"}]]
     demo.chat_completion(dialogs, temperature=0)
     entered, deepest = count(lambda: demo.chat_completion(dialogs, temperature=0))

@@ -1,4 +1,4 @@
-"""The step in its three forms: compiled, and as recorded graphs run it, it gives the tokens of the plain one."""
+"""The compiled step, and the step as recorded graphs run it, give the tokens of the plain step."""
 
 import json
 import re
@@ -22,7 +22,7 @@ OPTIONS = [
 
 
 def answers(llama: Llama, n_prompts: int = 40) -> list:
-    """Prompts of 1 to 40 ids, some of which begin alike, with answers of 1 to 30 tokens."""
+    """Prompts of 1 to 40 ids, some with the same beginning, with answers of 1 to 30 tokens."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(0, 500, (20,), generator=generator).tolist()
     results = []
@@ -85,7 +85,7 @@ def test_two_processes_compile_their_shares(write_checkpoint, tmp_path, request)
 
 
 class Recorded:
-    """What a CUDA graph does, done anew each time: a step of so many rows and keys."""
+    """Runs what a CUDA graph replays: a step for fixed numbers of rows and keys."""
 
     made: list = []  # noqa: RUF012
 
@@ -99,7 +99,7 @@ class Recorded:
 
 
 def test_graphs_for_more_rows_and_keys_than_there_are_change_nothing(write_checkpoint, monkeypatch):
-    """The rows that fill a graph up write into slots whose keys others are still to begin with."""
+    """A graph's unused rows write into slots with keys that later prompts reuse."""
     folder = write_checkpoint()
     size = {"max_seq_len": 96, "max_batch_size": 7, "device": "cpu"}
     expected = answers(Llama.build(folder, **size))

@@ -31,7 +31,7 @@ def make(write_checkpoint):
 
 
 def prompts_of_every_length(n: int = 200) -> list[list[int]]:
-    """Lengths 1 to 300 in no order; every third begins like the one before it."""
+    """Prompts of random lengths from 1 to 300. Every third has the beginning of the one before it."""
     generator = torch.Generator().manual_seed(0)
     lengths = (torch.randperm(300, generator=generator)[:n] + 1).tolist()
     prompts: list[list[int]] = []
@@ -48,7 +48,7 @@ SETTINGS = {"greedy": {"temperature": 0}, "sampled": {"temperature": 1.0, "top_p
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict[str, list[list[int]]]:
-    """What each of the prompts gives alone, kept from one test to the next."""
+    """The answers to each prompt alone, computed once for all tests."""
     return {}
 
 
@@ -160,7 +160,7 @@ def test_samples_of_a_prompt_prefill_it_once(make):
         before = llama._engine.counters.prefilled
         answers, _ = llama.generate([list(range(length))], 4, num_return_sequences=6, temperature=1.0, seed=0)
         assert len(answers) == 6
-        assert llama._engine.counters.prefilled - before == length + 5  # the last token again for each other sample
+        assert llama._engine.counters.prefilled - before == length + 5  # each other sample runs the last token again
 
 
 def test_the_second_turn_of_a_chat_prefills_only_what_is_new(make):
@@ -174,7 +174,7 @@ def test_the_second_turn_of_a_chat_prefills_only_what_is_new(make):
     counters = llama._engine.counters
     assert (counters.prefilled, counters.reused) == (len(first_prompt), 0)
     second = llama.chat_completion([history], temperature=0, max_gen_len=20)[0]["generation"]
-    # All but the first turn and its answer; of that, what is encoded as it was decided (the last token has no key yet).
+    # Everything after the first turn and its answer. The last token of the answer has no key yet.
     known = [*first_prompt, *first_answer[:-1]]
     n_known = next((i for i, (a, b) in enumerate(zip(known, prompt)) if a != b), len(known))
     assert n_known >= len(first_prompt) > 1000
@@ -221,7 +221,7 @@ def test_nan_logits_end_their_row_and_not_the_others(make):
     groups = caught.value.answers
     assert [group[0].finish_reason == "error" for group in groups] == [False, True, False]
     assert [groups[0][0].tokens, groups[2][0].tokens] == [expected[0], expected[2]]
-    assert groups[1][0].tokens == expected[1][:3]  # nothing that was done is lost
+    assert groups[1][0].tokens == expected[1][:3]  # the answer so far is kept
 
 
 def test_closing_a_stream_frees_its_slot_and_streams_can_interleave(make):
@@ -233,7 +233,7 @@ def test_closing_a_stream_frees_its_slot_and_streams_can_interleave(make):
     assert len(llama._engine.running) == 2
     two.close()
     assert len(llama._engine.running) == 1
-    # A whole call in between runs beside the stream.
+    # A whole call in between shares the batch with the stream.
     assert llama.text_completion(["ab"], temperature=0, max_gen_len=20)[0]["generation"] == whole
     assert pieces[0] + pieces[2] + "".join(one) == whole
     assert llama._engine.running == []
@@ -319,7 +319,7 @@ def test_an_interrupt_beside_an_open_stream_changes_nothing(make, n_calls):
         sys.setprofile(None)
     assert "".join([*pieces, *stream]) == expected
     assert llama._engine.running == [] and not llama._engine.waiting
-    for tokens in [list(held) for held in llama._engine.slots.tokens]:  # what the slots are said to hold is there
+    for tokens in [list(held) for held in llama._engine.slots.tokens]:  # the slots hold what their records say
         if len(tokens) > 16:
             reused = llama.generate([[*tokens, 5]], 4, temperature=0)
             fresh = make(1)
@@ -360,13 +360,13 @@ def test_beams_scores_and_samples_run_beside_open_streams(make):
     scores = llama.score(["a text to score"])
     streams = [llama.stream_text("ab", temperature=0, max_gen_len=60) for _ in range(3)]
     pieces = [next(stream) for stream in streams]
-    # Four beams wait until all streams but none of their pieces have gone: nobody has to read them for it.
+    # Four beams wait until all streams have ended, though nobody has read their pieces.
     assert llama.generate([[1, 2], [3]], 5, temperature=0, num_beams=[4, 4]) == beams
     assert llama.score(["a text to score"]) == scores
     assert [piece + "".join(stream) for piece, stream in zip(pieces, streams)] == [text] * 3
 
 
-def test_a_model_that_somebody_holds_is_never_answered_for_from_stale_keys(make):
+def test_a_model_that_callers_may_change_is_never_run_with_stale_keys(make):
     prompt = list(range(100, 160))
     llama, fresh = make(4), make(4)
     plain, _ = llama.generate([prompt], 8, temperature=0)
@@ -378,15 +378,15 @@ def test_a_model_that_somebody_holds_is_never_answered_for_from_stale_keys(make)
     assert llama.generate([prompt], 8, temperature=0)[0] == steered != plain
     model.layers[0]._forward_hooks.clear()
     assert llama.generate([prompt], 8, temperature=0)[0] == plain
-    model(torch.tensor([[7] * 100]))  # writes over what a slot held
+    model(torch.tensor([[7] * 100]))  # overwrites what a slot held
     assert llama.generate([prompt], 8, temperature=0)[0] == plain
-    # Inside one call the prompt is run once all the same.
+    # Within one call the prompt still runs only once.
     before = llama._engine.counters.prefilled
     llama.generate([prompt], 8, temperature=1.0, num_return_sequences=4)
     assert llama._engine.counters.prefilled - before == len(prompt) + 3
 
 
-def test_a_model_that_nobody_holds_keeps_its_prefixes(make):
+def test_a_model_that_callers_cannot_change_reuses_prefixes(make):
     llama = make(4)
     llama.generate([list(range(100, 160))], 1, temperature=0)
     llama.generate([list(range(100, 160))], 1, temperature=0)

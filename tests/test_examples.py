@@ -1,4 +1,4 @@
-"""What a newcomer runs first: the examples. (The README's own Python and commands are in test_guide.py.)"""
+"""The example scripts. (The Python and the commands of the README are in test_guide.py.)"""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""`Llama` against golden texts and against the slow obvious way: one prompt at a time, one full forward a token."""
+"""`Llama` against golden texts and against the slow, simple way: one prompt at a time, one full forward per token."""
 
 import json
 
@@ -16,7 +16,7 @@ def small(write_checkpoint) -> Llama:
 
 
 def slow_generate(llama: Llama, prompt: list[int], n_tokens: int) -> tuple[list[int], list[float]]:
-    """Greedy, without a cache: the whole sequence again for each token."""
+    """Greedy decoding without a cache: runs the whole sequence for each token."""
     cache, llama.model.cache = llama.model.cache, None
     tokens, logprobs = list(prompt), []
     with torch.no_grad():
@@ -227,12 +227,12 @@ def test_bad_texts_and_dialogs_are_named(small):
 
 @pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
-def test_build_refuses_sizes_that_are_none(write_checkpoint, name, value):
+def test_build_refuses_sizes_out_of_range(write_checkpoint, name, value):
     with pytest.raises(ValueError, match=f"{name} = .*: expected an integer of at least 1"):
         Llama.build(write_checkpoint(), **{name: value})
 
 
-def test_build_refuses_a_device_or_dtype_that_is_none(write_checkpoint):
+def test_build_refuses_unknown_devices_and_dtypes(write_checkpoint):
     folder = write_checkpoint()
     with pytest.raises(ValueError, match="device 'abacus' is not known to PyTorch"):
         Llama.build(folder, device="abacus")

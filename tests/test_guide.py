@@ -19,7 +19,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def sessions() -> list[tuple[str, str]]:
-    """The commands of the guide in their order, each with what it shows."""
+    """The commands of the guide in order, each with the output that it shows."""
     blocks = re.findall(r"^    \$ .*\n(?:(?:    .*)?\n)*", GUIDE.read_text(), re.M)
     text = "".join(line[4:] + "\n" for block in blocks for line in block.rstrip().splitlines())
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.M)
@@ -117,7 +117,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
 
 
 def test_every_command_of_the_pages_is_understood(monkeypatch):
-    """Each line is read by the command's own parser, and nothing runs."""
+    """The command's own parser reads each line. Nothing runs."""
     called = []
 
     def unrun(command):

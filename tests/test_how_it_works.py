@@ -1,4 +1,4 @@
-"""The course says what the code says: its quotations are in the files, its snippets print what it shows."""
+"""The page of the course is true: its quotations are in the files, and its snippets print what it shows."""
 
 import contextlib
 import io

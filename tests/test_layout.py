@@ -1,4 +1,4 @@
-"""The house is as CONTRIBUTING.md draws it: who imports whom, how long files are, and what stays importable."""
+"""The package is as CONTRIBUTING.md describes it: who imports whom, how long files are, what stays importable."""
 
 import ast
 import importlib
@@ -10,15 +10,15 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "llama"
 
-# From the ground up: a house (a folder, or a file on the landing) imports only from those on the lines above its own.
-# Those on one line do not know each other, but for the ground floor, which goes from left to right.
+# A house (a folder, or a file in llama/) imports only from houses on lines above its own. Houses on one line do not
+# import each other, except on the first line, where a house may import those to its left.
 FLOORS = [
     *(["tokenizer"], ["parallel"], ["kv_cache"], ["sampling"], ["keywords"], ["options"], ["sequence"], ["layers"]),
     *(["meta_names"], ["model"], ["decode_step", "checkpoint"], ["adapters"], ["engine"], ["decoding"], ["generation"]),
     *(["datasets"], ["rejection_sampling", "training", "server"], ["cli"]),
 ]
 FLOOR = {house: floor for floor, houses in enumerate(FLOORS) for house in houses}
-DOORS = ("__init__", "__main__", "evaluation")  # they hand out, or start, what lies in the houses
+DOORS = ("__init__", "__main__", "evaluation")  # these only export or start what is in the houses
 COURSE = ("generation", "engine", "decode_step", "sequence", "model", "kv_cache", "sampling", "options")
 
 
@@ -39,7 +39,7 @@ def imported_houses(path: Path) -> set[str]:
             found |= {"generation" for alias in node.names if alias.name == "llama"}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}, line {node.lineno}: a relative import"
-            if node.module == "llama":  # what the package hands out is at most as high as `Llama`
+            if node.module == "llama":  # the names that the package exports are at most as high as `Llama`
                 names = [alias.name for alias in node.names]
                 found |= {name if name in FLOOR else "generation" for name in names}
             elif (node.module or "").startswith("llama."):

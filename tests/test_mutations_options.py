@@ -1,4 +1,4 @@
-"""Options drawn at random, sensible and absurd: each call answers, or is refused by an error that names the option."""
+"""Random options, sensible and absurd: each call answers, or fails with an error that names the option."""
 
 import math
 import random
@@ -33,7 +33,7 @@ def small(tmp_path_factory) -> Llama:
 
 
 def drawn(rng: random.Random) -> dict[str, Any]:
-    """One to three options: a strange value, an extreme one, or what is left of a sensible one after a change."""
+    """One to three options with strange values, extreme values, or damaged sensible values."""
     options: dict[str, Any] = {}
     sensible = {"stop": ["a", 5], "logit_bias": {1: 2.0, 7: -1.0}, "early_stopping": True, "seed": 5, "top_p": 0.9}
     for name in rng.sample(NAMES, rng.choice((1, 1, 2, 3))):
@@ -45,7 +45,7 @@ def drawn(rng: random.Random) -> dict[str, Any]:
 
 
 def test_a_call_answers_or_names_the_option_that_it_refuses(small):
-    """What is accepted runs, and its numbers are finite: no option makes a NaN of the logits."""
+    """Options that are accepted run, and all numbers are finite: no option makes logits NaN."""
     n, n_refused = 1500, 0
     for number in range(n):
         options = drawn(random.Random(number))
@@ -81,7 +81,7 @@ def test_a_call_answers_or_names_the_option_that_it_refuses(small):
         ({"stop": [10**30]}, "stop names token 1000.*: expected ids from 0 to 511"),
     ],
 )
-def test_numbers_beyond_what_can_be_computed_with_are_refused_with_the_limit(small, options, message):
+def test_numbers_out_of_range_are_refused_with_the_limit(small, options, message):
     with pytest.raises(ValueError, match=message):
         small.generate([[1, 2]], **{"max_gen_len": 1} | options)
 
@@ -100,14 +100,14 @@ def test_numbers_beyond_what_can_be_computed_with_are_refused_with_the_limit(sma
         {"top_k": 2**63 - 1, "max_gen_len": 2**63 - 1},
     ],
 )
-def test_the_limits_themselves_are_computed_with(small, options):
+def test_numbers_at_the_limits_are_accepted(small, options):
     [tokens], [logprobs] = small.generate([[1, 2, 3]], **{"max_gen_len": 4, "logprobs": True, "stop": []} | options)
     assert all(0 <= token < 512 for token in tokens)
     assert all(map(math.isfinite, logprobs))
 
 
-def test_options_of_a_file_are_refused_alike(small):
-    """What JSON makes of them: whole numbers that are written as 1e308, keys that are strings."""
+def test_options_in_a_file_are_refused_in_the_same_way(small):
+    """Options after a round trip through JSON: floats such as 1e308, keys that are strings."""
     values = [*STRANGE, {"1": 1e300}, {str(10**40): 1}, 1e308, 5.0]
     for options in ({name: value} for name in NAMES for value in values):
         is_refused(lambda options=options: per_prompt(1, **from_json(options)), options, (ValueError, TypeError), 5)

@@ -17,7 +17,7 @@ TEXTS = [path for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".sh",
 TEXTS += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py", ".ipynb")]
 
 
-def test_nothing_tells_a_user_to_install_the_stranger_that_pypi_has_under_our_imports_name():
+def test_nothing_tells_a_user_to_install_the_other_package_named_llama():
     assert len(TEXTS) > 100
     for path in set(TEXTS) - {Path(__file__)}:
         for command in re.findall(r"pip(?:3)? (?:install|download)[^`\n]*", path.read_text(encoding="utf-8")):
@@ -62,7 +62,7 @@ def test_files_that_a_clone_does_not_have_may_lie_anywhere(tmp_path, monkeypatch
         assert f"`{name}`" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
-def test_whoever_reports_something_is_asked_for_what_helps():
+def test_issue_templates_ask_for_the_version():
     asked = {path.stem: path.read_text() for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md")}
     assert asked.keys() >= {"idea", "message", "wrong-answer"}
     assert all(re.match(r"---\nname: .+\nabout: .+\n---\n", text) for text in asked.values())
@@ -79,5 +79,5 @@ def test_make_docs_writes_a_reference_without_a_warning(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     for module in modules:
         assert (tmp_path / f"{module.replace('.', '/')}.html").exists(), module
-    assert "A piece is the text that is new" in (tmp_path / "llama.html").read_text()
+    assert "A piece is new text only" in (tmp_path / "llama.html").read_text()
     assert "max_new_tokens" in (tmp_path / "llama" / "keywords.html").read_text()

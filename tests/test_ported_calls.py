@@ -1,4 +1,4 @@
-"""Calls as they are written for Transformers, vLLM and lmdeploy: they give what is meant, or name our word for it."""
+"""Calls written for Transformers, vLLM and lmdeploy: they do what is meant, or the error names our keyword."""
 
 import inspect
 
@@ -55,7 +55,7 @@ def test_a_keyword_of_another_library_is_answered_with_ours(demo, name, message)
     assert message.replace("a decoding option", "a field of a row") in record["error"]
 
 
-def test_each_word_of_ours_that_is_named_for_a_foreign_one_exists():
+def test_each_keyword_that_an_error_suggests_exists():
     for name, ours in PORTED.items():
         assert name not in NAMES
         first = ours.partition(" here")[0].partition("=")[0]
@@ -80,13 +80,13 @@ def test_each_word_of_ours_that_is_named_for_a_foreign_one_exists():
         ({"seed": "x"}, "seed = 'x': expected an integer, or None"),
     ],
 )
-def test_a_model_is_not_built_with_what_would_be_taken_for_something_else(options, message):
+def test_build_refuses_arguments_that_it_could_misread(options, message):
     with pytest.raises((TypeError, ValueError)) as found:
         Llama.build("/nowhere", **options)
     assert message in str(found.value)
 
 
-def test_one_where_several_are_expected_is_refused_and_not_taken_apart(demo):
+def test_a_single_prompt_or_text_instead_of_a_list_is_refused(demo):
     text, row = USER[0]["content"], {"prompt": "One day"}
     calls = [
         (lambda: demo.text_completion(text), r"prompts is a str: expected a list of texts, so pass \[prompt\]"),
@@ -187,7 +187,7 @@ def test_a_beam_search_as_it_is_written_for_transformers_gives_its_answers(demo,
 @pytest.mark.parametrize(
     ("program", "script"), [("mine.py", "mine.py"), ("-c", "SCRIPT.py"), ("/a/llama/__main__.py", "-m llama")]
 )
-def test_several_gpus_in_a_plain_script_are_told_the_command(tmp_path, monkeypatch, program, script):
+def test_a_plain_script_on_several_gpus_is_told_the_torchrun_command(tmp_path, monkeypatch, program, script):
     (tmp_path / "mine.py").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [program])
@@ -207,7 +207,7 @@ def test_a_text_without_a_token_to_predict_has_no_perplexity(demo):
 
 
 def rollout_alone(demo, sample: int, **options) -> list[str]:
-    """The answers in two open turns, each drawn as sample number `sample` of its own prompt: the slow obvious way."""
+    """The answers in two open turns, each drawn as sample `sample` of its own prompt: the slow, simple way."""
     dialog, texts = list(USER), []
     for more in ([{"role": "user", "content": "And 12 + 7?"}], []):
         drawn = demo.chat_completion([dialog], num_return_sequences=sample + 1, **options)

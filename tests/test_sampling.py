@@ -57,7 +57,7 @@ def test_sample_top_p_draws_the_nucleus_distribution(case):
 
 
 def written_out(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
-    """The distribution the slow obvious way: temperature, then top_k, then top_p of what is left, then min_p."""
+    """The distribution computed the slow, simple way: temperature, top_k, top_p of what is left, min_p."""
     probs = torch.softmax(logits.double() / temperature, 0)
     if top_k:
         kth = probs.sort(descending=True).values[min(top_k, len(probs)) - 1]

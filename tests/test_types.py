@@ -1,4 +1,4 @@
-"""What a type checker says of a client: nothing of a right one, and the right line of a wrong one."""
+"""Type checkers accept right client code, and report the right lines of wrong client code."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def clients(tmp_path):
 
 
 def found(command, folder) -> tuple[set[int], str]:
-    """The lines of wrong.py with an error, and all that was said."""
+    """The lines of wrong.py with an error, and the whole output."""
     result = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     said = result.stdout + result.stderr
     return {int(line) for line in re.findall(r"wrong\.py:(\d+)(?::\d+)? ?[-:] error", said)}, said

@@ -22,10 +22,17 @@ N_COLUMNS = 64  # of each matrix
 
 
 def fingerprint(llama: Llama) -> dict[str, Any]:
+<<<<<<< HEAD
     """The model's fingerprint, as JSON. Collective: every process that holds a part of the model calls it."""
     if remote := getattr(llama, "fingerprint", None):  # a `RemoteModel` has it
         return remote
     model = llama.answerer.shared.engine.opened  # not `llama.model`: after that the model counts as changed
+=======
+    """What identifies a model, as JSON. Collective: every process that holds a part of the model calls it."""
+    if known := getattr(llama, "fingerprint", None):  # of a model that is elsewhere
+        return known
+    model = llama.answerer.shared.engine.module  # which `llama.model` would take for changed from now on
+>>>>>>> e3
     args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
     dtype = str(model.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"

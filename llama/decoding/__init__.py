@@ -1,4 +1,4 @@
-"""Prompts of ids to answers: sampled, speculated, searched by beams, scored.
+"""Turns prompts of ids into answers: sampling, speculative decoding, beam search, scoring.
 
 Knows nothing of dialogs, data sets or files.
 """

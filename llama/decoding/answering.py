@@ -1,7 +1,6 @@
-"""Prompts of ids to answers with their text: sampled ones, beam searches and scores, all through one engine.
+"""Turns prompts of ids into answers with text: samples, beam searches and streams, all through one engine.
 
-Where tokens become text, for the engine knows none: stop strings are looked for here. Knows nothing of dialogs or
-files, and checks nothing: what comes here has been checked.
+Tokens become text here, so stop strings are found here, not in the engine. Knows nothing of dialogs or files.
 """
 
 import itertools
@@ -37,14 +36,14 @@ class Answer:
     """One answer to a prompt.
 
     Attributes:
-        tokens: without prompt and stop token.
-        text: of the tokens, up to a stop string; with the prompt's before it under `echo`.
+        tokens: ids, without prompt and stop token.
+        text: the text of the tokens, up to a stop string; with `echo`, the prompt's text comes first.
         finish_reason: "stop", "length" or "error".
-        error: what went wrong, for "error".
-        token_logprobs, top_logprobs: of each token, as asked for.
-        prompt_token_logprobs, prompt_top_logprobs: of each token of the prompt, as asked for.
-        score: of a beam search.
-        speculation: how often the tokens proposed for it were right, where there was a draft.
+        error: what went wrong, if finish_reason is "error".
+        token_logprobs, top_logprobs: for each token, if requested.
+        prompt_token_logprobs, prompt_top_logprobs: for each token of the prompt, if requested.
+        score: of a beam.
+        speculation: how many proposed tokens were right, with a draft.
     """
 
     tokens: list[int]
@@ -64,13 +63,13 @@ class Job:
     """A prompt to answer.
 
     Attributes:
-        key: the owner's, to tell its jobs apart.
+        key: identifies the job for its owner.
         prompt: its ids.
         option: how it is decoded, with a seed.
         occurrence: how many equal prompts came before it in the call.
-        logprobs: whether the log-probability of each token of the answers is wanted.
-        echo: whether the text begins with the prompt; with `logprobs`, they are wanted of the prompt's tokens too.
-        first_sample: the number of the first answer to draw; an answer does not depend on those before it.
+        logprobs: whether to compute the log-probability of each token of the answers.
+        echo: whether the text begins with the prompt; with `logprobs`, the prompt's tokens are scored too.
+        first_sample: the number of the first answer to draw. An answer does not depend on those before it.
     """
 
     key: Any
@@ -85,13 +84,13 @@ class Job:
 def jobs_of(
     prompts: list[list[int]], settings: list[DecodingOptions], logprobs: bool = False, echo: bool = False
 ) -> list[Job]:
-    """A job for each prompt of a call, with its options; its key is its index."""
+    """Returns a job for each prompt of a call. Its key is the index of the prompt."""
     pairs = enumerate(zip(prompts, settings))
     return [Job(index, prompt, option, logprobs=logprobs, echo=echo) for index, (prompt, option) in pairs]
 
 
 class GenerationError(RuntimeError):
-    """Some answers failed; `answers` holds all of the call's, a list for each prompt, the failed marked "error"."""
+    """Some answers failed. `answers` has a list for each prompt; failed ones have finish_reason "error"."""
 
     def __init__(self, message: str, answers: list[list[Answer]]):
         super().__init__(message)
@@ -99,38 +98,37 @@ class GenerationError(RuntimeError):
 
 
 class Answerer:
-    """Answers prompts with a model that has a cache. Any number of threads may call it at once."""
+    """Answers prompts with a model. Any number of threads may call it at the same time."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, seed: int = 1):
         self.shared = SharedEngine(engine)
         self.tokenizer = tokenizer
         self.seed = seed
         self._grammars = Grammars(tokenizer, engine.model.args.vocab_size)
-        self._calls = itertools.count(1)  # of those without a seed of their own
+        self._calls = itertools.count(1)  # counts the calls without a seed
 
     @property
     def args(self) -> ModelArgs:
-        """The shape of the model that is run."""
+        """The shape of the engine's model."""
         return self.shared.engine.model.args
 
     @property
     def grammars(self) -> Grammars:
-        """The shapes that answers may be asked for; new ones where tokenizer or model were exchanged."""
+        """Compiled constraints on answers. Created anew when the tokenizer or the model was replaced."""
         if not self._grammars.belong_to(self.tokenizer, self.args.vocab_size):
             self._grammars = Grammars(self.tokenizer, self.args.vocab_size)
         return self._grammars
 
     def answer(self, jobs: list[Job], progress: bool = False, shared: bool = True) -> list[list[Answer]]:
-        """The answers to each job, in their order, on every rank.
+        """Returns the answers to each job, in the order of the jobs, on every rank.
 
         Args:
-            jobs: whose keys are the index of the prompt in the caller's call, for errors; here their occurrences are
-                counted.
-            progress: whether to show a bar.
-            shared: whether each replica takes its share of the prompts; if not, it answers all, whatever the others do.
+            jobs: their keys are the indices of the prompts in the caller's call, for errors. Sets their occurrences.
+            progress: whether to show a progress bar.
+            shared: whether the replicas share the jobs. If not, this replica answers all of them.
 
         Raises:
-            GenerationError: some of them failed.
+            GenerationError: some answers failed.
         """
         occurrences: Counter[tuple[int, ...]] = Counter()
         for job in jobs:
@@ -138,7 +136,7 @@ class Answerer:
             occurrences[key] += 1
         is_split = shared and parallel.n_replicas() > 1
         mine = jobs[parallel.replica() :: parallel.n_replicas()] if is_split else jobs
-        # The largest budgets first: a long answer begun last would run on alone.
+        # The largest budgets first: a long answer that starts last would end up running alone.
         waiting = deque(sorted(mine, key=self.budget, reverse=True))
         answers: dict[Job, list[Answer]] = {}
         n_tokens, started = 0, time.perf_counter()
@@ -173,12 +171,12 @@ class Answerer:
         shared: bool = True,
         **options: Any,
     ) -> list[list[Answer]]:
-        """As `answer`, of prompts and options that have not been checked."""
+        """Checks prompts and options, then answers them as `answer` does."""
         prompts, settings = self.check_prompts(prompts, options)
         return self.answer(jobs_of(prompts, settings, logprobs, echo), progress, shared)
 
     def open_stream(self, prompt: list[int], option: DecodingOptions) -> Iterator[str]:
-        """The text of one answer while it is decided; what is wrong is raised at once, not with the first piece."""
+        """Yields the text of one answer while it is generated. Raises at once if the options do not allow a stream."""
         if option.num_beams > 1 or option.num_return_sequences > 1:
             raise ValueError("a stream is one answer: expected num_beams = 1 and num_return_sequences = 1")
         if option.top_logprobs:
@@ -193,7 +191,7 @@ class Answerer:
             call.add(sequence)
             while call.n_open:
                 call.step(every=True)
-                for token in sequence.tokens[n_seen:]:  # several, where another thread has run steps meanwhile
+                for token in sequence.tokens[n_seen:]:  # several if another thread ran steps in the meantime
                     text.push(token)
                     n_seen += 1
                     if len(decided := text.decided) > n_sent:
@@ -207,9 +205,9 @@ class Answerer:
     def check_prompt(
         self, name: int | str, ids: Any, option: DecodingOptions | None = None, any_length: bool = False
     ) -> list[int]:
-        """The ids of a prompt, by `options.check_ids`; an int as its name is its index in the call.
+        """Checks the ids of a prompt with `options.check_ids`. A `name` that is an int is its index in the call.
 
-        With an option that says so, a prompt that is too long is cut.
+        With `option.truncate`, cuts a prompt that is too long.
         """
         if isinstance(ids, CutPrompt):
             return ids
@@ -218,19 +216,19 @@ class Answerer:
         return ids if side is None else cut_ids(ids, self.prompt_room(option), side, self.tokenizer.bos_id)
 
     def check_prompts(self, prompts: Any, options: dict[str, Any]) -> tuple[list[list[int]], list[DecodingOptions]]:
-        """The prompts of ids of a call, and the options of each. Raises ValueError or TypeError, naming the prompt."""
+        """Checks the prompts of a call and the options of each. Raises ValueError or TypeError with the index."""
         prompts = as_list("prompt_tokens", prompts, "prompts, each a list of token ids", "ids")
         settings = self.check_options(prompts, options)
         checked = (self.check_prompt(index, ids, option) for index, (ids, option) in enumerate(zip(prompts, settings)))
         return list(checked), settings
 
     def prompt_room(self, option: DecodingOptions) -> int:
-        """The most tokens of a prompt that is cut: `max_gen_len` fit after it, or a quarter of the context."""
+        """The most tokens of a truncated prompt: leaves room for max_gen_len, or a quarter of the context if less."""
         quarter, wanted = self.args.max_seq_len // 4, option.max_gen_len
         return self.args.max_seq_len - (quarter if wanted is None else min(wanted, quarter))
 
     def encode_texts(self, texts: Any, options: dict[str, Any]) -> tuple[list[list[int]], list[DecodingOptions]]:
-        """As `check_prompts`, of texts to be continued."""
+        """Encodes texts and checks them as `check_prompts` does."""
         prompts = []
         for index, text in enumerate(as_list("prompts", texts, "texts", "prompt")):
             if not isinstance(text, str):
@@ -240,12 +238,12 @@ class Answerer:
         return self.check_prompts(prompts, options)
 
     def check_option(self, option: DecodingOptions, name: str = "") -> None:
-        """Raises ValueError, begun by `name`, if options ask for what the model has not, or for a shape that is none.
+        """Raises ValueError, beginning with `name`, if the model cannot decode with these options.
 
-        Raises ImportError if they ask for a shape, and llguidance is not installed.
+        Raises ImportError if they constrain the answer, and llguidance is not installed.
         """
         engine = self.shared.engine
-        if option.num_beams > 1 and engine.model is not engine.opened:
+        if option.num_beams > 1 and engine.model is not engine.module:
             raise ValueError(
                 f"{name}num_beams = {option.num_beams}: a model with hooks of its own, or with blocks that are not "
                 "Llama's own, runs one sequence at a time: expected 1"
@@ -255,30 +253,30 @@ class Answerer:
             self.grammars.check(option, name)
 
     def check_options(self, prompts: SequenceOf, options: dict[str, Any]) -> list[DecodingOptions]:
-        """The options of each prompt, checked against the model; without a seed, they get one of this call."""
-        self.shared.look_again()
+        """Returns the options of each prompt, checked against the model. Those without a seed get one of this call."""
+        self.shared.refresh_model()
         seed = options.get("seed")
         if seed is None or (isinstance(seed, (list, tuple)) and None in seed):
             own = call_seed(self.seed, next(self._calls))
             options = options | {"seed": own if seed is None else [own if s is None else s for s in seed]}
         settings, checked = per_prompt(len(prompts), **options), None
         for index, option in enumerate(settings):
-            if option is not checked:  # of most calls all are the same one
+            if option is not checked:  # in most calls, all prompts share one record
                 self.check_option(option, f"prompt {index}: ")
                 checked = option
         return settings
 
     def token_text(self, token: int) -> str:
-        """The text that a token adds, its leading space included; U+FFFD where it is part of a character."""
+        """The text of a token with its leading space. An incomplete character becomes U+FFFD."""
         return self.tokenizer.token_bytes(token).decode(errors="replace")
 
     def sequence(self, job: Job, sample: int) -> Sequence:
-        """The engine's record of one answer to come."""
+        """Creates the sequence that the engine runs for one answer."""
         option, logprobs = job.option, job.logprobs or job.option.top_logprobs > 0
         stop_tokens, ends = frozenset(self.tokenizer.stop_tokens), []
         if option.stop is not None:
             stop_tokens |= option.stop_ids
-            if option.stop_strings:  # the text is followed only where something looks for a string in it
+            if option.stop_strings:  # text is decoded at each step only to find these
                 ends.append(AnswerText(self.tokenizer, option.stop_strings).follow)
         sequence = Sequence(
             job.prompt,
@@ -290,25 +288,25 @@ class Answerer:
             score_from=0 if logprobs and job.echo and sample == job.first_sample and option.num_beams == 1 else None,
         )
         if changes_of(option) != NO_CHANGES:
-            shape = None if shapes_of(option) == NO_SHAPE else self.grammars.start(option)
-            sequence.process = Processing(job.prompt, option, shape)
-            ends += [] if shape is None else [shape.is_whole]
+            matcher = None if shapes_of(option) == NO_SHAPE else self.grammars.start(option)
+            sequence.process = Processing(job.prompt, option, matcher)
+            ends += [] if matcher is None else [matcher.is_complete]
         if ends:
             sequence.should_stop = lambda tokens: any(end(tokens) for end in ends)
         return sequence
 
     def answer_of(self, sequence: Sequence, before: list[int]) -> Answer:
-        """What came of a sequence; the text of the ids `before` begins its own."""
+        """Returns the answer of an ended sequence. Its text begins with that of the ids `before`."""
         option, n = sequence.options, len(sequence.tokens)
         if option.stop is not None and (stops := option.stop_strings):
             text = AnswerText(self.tokenizer, stops, before)
             text.follow(sequence.tokens)
-            whole, n = text.finish(), text.n_tokens
+            decoded, n = text.finish(), text.n_tokens
         else:
-            whole = self.tokenizer.decode_bytes(before + sequence.tokens).decode(errors="replace")
+            decoded = self.tokenizer.decode_bytes(before + sequence.tokens).decode(errors="replace")
         return Answer(
             sequence.tokens[:n],
-            whole,
+            decoded,
             sequence.finish_reason,
             sequence.error,
             sequence.token_logprobs[:n],
@@ -319,19 +317,19 @@ class Answerer:
         )
 
     def budget(self, job: Job) -> int:
-        """The most new tokens of an answer."""
+        """The most new tokens of an answer to a job."""
         room = self.args.max_seq_len - len(job.prompt)
         return room if job.option.max_gen_len is None else min(job.option.max_gen_len, room)
 
 
 class Jobs(Call):
-    """Jobs that are answered beside each other, and beside those of all other callers.
+    """Jobs that run in one batch, together with the jobs of all other callers.
 
-    `step` lets the engine run until some of them are done, and returns these; `answers` are theirs. Leaving its `with`
-    cancels what is not done.
+    `step` runs the engine until some jobs are done and returns them; `answers` returns the answers of a done job.
+    Leaving the `with` block cancels all other jobs.
 
     Attributes:
-        cause: the first exception of the caller's own code that an answer failed of.
+        cause: the first exception in a caller's own code (a logits_processor) that made an answer fail.
     """
 
     def __init__(self, answerer: Answerer):
@@ -339,17 +337,17 @@ class Jobs(Call):
         self.cause: BaseException | None = None
         self._answerer = answerer
         self._jobs: dict[Sequence, Job] = {}
-        self._groups: dict[Job, list[Sequence]] = {}  # of the jobs that are not done
-        self._n_missing: Counter[Job] = Counter()
+        self._groups: dict[Job, list[Sequence]] = {}  # the sequences of each job
+        self._n_missing: Counter[Job] = Counter()  # how many of them have not ended
 
     def add(self, job: Job) -> None:
-        """Takes a job; `step` returns it once all its sequences have ended."""
+        """Adds a job. `step` returns it once all its sequences have ended."""
         option = job.option
         if option.num_beams > 1:
             first = self._answerer.sequence(job, 0)
             first.search = BeamSearch(first)
             group = [first]
-            if job.echo and job.logprobs:  # its prompt is scored by itself
+            if job.echo and job.logprobs:  # another sequence scores the prompt
                 group.append(Sequence(job.prompt, 0, option, score_from=0))
         else:
             group = []
@@ -361,14 +359,14 @@ class Jobs(Call):
             super().add(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """Has `step` return a job once the last of its sequences has ended."""
+        """Notes that a sequence has ended. After the last one of a job, `step` returns the job."""
         job = self._jobs.pop(sequence)
         self._n_missing[job] -= 1
         if not self._n_missing[job]:
             self._ended.append(job)
 
     def answers(self, job: Job) -> list[Answer]:
-        """The answers to a job that `step` has returned; once only."""
+        """Returns the answers to a job that `step` has returned. Call it once for each job."""
         del self._n_missing[job]
         group, before = self._groups.pop(job), job.prompt if job.echo else []
         first, answers = group[0], []
@@ -384,7 +382,7 @@ class Jobs(Call):
                 text = self._answerer.tokenizer.decode_bytes(before + hypothesis.tokens).decode(errors="replace")
                 answers.append(Answer(hypothesis.tokens, text, hypothesis.finish_reason))
                 answers[-1].token_logprobs, answers[-1].score = hypothesis.token_logprobs, hypothesis.score
-        scored = group[-1] if first.search is not None else first  # one of them scores the prompt for all
+        scored = group[-1] if first.search is not None else first  # this one scored the prompt
         for answer in answers:
             answer.prompt_token_logprobs = scored.prompt_token_logprobs
             answer.prompt_top_logprobs = scored.prompt_top_logprobs

@@ -1,19 +1,19 @@
-"""Beam search: the likeliest answers, found by keeping the `num_beams` best beginnings at every step.
+"""Beam search: finds likely answers by keeping the `num_beams` best beginnings at every step.
 
-A step scores each continuation of each beam by the log-probability of the whole answer. The best go on as beams; one
-that ends, at a stop token or the budget, becomes a hypothesis, its score log-probability / length ** length_penalty.
-This is Transformers' beam search, to the token. Where that differs from the literature:
+A step scores each continuation of each beam by the log-probability of the whole answer. The best continue as beams. One
+that ends, at a stop token or the budget, becomes a hypothesis, with score log-probability / length ** length_penalty.
+This is Transformers' beam search and gives the same tokens. It differs from the literature:
 
-- Its length counts the stop token and not the prompt; Wu et al. 2016 (arXiv 1609.08144) divide by
-  ((5 + length) / 6) ** alpha instead, so that an alpha of theirs is not a length_penalty.
-- In the textbook a finished answer takes up a beam. Here `num_beams` others run on: the best (1 + number of stop
-  tokens) x num_beams continuations are looked at, but one that ends counts only if it is among the first num_beams.
-- The textbook stops once no beam can overtake a hypothesis. Only `early_stopping="never"` does; False, the default,
-  compares as if each beam ended now, and with a length_penalty above 0 may miss a longer and better answer.
-- Penalties apply to log-probabilities, not to logits: numbers below 0, which no longer sum to 1 afterwards.
+- The length includes the stop token, but not the prompt. Wu et al. 2016 (arXiv 1609.08144) divide by
+  ((5 + length) / 6) ** alpha instead, so their alpha is not a length_penalty.
+- In the textbook a finished answer occupies a beam. Here `num_beams` other beams continue: a step considers the best
+  (1 + number of stop tokens) x num_beams continuations, and one that ends counts only among the first num_beams.
+- The textbook stops once no beam can beat a hypothesis. Only `early_stopping="never"` does that. False, the default,
+  compares as if each beam ended now, so with a length_penalty above 0 it may miss a longer and better answer.
+- Penalties change log-probabilities instead of logits: negative numbers, whose exponentials then no longer sum to 1.
 
-The engine runs the beams beside all other sequences, and gives each the keys of the one that it continues; which of
-them go on is decided here. Knows tokens and not text. Draws no random numbers: every rank finds the same.
+This file decides which beams continue. The engine runs them in one batch with all other sequences, and copies the keys
+of a beam to its children. Knows tokens but not text. Draws no random numbers, so every rank finds the same beams.
 """
 
 import math
@@ -26,31 +26,30 @@ from llama.sequence import Sequence
 
 @dataclass
 class Hypothesis:
-    """An answer without prompt and stop token, the log-probability of each of its tokens under the model (nats, before
-    penalties changed any), its score, and why it ended: "stop" or "length"."""
+    """A finished answer."""
 
-    tokens: list[int]
-    token_logprobs: list[float]
+    tokens: list[int]  # without prompt and stop token
+    token_logprobs: list[float]  # of each token under the model, before penalties, nats
     score: float
-    finish_reason: str
+    finish_reason: str  # "stop" or "length"
 
 
 @dataclass(eq=False)
 class Beam(Sequence):
-    """A beginning of an answer, and its score so far: the log-probability after penalties."""
+    """The beginning of an answer."""
 
-    total: float = 0.0
+    total: float = 0.0  # its log-probability after penalties, nats
 
 
 @dataclass(eq=False)
 class BeamSearch:
-    """The search for the answers to one prompt, and how far it is. Its options are the sequence's.
+    """The state of the search for the answers to one prompt.
 
     Attributes:
-        sequence: the prompt and the budget, which stands for the search until it ends.
+        sequence: the prompt, the options and the budget. It ends when the search ends.
         beams: those still running, best first.
-        hypotheses: the answers found, best first; all that were asked for, or none if the sequence has failed: by NaN,
-            by a logits_processor, or because all other continuations are ruled out.
+        hypotheses: the answers found, best first. After the search, as many as requested, or none if the sequence
+            failed because of NaN, a logits_processor, or too few possible continuations.
     """
 
     sequence: Sequence
@@ -65,7 +64,7 @@ class BeamSearch:
             self.hypotheses = [Hypothesis([], [], 0.0, "length") for _ in range(options.num_return_sequences)]
 
     def advance(self, logprobs: torch.Tensor) -> list[int]:
-        """Takes each beam one token further: see `llama.sequence.Search`."""
+        """Chooses the next beams: see `llama.sequence.Search`."""
         try:
             candidates = self._candidates(logprobs)
         except ValueError as error:
@@ -97,7 +96,7 @@ class BeamSearch:
         return parents
 
     def _candidates(self, logprobs: torch.Tensor) -> list[tuple[int, int, float, float]]:
-        """The best continuations: of which beam, the token, its log-probability under the model, the new total."""
+        """The best continuations: index of the beam, token, its log-probability under the model, new total."""
         process, processed = self.sequence.process, logprobs
         if process is not None:
             processed = torch.stack([process(row, beam.tokens) for beam, row in zip(self.beams, logprobs)])
@@ -105,13 +104,13 @@ class BeamSearch:
         n_candidates = max(2, 1 + len(self.sequence.stop_tokens)) * self.n_slots
         totals, places = totals.flatten().topk(min(n_candidates, totals.numel()))
         token_logprobs, totals = logprobs.flatten()[places].tolist(), totals.tolist()
-        if math.isnan(totals[0]):  # which topk takes for the greatest
+        if math.isnan(totals[0]):  # topk sorts NaN before all numbers
             raise ValueError(f"the log-probabilities of the answer's token {len(self.beams[0].tokens) + 1} are NaN")
         places = [divmod(place, logprobs.shape[-1]) for place in places.tolist()]
         return [(*place, *rest) for place, *rest in zip(places, token_logprobs, totals) if rest[-1] > -math.inf]
 
     def _can_improve(self, length: int) -> bool:
-        """Whether beams of `length` tokens may, by early_stopping's measure, still displace a hypothesis."""
+        """Whether, as early_stopping defines it, beams of `length` tokens may still replace a hypothesis."""
         early_stopping = self.sequence.options.early_stopping
         if early_stopping is True:
             return False
@@ -120,7 +119,7 @@ class BeamSearch:
         return self.beams[0].total / length**self.length_penalty > self.hypotheses[-1].score
 
     def _end(self, error: ValueError | None = None) -> list[int]:
-        """Ends the search with what it has found, or with an error if that is not enough."""
+        """Ends the search with the hypotheses found, or with an error if there are too few."""
         n_found, n_wanted = len(self.hypotheses), self.sequence.options.num_return_sequences
         if error is None and n_found < n_wanted:
             found = f"{n_found} answers, and all other continuations are ruled out (log-probability -inf)"

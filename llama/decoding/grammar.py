@@ -1,12 +1,12 @@
-"""Answers in a given shape: which tokens may come next, so that the answer fits a JSON schema, a regex or a grammar.
+"""Constrains answers to a JSON schema, a regular expression, a list of texts or a grammar. Knows nothing of models.
 
-The automata are llguidance's (github.com/guidance-ai/llguidance, the extra `grammar`): it knows the bytes of every
-token, reads the answer so far, and gives a bit for each token that may follow. The bits are a mask over the logits. End
-tokens may follow where the answer is whole. JSON has one space after commas and colons and no other white space, so
-that an answer cannot wander off into blanks.
+Each option of this kind is called a shape. llguidance (github.com/guidance-ai/llguidance, the extra `grammar`) reads
+the answer so far and computes one bit for each token: whether it may come next. The bits are a mask over the logits. A
+stop token may come next once the answer is complete. JSON has one space after commas and colons and no other white
+space, so that a model cannot go on writing blanks.
 
-A mask depends on the shape and the answer so far alone, so drafts and batches change nothing, and every rank makes the
-same. Knows nothing of models.
+The mask depends only on the shape and on the answer so far. So drafts and batches change nothing, and every rank
+computes the same mask.
 """
 
 import json
@@ -24,29 +24,28 @@ import torch
 from llama.options import DecodingOptions, shown
 from llama.tokenizer import Tokenizer
 
-# The options that say what an answer must fit; at most one of them.
+# The options that constrain an answer, of which a prompt may have one.
 SHAPES = ("json_schema", "regex", "choice", "grammar")
 shapes_of, NO_SHAPE = attrgetter(*SHAPES), (None,) * len(SHAPES)
-# Compiled shapes that are kept for the next call.
+# How many compiled shapes are kept for later calls.
 N_KEPT = 64
-# Where only one text is possible, llguidance would allow a single way to cut it into tokens, and cuts it as a text that
-# stands alone. Here the model chooses among all ways.
-FREE = '%llguidance {"no_forcing": true}\n'
+# Where only one text is possible, llguidance would force one split into tokens. This lets the model choose the split.
+NO_FORCING = '%llguidance {"no_forcing": true}\n'
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammars:
-    """The shapes that answers of one model may be asked for. Any number of threads may use it.
+    """Compiles the shapes of one model's answers. Any number of threads may use it.
 
     Args:
         tokenizer: the model's.
-        vocab_size: how many logits it gives.
+        vocab_size: the number of logits.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = threading.Lock()
-        self._vocabulary: Any = None  # llguidance's, made when first needed
+        self._vocabulary: Any = None  # llguidance's tokenizer, created when first needed
         self._unspaced: torch.Tensor | None = None
         self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
 
@@ -54,10 +53,10 @@ class Grammars:
         return self._tokenizer is tokenizer and self._vocab_size == vocab_size
 
     def check(self, option: DecodingOptions, name: str = "") -> None:
-        """Compiles the shape that an answer is to have.
+        """Compiles the shape of an answer.
 
         Raises:
-            ValueError: there are two, or it cannot be compiled; begun by `name`.
+            ValueError: there are two shapes, or it cannot be compiled. The message begins with `name`.
             ImportError: llguidance is not installed.
         """
         try:
@@ -66,12 +65,12 @@ class Grammars:
             raise ValueError(f"{name}{error}") from None
 
     def start(self, option: DecodingOptions) -> "Matcher":
-        """What tells which tokens may come next in one answer. Raises as `check`."""
+        """Returns a matcher for one answer. Raises as `check`."""
         shape = shape_of(option)
         return Matcher(self._compile(shape), shape[0], self._vocab_size, self._unspaced)
 
     def _compile(self, shape: tuple[str, str]) -> Any:
-        """A matcher of llguidance, at the beginning of an answer."""
+        """Returns a matcher of llguidance at the beginning of an answer."""
         llguidance = _import()
         with self._lock:
             if self._vocabulary is None:
@@ -79,14 +78,14 @@ class Grammars:
             if shape in self._compiled:
                 self._compiled.move_to_end(shape)
                 return self._compiled[shape].deep_copy()
-        try:  # without the lock: a large one takes a while
+        try:  # without the lock, because a large shape takes a while
             grammar = _grammar(llguidance.LLMatcher, *shape)
         except ValueError as error:
             raise ValueError(f"{shape[0]} cannot be compiled: {error}") from None
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             found = _first_lines(matcher.get_error())
-            if shape[0] != "grammar":  # the others have no lines
+            if shape[0] != "grammar":  # line numbers mean nothing to users of other shapes
                 found = re.sub(r"^(at )?\d+\(\d+\): ", "", found)
             raise ValueError(f"{shape[0]} cannot be compiled: {found}")
         with self._lock:
@@ -97,15 +96,13 @@ class Grammars:
 
 
 class Matcher:
-    """Which tokens may come next in one answer, after any beginning of it.
-
-    It remembers the beginning that it was last asked about, and goes back or on from there.
+    """Tells which tokens may come next in one answer. Remembers the tokens of the last call and continues from there.
 
     Args:
         matcher: llguidance's, at the beginning, not shared with another answer.
-        name: of the option that gave the shape, for errors.
+        name: of the option, for errors.
         vocab_size: of the model.
-        unspaced: the tokens whose leading space is not part of the text if they are its first, bool [vocab_size].
+        unspaced: the tokens whose leading space is dropped at the beginning of a text, bool [vocab_size].
     """
 
     def __init__(self, matcher: Any, name: str, vocab_size: int, unspaced: torch.Tensor | None):
@@ -113,9 +110,9 @@ class Matcher:
         self._tokens: list[int] = []
 
     def mask(self, logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
-        """The logits, float32 [vocab_size], -inf for each token that cannot come after `tokens`.
+        """Returns the logits, float32 [vocab_size], with -inf for each token that cannot come after `tokens`.
 
-        Raises ValueError if the shape has become too complex to follow.
+        Raises ValueError if the shape becomes too complex for llguidance.
         """
         if not self._follow(tokens):
             return torch.full_like(logits, -torch.inf)
@@ -128,27 +125,27 @@ class Matcher:
             allowed &= ~self._unspaced
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
-    def is_whole(self, tokens: list[int]) -> bool:
-        """Whether `tokens` fit, and nothing may follow them."""
+    def is_complete(self, tokens: list[int]) -> bool:
+        """Whether `tokens` fit the shape and nothing may follow them."""
         return self._follow(tokens) and self._matcher.is_stopped() and not self._matcher.is_error()
 
     def _follow(self, tokens: list[int]) -> bool:
-        """Has llguidance take `tokens`; False if they do not fit."""
-        held = self._tokens
-        if tokens[: len(held)] != held:
-            n_same = next(i for i, (a, b) in enumerate(zip([*tokens, None], held)) if a != b)
-            self._matcher.rollback(len(held) - n_same)
-            del held[n_same:]
-        new = tokens[len(held) :]
-        held += new[: self._matcher.try_consume_tokens(new)] if new else []
-        return len(held) == len(tokens)
+        """Brings llguidance's matcher to the state after `tokens`. Returns False if they do not fit."""
+        seen = self._tokens
+        if tokens[: len(seen)] != seen:
+            n_same = next(i for i, (a, b) in enumerate(zip([*tokens, None], seen)) if a != b)
+            self._matcher.rollback(len(seen) - n_same)
+            del seen[n_same:]
+        new = tokens[len(seen) :]
+        seen += new[: self._matcher.try_consume_tokens(new)] if new else []
+        return len(seen) == len(tokens)
 
 
 def shape_of(option: DecodingOptions) -> tuple[str, str]:
-    """What an answer must fit, the one of SHAPES that is given, and its text.
+    """Returns the name and the text of the shape that an option record has.
 
     Raises:
-        ValueError: there are two, or it is of the wrong type.
+        ValueError: there are two shapes, or it has the wrong type.
     """
     given = {name: value for name in SHAPES if (value := getattr(option, name)) is not None}
     if len(given) > 1:
@@ -174,12 +171,12 @@ def shape_of(option: DecodingOptions) -> tuple[str, str]:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants to see one."""
+    """A tokenizer with the interface that llguidance needs."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.n_words)]
         self.bos_token_id, self.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
-        # Bytes that no text has are special to llguidance as well: Llama 2's tokens without text.
+        # Llama 2's tokens without text are special tokens for llguidance, and need distinct bytes.
         without_text = [token for token, text in enumerate(self.tokens) if not text]
         self.special_token_ids = sorted({*tokenizer.special_tokens.values(), *without_text})
         for token in without_text:
@@ -191,7 +188,7 @@ class _Vocabulary:
 
 
 def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> tuple[Any, torch.Tensor | None]:
-    """llguidance's tokenizer, and the tokens that lose a space when they come first, None if there are none."""
+    """Returns llguidance's tokenizer, and the tokens that lose a space at the beginning; None if there are none."""
     llguidance = _import()
     wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
     ends = sorted(tokenizer.stop_tokens)
@@ -205,18 +202,18 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> tuple[Any, torch.Tenso
 
 
 def _grammar(matcher: Any, name: str, text: str) -> str:
-    """A shape as a Lark grammar with llguidance's extensions."""
+    """Returns a shape as a Lark grammar with llguidance's extensions."""
     if name == "grammar":
-        return text if "%llguidance" in text else f"{text}\n{FREE}"  # behind it, for errors have numbers of lines
+        return text if "%llguidance" in text else f"{text}\n{NO_FORCING}"  # last, to keep line numbers in errors right
     if name == "json_schema":
-        return FREE + "start: %json " + json.dumps({**json.loads(text), "x-guidance": JSON_OPTIONS})
+        return NO_FORCING + "start: %json " + json.dumps({**json.loads(text), "x-guidance": JSON_OPTIONS})
     if name == "choice":
-        return FREE + "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(text)))
-    return FREE + json.loads(matcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
+        return NO_FORCING + "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(text)))
+    return NO_FORCING + json.loads(matcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
 
 
 def _first_lines(error: str) -> str:
-    """What an error of llguidance says, without what it says of itself, and the text that we made of the shape."""
+    """Returns the first lines of llguidance's error, without its internal state and the grammar we generated."""
     lines = []
     for line in error.strip().splitlines():
         if re.match(r" *1 \| |<state>", line):

@@ -1,4 +1,4 @@
-"""What changes the logits of an answer before its next token is chosen: penalties, a caller's code, and a shape.
+"""Changes logits before the next token is chosen: penalties, a caller's logits_processor, and constraints.
 
 Knows nothing of models or text.
 """
@@ -12,7 +12,7 @@ import torch
 from llama.decoding.grammar import SHAPES, Matcher
 from llama.options import DecodingOptions, LogitsProcessor
 
-# The options that change logits: most answers have none of them, and need no `Processing`.
+# The options that change logits. Most answers have none of them, and need no `Processing`.
 PENALTIES = ("logit_bias", "repetition_penalty", "no_repeat_ngram_size", "presence_penalty", "frequency_penalty")
 PENALTIES += ("logits_processor",)
 changes_of = attrgetter(*PENALTIES, *SHAPES)
@@ -20,39 +20,39 @@ NO_CHANGES = changes_of(DecodingOptions())
 
 
 class Processing:
-    """The `process` of a sequence: its logits after the options' penalties, and -inf where the shape rules a token out.
+    """The `process` of a sequence: applies penalties, and sets the logits of tokens that do not fit to -inf.
 
-    It depends on the answer so far alone, so the beams of a search share one, and a draft may ask about its guesses.
+    Its result depends only on the answer so far, so all beams of a search share it and a draft can use it.
 
     Args:
         prompt: ids.
         option: how the answer is decoded.
-        shape: what it must fit; None for anything.
+        matcher: the constraint on the answer, if any.
     """
 
-    def __init__(self, prompt: list[int], option: DecodingOptions, shape: Matcher | None):
-        self._prompt, self._shape = prompt, shape
+    def __init__(self, prompt: list[int], option: DecodingOptions, matcher: Matcher | None):
+        self._prompt, self._matcher = prompt, matcher
         names, values = (*PENALTIES, *SHAPES), changes_of(option)
         given = {name: value for name, value, no in zip(names, values, NO_CHANGES) if value != no}
         self._penalties = {name: value for name, value in given.items() if name in PENALTIES}
         self._names = " and ".join(given)
 
     def __str__(self) -> str:
-        """The options behind it."""
+        """The names of the options that it applies."""
         return self._names
 
     def __call__(self, logits: torch.Tensor, tokens: list[int], is_guess: bool = False) -> torch.Tensor:
-        """The logits, float32 [vocab_size], of the token after `tokens` of the answer; those given are not changed.
+        """Returns changed logits, float32 [vocab_size], of the token that follows `tokens` of the answer.
 
-        A caller's code is not asked about a guess, tokens that nobody has chosen. Raises ValueError if it, or the
-        shape, fails.
+        With `is_guess`, `tokens` are a draft's proposals: a caller's logits_processor is not called with them. Raises
+        ValueError if the logits_processor or the constraint fails.
         """
         penalties = self._penalties
         if is_guess and "logits_processor" in penalties:
             penalties = penalties | {"logits_processor": None}
         if penalties:
             logits = process_logits(logits, self._prompt + tokens, **penalties, n_prompt=len(self._prompt))
-        return logits if self._shape is None else self._shape.mask(logits, tokens)
+        return logits if self._matcher is None else self._matcher.mask(logits, tokens)
 
 
 def process_logits(
@@ -66,10 +66,10 @@ def process_logits(
     logits_processor: LogitsProcessor | None = None,
     n_prompt: int = 0,
 ) -> torch.Tensor:
-    """The logits of one row after what depends on the ids so far, in the order of Transformers' `generate`.
+    """Applies bias, penalties and logits_processor to one row, in the order of Transformers' `generate`.
 
-    `logits` float32 [vocab_size] are not changed; `ids` are the prompt, `n_prompt` of them, and the answer so far; the
-    others as in `DecodingOptions`. Raises ValueError if the processor raises, or returns something of another shape.
+    `logits`: float32 [vocab_size], not changed. `ids`: the prompt, which has `n_prompt` ids, and the answer so far. The
+    others as in `DecodingOptions`. Raises ValueError if the processor raises, or returns another shape.
     """
     if logit_bias:
         tokens = torch.tensor(list(logit_bias), device=logits.device)
@@ -92,7 +92,7 @@ def process_logits(
         name = getattr(logits_processor, "__name__", type(logits_processor).__name__)
         try:
             processed = logits_processor(torch.tensor([ids], device=logits.device), logits[None].clone())
-        except (Exception, SystemExit) as error:  # whatever a caller's code may raise ends its own prompt alone
+        except (Exception, SystemExit) as error:  # errors in a caller's code fail its own prompt only
             raise ValueError(f"logits_processor {name} raised {type(error).__name__}: {error}") from error
         shape = list(getattr(processed, "shape", [])) or type(processed).__name__
         if shape != [1, len(logits)]:
@@ -102,7 +102,7 @@ def process_logits(
 
 
 def _completions_of_ngrams(ids: list[int], n: int) -> list[int]:
-    """The tokens that would make the last n - 1 ids an n-gram that has occurred."""
+    """Returns the tokens that would complete an n-gram that occurs in `ids` already."""
     if len(ids) < n:
         return []
     start = ids[len(ids) - n + 1 :]

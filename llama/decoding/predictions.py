@@ -1,4 +1,4 @@
-"""Answers as `Llama` returns them: dicts with the text, and what else was asked for.
+"""Answers as `Llama` returns them: dicts with the text, and log-probabilities and the like if requested.
 
 Knows nothing of the engine's steps.
 """
@@ -16,14 +16,14 @@ from llama.tokenizer.truncate import CutPrompt
 
 
 class Details(TypedDict, total=False):
-    """What a prediction has besides its text; all but the first when asked for."""
+    """The keys of a prediction besides its text."""
 
     finish_reason: Required[str]  # "stop" or "length"
-    score: float  # of a beam search
-    tokens: list[str]  # with logprobs=True: the text of each token,
-    logprobs: list[float]  # and its natural-log probability
+    score: float  # in a beam search
+    tokens: list[str]  # with logprobs=True: the text of each token
+    logprobs: list[float]  # with logprobs=True: the log-probability of each token, nats
     top_logprobs: TopLogprobs  # with top_logprobs=k
-    truncated: int  # with truncate, where the prompt was cut: how many of its tokens are missing
+    truncated: int  # with truncate, if the prompt was cut: how many tokens are missing
     speculation: dict[str, int]  # with build(draft=...): see `Speculation`
 
 
@@ -33,13 +33,13 @@ class CompletionPrediction(Details, total=False):
 
 class ChatPrediction(Details, total=False):
     generation: Required[Message]
-    dialog: Dialog  # of a dialog with open turns: the whole of it, filled
+    dialog: Dialog  # for a dialog with open turns: all messages, with the turns filled
 
 
 def as_ids(
     prompts: list[list[int]], groups: list[list[Answer]], logprobs: bool, echo: bool, options: dict[str, Any]
 ) -> tuple:
-    """The answers to each prompt, one after the other, as `Llama.generate` returns them."""
+    """Returns the answers to all prompts in order, as `Llama.generate` does."""
     answers = [(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
     tokens = [prompt + answer.tokens if echo else answer.tokens for prompt, answer in answers]
     values = [a.prompt_token_logprobs + a.token_logprobs for _, a in answers] if logprobs else None
@@ -56,7 +56,7 @@ def completions(
     echo: bool,
     options: dict[str, Any],
 ) -> list[CompletionPrediction]:
-    """The answers to each prompt, one after the other."""
+    """Returns the answers to all prompts in order, as `Llama.text_completion` does."""
     found: list[CompletionPrediction] = []
     for prompt, group in zip(prompts, groups):
         for answer in group:
@@ -67,7 +67,7 @@ def completions(
 def chats(
     answerer: Answerer, prompts: list[list[int]], groups: list[list[Answer]], logprobs: bool, options: dict[str, Any]
 ) -> list[ChatPrediction]:
-    """The answers to each dialog, one after the other."""
+    """Returns the answers to all dialogs in order, as `Llama.chat_completion` does."""
     found: list[ChatPrediction] = []
     for prompt, group in zip(prompts, groups):
         for answer in group:
@@ -79,7 +79,7 @@ def chats(
 def details(
     answerer: Answerer, prompt: list[int], answer: Answer, logprobs: bool, echo: bool, options: dict[str, Any]
 ) -> dict:
-    """What a prediction has besides its text. The text of a token has its leading space."""
+    """Returns the keys of a prediction besides its text. The text of a token includes its leading space."""
     found: dict = {"finish_reason": answer.finish_reason}
     if answer.score is not None:
         found["score"] = answer.score
@@ -97,7 +97,7 @@ def details(
 
 
 def wants_top(options: dict[str, Any]) -> bool:
-    """Whether top_logprobs are asked for, of any of the prompts."""
+    """Whether top_logprobs are requested for any of the prompts."""
     top = options.get("top_logprobs")
     return any(top) if isinstance(top, (list, tuple)) else bool(top)
 
@@ -110,15 +110,15 @@ def answers_of(
     echo: bool,
     options: dict[str, Any],
 ) -> list[list[Answer]]:
-    """What a `generate` that somebody has put in place of `Llama`'s gives for prompts, called as Meta's code calls it.
+    """Answers prompts with a `generate` that a caller put in place of `Llama`'s. Calls it as Meta's code does.
 
     Raises:
-        ValueError: it does not give as many answers to each prompt.
+        ValueError: it does not return the same number of answers to each prompt.
     """
     found = generate(prompt_tokens=prompts, logprobs=logprobs, **({"echo": True} if echo else {}), **options)
     tokens, values, *top = found if isinstance(found, tuple) else (found, None)
     if not prompts or len(tokens) % len(prompts):
-        raise ValueError(f"generate gave {len(tokens)} answers to {len(prompts)} prompts: expected as many of each")
+        raise ValueError(f"generate gave {len(tokens)} answers to {len(prompts)} prompts: expected as many to each")
     n, groups = len(tokens) // len(prompts), []
     for row, ids in enumerate(map(list, tokens)):
         prompt = prompts[row // n]

@@ -1,6 +1,7 @@
-"""Answers to dialogs, turn by turn where turns are open: each answer is a rollout with turns of its own.
+"""Answers dialogs and fills their open turns, one after the other. Knows nothing of files.
 
-Rollout i is sample i in each of its turns, so it does not depend on how many others there are. Knows nothing of files.
+Each answer to a dialog is a rollout with its own text in each open turn. Rollout i draws sample i in each turn, so it
+does not depend on the number of rollouts.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,39 +19,40 @@ from llama.tokenizer.truncate import cut_dialog
 
 @dataclass(eq=False)
 class Rollout:
-    """One answer to a dialog, and how far it is."""
+    """One answer to a dialog."""
 
     dialog: OpenDialog
-    turns: list[tuple[list[int], Answer]] = field(default_factory=list)  # the prompt and the answer of each filled turn
-    error: str | None = None  # why it ended early: a turn failed, or there was no room for the next
+    turns: list[tuple[list[int], Answer]] = field(default_factory=list)  # prompt and answer of each filled turn
+    error: str | None = None  # why it ended early: a turn failed, or the next one does not fit
 
 
 class Rollouts:
-    """All answers to a dialog, `num_return_sequences` of them.
+    """All answers to a dialog: `num_return_sequences` rollouts.
 
     Args:
-        dialog: whose turns may be open.
+        dialog: may have open turns.
         option: how each turn is decoded.
-        encode: the ids of a dialog's prompt; a ValueError of its ends a rollout.
+        encode: returns the ids of a dialog's prompt. If it raises ValueError, the rollout ends.
 
-    Raises ValueError for a beam search for several answers with open turns: it draws nothing, so all would be the same.
+    Raises:
+        ValueError: a beam search for several answers has open turns. All rollouts would be the same.
     """
 
     def __init__(self, dialog: OpenDialog, option: DecodingOptions, encode: Callable[[Dialog], list[int]]):
         n = option.num_return_sequences
         if dialog.has_placeholders and option.num_beams > 1 and n > 1:
             found = f"num_return_sequences = {n} with num_beams = {option.num_beams} where turns are open"
-            raise ValueError(f"{found}: expected 1, for a beam search draws nothing: the rollouts would be the same")
+            raise ValueError(f"{found}: expected 1, because beam search draws no samples: all rollouts would be equal")
         self.dialog, self.option, self.encode = dialog, option, encode
         self.rollouts = [Rollout(dialog.copy()) for _ in range(n)]
-        self.n_open = n  # how many are not done
+        self.n_open = n  # how many rollouts are not done
 
     def first(self, key: Any, **fields: Any) -> Job:
-        """The job of the first open turn, for all rollouts together; `fields` are those of a `Job`."""
+        """Returns the job of the first open turn, for all rollouts. `fields` are fields of the `Job`."""
         return Job(key, self.encode(self.dialog.prompt), self.option, **fields)
 
     def go_on(self, job: Job, answers: list[Answer], first_sample: int = 0) -> list[Job]:
-        """Takes the answers to a job; returns the jobs of the next turns. `first_sample` is that of the first job."""
+        """Takes the answers to a job and returns the jobs of the next turns. `first_sample`: that of the first job."""
         jobs = []
         for sample, answer in enumerate(answers, job.first_sample):
             rollout = self.rollouts[sample - first_sample]
@@ -70,7 +72,7 @@ class Rollouts:
 
 
 def open_dialogs(dialogs: Iterable[Dialog | str], formatter: ChatFormat) -> list[OpenDialog]:
-    """The dialogs of a call. Raises ValueError or TypeError, naming the dialog by its index."""
+    """Checks the dialogs of a call. Raises ValueError or TypeError with the index of the dialog."""
     if not isinstance(dialogs, (list, tuple)):
         single = "text" if isinstance(dialogs, str) else "dialog, itself a list of messages"
         dialogs = as_list("dialogs", dialogs, "dialogs or strings", single)
@@ -86,9 +88,9 @@ def fill_dialogs(
     progress: bool = False,
     generate: Callable[..., tuple] | None = None,
 ) -> list[ChatPrediction]:
-    """The answers to dialogs some of whose turns are open: see `Llama.chat_completion`.
+    """Answers dialogs with open turns: see `Llama.chat_completion`.
 
-    `generate` is what somebody has put in place of `Llama.generate`, if so.
+    `generate`: what a caller put in place of `Llama.generate`, if anything.
     """
     settings = answerer.check_options(opened, options)
     groups, jobs = [], []
@@ -101,7 +103,7 @@ def fill_dialogs(
             done = answerer.answer(jobs, progress)
         else:
             done = answers_of(generate, answerer, [job.prompt for job in jobs], logprobs, False, options)
-            options = {name: value for name, value in options.items() if name != "num_return_sequences"}  # later: 1
+            options = {name: value for name, value in options.items() if name != "num_return_sequences"}  # then 1
         jobs = [next_job for job, answers in zip(jobs, done) for next_job in groups[job.key].go_on(job, answers)]
         if errors := [rollout.error for group in groups for rollout in group.rollouts if rollout.error is not None]:
             raise ValueError(errors[0])
@@ -121,14 +123,14 @@ def fill_dialogs(
 def encode_dialog(
     answerer: Answerer, formatter: ChatFormat, index: int, dialog: Dialog, option: DecodingOptions
 ) -> list[int]:
-    """The prompt of a dialog, checked, and cut if the option says so; errors name it by its index."""
+    """Encodes, checks and, with `truncate`, cuts the prompt of a dialog. Errors give its index."""
     if option.truncate is None:
         return answerer.check_prompt(index, named(f"dialog {index}", formatter.encode_dialog_prompt, dialog))
     return answerer.check_prompt(index, named(f"dialog {index}", dialog_ids, answerer, formatter, dialog, option))
 
 
 def dialog_ids(answerer: Answerer, formatter: ChatFormat, dialog: Dialog, option: DecodingOptions) -> list[int]:
-    """The ids of a dialog's prompt, cut if the option says so. Raises ValueError if the dialog is none."""
+    """Returns the ids of a dialog's prompt; with `truncate`, cut. Raises ValueError for an invalid dialog."""
     ids = formatter.encode_dialog_prompt(dialog)
     if option.truncate is None or len(ids) <= (room := answerer.prompt_room(option)):
         return ids
@@ -136,7 +138,7 @@ def dialog_ids(answerer: Answerer, formatter: ChatFormat, dialog: Dialog, option
 
 
 def named(name: str, call: Callable[..., Any], *args: Any) -> Any:
-    """call(*args), whose ValueError says which of a call's inputs it is about."""
+    """Returns call(*args). Puts `name` before the message of a ValueError."""
     try:
         return call(*args)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""How likely a model finds given tokens: the one way to score, for prompts, perplexity, judges and questions of choice.
+"""Scores given tokens: computes their log-probabilities, for perplexity, judges and multiple-choice questions.
 
-A text is scored from some token on, without generating. What precedes that token is run once for all texts that begin
-with it. Texts of any length: one longer than the context is read in windows that overlap by half, or by what `stride`
-leaves. Knows nothing of dialogs or files.
+Each text is scored from some token on. What comes before that token is its context, which runs once for all texts that
+share it. A text longer than the model's context is read in overlapping windows, which advance by `stride` tokens. Knows
+nothing of dialogs or files.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from llama.sequence import Sequence
 class Score(TypedDict, total=False):
     tokens: list[str]  # the text of each token
     ids: list[int]
-    logprobs: list[float]  # of each token given those before it, nats; 0.0 for the first
+    logprobs: list[float]  # of each token given the tokens before it, nats; 0.0 for the first
     top_logprobs: TopLogprobs  # with top_logprobs=k
 
 
@@ -31,10 +31,10 @@ class TokenScores:
     """The scores of some tokens of a text.
 
     Attributes:
-        logprobs: of each token given those before it, nats.
-        is_greedy: whether greedy decoding would choose every one of them.
-        top_logprobs: the most likely (id, log-probability) in each place, as many as asked for.
-        error: why there are none.
+        logprobs: of each token given the tokens before it, nats.
+        is_greedy: whether greedy decoding would choose all of the tokens.
+        top_logprobs: the most likely (id, log-probability) at each position.
+        error: why scoring failed.
     """
 
     logprobs: list[float]
@@ -49,13 +49,13 @@ def score_tokens(
     """Scores the tokens of each text from some token on.
 
     Args:
-        answerer: whose model is asked.
-        texts: (ids, from which of them on), of at most max_seq_len + 1 ids: the last need not be run.
-        top_logprobs: how many of the most likely tokens to report in each place.
-        shared: whether each replica takes its share of the texts; if not, it scores all.
+        answerer: has the model.
+        texts: (ids, start): scores ids[start:]. At most max_seq_len + 1 ids, because the model need not run the last.
+        top_logprobs: how many of the most likely tokens to report at each position.
+        shared: whether the replicas share the texts. If not, this replica scores all of them.
 
     Raises:
-        ValueError, TypeError: there is nothing to score, too much, or ids are out of range. Nothing has run then.
+        ValueError, TypeError: a text has nothing to score, is too long, or has ids out of range. Nothing has run then.
     """
     limit = answerer.args.max_seq_len + 1
     for index, (ids, start) in enumerate(texts):
@@ -65,7 +65,7 @@ def score_tokens(
         answerer.check_prompt(f"text {index}", ids, any_length=True)
     option = DecodingOptions(max_gen_len=0, temperature=0, top_logprobs=top_logprobs)
     engine = answerer.shared.engine
-    waiting = _in_waves([tuple(ids[:start]) for ids, start in texts], len(engine.slots), shared)[::-1]
+    waiting = _ordered([tuple(ids[:start]) for ids, start in texts], len(engine.slots), shared)[::-1]
     results: dict[int, TokenScores] = {}
     owners: dict[Sequence, int] = {}
     with parallel.fail_at_once(), Call(answerer.shared) as call:
@@ -82,11 +82,11 @@ def score_tokens(
     return [results[index] for index in range(len(texts))]
 
 
-def _in_waves(contexts: list[tuple[int, ...]], n_slots: int, shared: bool) -> list[int]:
-    """Orders texts so that a shared beginning is still in its slot when the next text that has it comes.
+def _ordered(contexts: list[tuple[int, ...]], n_slots: int, shared: bool) -> list[int]:
+    """Orders texts so that a shared context is still in its slot when the next text with it runs.
 
-    As many beginnings at a time as there are slots: the first text of each, then the second of each, and so on. The
-    longest come first, so that texts run together are about as long, and a lack of memory shows at once.
+    Takes as many contexts at a time as there are slots: the first text of each, then the second of each, and so on. The
+    longest contexts come first, so that texts of similar length run together and a lack of memory shows early.
     """
     by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, context in enumerate(contexts):
@@ -104,11 +104,11 @@ def _in_waves(contexts: list[tuple[int, ...]], n_slots: int, shared: bool) -> li
 def score_texts(
     answerer: Answerer, texts: SequenceOf[str | list[int]], top_logprobs: int = 0, stride: int | None = None
 ) -> list[Score]:
-    """The log-probability of each token of texts of any length: see `Llama.score`.
+    """Scores each token of texts of any length: see `Llama.score`.
 
     Raises:
-        ValueError, TypeError: a text is none, named by its index; or `stride` is out of range.
-        GenerationError: the model's logits cannot be used; names the text.
+        ValueError, TypeError: a text is invalid (the message gives its index), or `stride` is out of range.
+        GenerationError: the model's logits are unusable; the message gives the index of the text.
     """
     texts = as_list("texts", texts, "texts", "text")
     texts = [answerer.tokenizer.encode(text, bos=True) if isinstance(text, str) else text for text in texts]
@@ -119,7 +119,7 @@ def score_texts(
         raise ValueError(f"stride = {stride!r}: expected an integer from 1 to max_seq_len - 1 = {limit - 1}")
     if limit < 2 and any(len(ids) > limit for ids in texts):
         raise ValueError("a text of more than one token needs a context of at least 2: build with a larger max_seq_len")
-    windows = []  # (text, the ids of the window, from which of them on it scores)
+    windows = []  # (index of the text, ids of the window, position of the first id to score)
     for index, ids in enumerate(texts):
         stops = [*range(min(limit, len(ids)), len(ids), stride), len(ids)]
         for start, stop in zip([0, *stops], stops):
@@ -139,7 +139,7 @@ def score_texts(
 
 
 def perplexities(answerer: Answerer, texts: SequenceOf[str | list[int]], stride: int | None = None) -> list[float]:
-    """The perplexity of each text: see `Llama.perplexity`."""
+    """Returns the perplexity of each text: see `Llama.perplexity`."""
     texts = as_list("texts", texts, "texts", "text")
     for index, text in enumerate(texts):
         if not hasattr(text, "__len__"):
@@ -151,13 +151,13 @@ def perplexities(answerer: Answerer, texts: SequenceOf[str | list[int]], stride:
 
 
 def perplexity(score: Score) -> float:
-    """exp of the mean negative log-probability of a text's tokens after its first; NaN where there are none."""
+    """exp of the mean negative log-probability of a text's tokens after the first; NaN if there are none."""
     logprobs = score["logprobs"][1:]
     return math.exp(-math.fsum(logprobs) / len(logprobs)) if logprobs else math.nan
 
 
 def least_certain(score: Score, n: int = 5, context: int = 30) -> str:
-    """A line for each of the n least likely tokens of a text: its log-probability, the text before it, and itself."""
+    """Returns a line for each of the n least likely tokens: log-probability, position, text before it, the token."""
     order = sorted(range(1, len(score["logprobs"])), key=lambda i: score["logprobs"][i])[:n]
     lines = []
     for i in order:

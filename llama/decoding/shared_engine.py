@@ -1,11 +1,11 @@
-"""One engine for any number of callers: whoever waits for an answer runs the next step for all of them.
+"""One engine for any number of callers: one of the waiting callers runs the steps for all of them.
 
-There is no thread of our own. A caller that has nothing to do until its sequences end takes the wheel and steps the
-engine; the others sleep until one of theirs has ended, and one of them takes over when the driver leaves. So the
-sequences of all callers run in one batch, an exception stays with its caller, and a program of one thread pays for a
-lock and nothing else. Knows nothing of text.
+There is no background thread. One of the waiting callers, the driver, steps the engine. The others sleep until one of
+their sequences has ended. When the driver's own sequences have ended, another caller becomes the driver. So the
+sequences of all callers run in one batch, an exception reaches the caller that it belongs to, and a program with one
+thread pays only for a lock. Knows nothing of text.
 
-On several ranks each must run the same steps in the same order, so calls come from one thread a rank there.
+All ranks must run the same steps in the same order, so with several ranks all calls must come from one thread of each.
 """
 
 import contextlib
@@ -31,22 +31,22 @@ class SharedEngine:
         self.n_steps = 0
         self.lock = threading.RLock()
         self.owners: dict[Sequence, Call] = {}
-        self.driver: int | None = None  # the thread that runs a step
-        self.sleepers: dict[Call, None] = {}  # in the order they came
-        self.only_thread: int | None = None  # of several ranks
+        self.driver: int | None = None  # the thread that is running a step
+        self.sleepers: dict[Call, None] = {}  # in the order in which they went to sleep
+        self.only_thread: int | None = None  # the thread that may call, with several ranks
         self._changes: deque[tuple[Callable, Any]] = deque()
 
     def change(self, method: Callable, argument: Any) -> None:
-        """Has the engine changed at once, or after the step that it is in. The caller holds the lock."""
+        """Calls method(argument), which changes the engine: now, or after the current step. Needs the lock."""
         if self.driver is None:
             method(argument)
         else:
             self._changes.append((method, argument))
 
-    def look_again(self) -> bool:
-        """Has the engine run its model as it is now, from the next step on, if that may be another than it was.
+    def refresh_model(self) -> bool:
+        """Takes over changes that callers may have made to the model. Returns whether they may have made any.
 
-        It may where somebody holds the model, or has hooked or patched all models. Returns whether it may. Raises as
+        They may if somebody has a reference to the model, or if there are global hooks or patched classes. Raises as
         `Engine.check`.
         """
         with self.lock:
@@ -54,24 +54,24 @@ class SharedEngine:
             if not self.engine.model_is_held:
                 return False
             if self.driver is None:
-                self.engine.look_again()
-            else:  # which looks before its next step
-                self.engine.check(self.engine.opened)
+                self.engine.refresh_model()
+            else:  # the driver's next step refreshes it
+                self.engine.check(self.engine.module)
             return True
 
     def exchange(self, model: nn.Module) -> None:
-        """Has the engine run another model from the next step on. Raises as `Engine.check`, and keeps the old one."""
+        """Replaces the model from the next step on. Raises as `Engine.check`, and then keeps the old one."""
         with self.lock:
             self.engine.check(model)
-            before, self.engine.opened, self.engine.model_is_held = self.engine.opened, model, True
+            before, self.engine.module, self.engine.model_is_held = self.engine.module, model, True
             try:
-                self.look_again()
+                self.refresh_model()
             except BaseException:
-                self.engine.opened = before
+                self.engine.module = before
                 raise
 
     def drive(self) -> None:
-        """Runs one step without the lock, and wakes those whom it concerns."""
+        """Runs one step without the lock. Then wakes the callers whose sequences have ended."""
         self.driver = threading.get_ident()
         self.lock.release()
         try:
@@ -89,18 +89,18 @@ class SharedEngine:
                     owner._n_slots -= sequence.n_slots
                     owner.end(sequence)
             for call in self.sleepers:
-                if call.has_news:
-                    call.news.notify()
+                if call.should_wake:
+                    call.wake_up.notify()
             while self._changes:
                 method, argument = self._changes.popleft()
                 method(argument)
 
 
 class Call(contextlib.AbstractContextManager):
-    """One caller's sequences. Leaving its `with` cancels those that have not ended; their slots are free then.
+    """One caller's sequences. Leaving the `with` block cancels those that have not ended, and frees their slots.
 
     Raises:
-        RuntimeError: on several ranks, if the calls so far came from another thread.
+        RuntimeError: there are several ranks, and earlier calls came from another thread.
     """
 
     def __init__(self, shared: SharedEngine):
@@ -112,36 +112,34 @@ class Call(contextlib.AbstractContextManager):
                     f"{dist.get_world_size()} processes: expected calls from one thread, the same ones in each process"
                 )
             shared.only_thread = here
-        if shared.look_again():
+        if shared.refresh_model():
             with shared.lock:
                 shared.change(Slots.outdate, shared.engine.slots)
         self.shared = shared
-        self.news = threading.Condition(shared.lock)
+        self.wake_up = threading.Condition(shared.lock)
         self._open: dict[Sequence, None] = {}
         self._ended: list[Any] = []  # what `step` returns next
-        self._n_slots = 0  # of those that are open
-        self._wants_steps = False
+        self._n_slots = 0  # that the open sequences need
+        self._wakes_every_step = False
 
     def __exit__(self, *_: object) -> None:
         with _HeldInterrupts(), self.shared.lock:
-            for sequence in self._open:
-                del self.shared.owners[sequence]
             if self._open:
-                self.shared.change(self.shared.engine.cancel, set(self._open))
-            self._open, self._ended = {}, []
+                self.cancel(set(self._open))
+            self._ended = []
 
     @property
     def has_room(self) -> bool:
-        """Whether a sequence more would keep the slots busy: add as long as it is so, and the queue stays short."""
+        """Whether this call's sequences leave a slot free. Add sequences only then, and the queue stays short."""
         return self._n_slots < len(self.shared.engine.slots)
 
     @property
     def n_open(self) -> int:
-        """How many sequences run or wait, or have ended and not been returned by `step`."""
+        """How many sequences `step` has yet to return."""
         return len(self._open) + len(self._ended)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence at the end of the engine's queue, behind those of every caller."""
+        """Appends a sequence to the engine's queue, which all callers share."""
         with _HeldInterrupts(), self.shared.lock:
             self.shared.owners[sequence] = self
             self._open[sequence] = None
@@ -149,7 +147,7 @@ class Call(contextlib.AbstractContextManager):
             self.shared.change(self.shared.engine.add, sequence)
 
     def cancel(self, sequences: set[Sequence]) -> None:
-        """Forgets some of the sequences; their slots are free before the next step."""
+        """Cancels some of the sequences. Their slots are free before the next step."""
         with _HeldInterrupts(), self.shared.lock:
             if is_open := sequences & self._open.keys():
                 self.shared.change(self.shared.engine.cancel, is_open)
@@ -159,21 +157,20 @@ class Call(contextlib.AbstractContextManager):
             self._ended = [sequence for sequence in self._ended if sequence not in sequences]
 
     def step(self, every: bool = False) -> list[Sequence]:
-        """Lets the engine run until some of this call's sequences have ended, and returns these; [] if none are open.
+        """Runs the engine until some of this call's sequences have ended, and returns them; [] if none are open.
 
         Args:
-            every: whether to come back after each step of the engine, to look at the tokens so far.
+            every: whether to return after each step of the engine, so that the caller can read the tokens so far.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C in the main thread, once the step that it runs has ended.
-            Exception: whatever a step that ran in this thread raised. The sequences of all callers that were in
-                progress have failed then.
+            KeyboardInterrupt: on Ctrl-C, in the main thread, at the end of its current step.
+            Exception: a step in this thread raised it. All callers' sequences in progress have failed.
         """
         shared = self.shared
         with _HeldInterrupts() as held, shared.lock:
             n_steps = shared.n_steps
             try:
-                while self._open and not self._ended and not (every and shared.n_steps > n_steps) and not held.came:
+                while self._open and not self._ended and not (every and shared.n_steps > n_steps) and not held.received:
                     if shared.driver is None:
                         shared.drive()
                     elif shared.driver == threading.get_ident():
@@ -181,40 +178,40 @@ class Call(contextlib.AbstractContextManager):
                     else:
                         self._sleep(every, held)
             finally:
-                if shared.driver is None and shared.sleepers:  # somebody else takes the wheel
-                    next(iter(shared.sleepers)).news.notify()
+                if shared.driver is None and shared.sleepers:  # the next driver
+                    next(iter(shared.sleepers)).wake_up.notify()
             ended, self._ended = self._ended, []
             return ended
 
     @property
-    def has_news(self) -> bool:
-        """Whether this call, which sleeps, wants to be woken."""
-        return bool(self._ended) or self._wants_steps
+    def should_wake(self) -> bool:
+        """Whether this call has a reason to wake up."""
+        return bool(self._ended) or self._wakes_every_step
 
     def end(self, sequence: Sequence) -> None:
-        """Has `step` return a sequence, which has ended."""
+        """Notes that a sequence has ended. `step` returns it."""
         self._ended.append(sequence)
 
     def _sleep(self, every: bool, held: "_HeldInterrupts") -> None:
-        """Waits until another thread has news for this call, or leaves it the wheel."""
-        self._wants_steps = every
+        """Sleeps until the driver has ended one of this call's sequences, or until this call must drive."""
+        self._wakes_every_step = every
         self.shared.sleepers[self] = None
-        held.waits = True
+        held.is_waiting = True
         try:
-            self.news.wait()
+            self.wake_up.wait()
         finally:
-            held.waits = False
+            held.is_waiting = False
             del self.shared.sleepers[self]
 
 
 class _HeldInterrupts:
-    """Holds Ctrl-C back while the main thread changes what all callers share, and raises it afterwards.
+    """Delays Ctrl-C while the main thread changes state that all callers share, and raises it afterwards.
 
-    A second Ctrl-C is raised at once, and so is the first while `waits` is set. In other threads, and where the program
-    has a handler of its own, nothing is done.
+    A second Ctrl-C is raised at once, and so is the first while `is_waiting` is set. Does nothing in other threads, or
+    if the program has its own handler.
     """
 
-    came = waits = False
+    received = is_waiting = False
 
     def __enter__(self) -> "_HeldInterrupts":
         is_main = threading.current_thread() is threading.main_thread()
@@ -224,12 +221,12 @@ class _HeldInterrupts:
         return self
 
     def _hold(self, *_: object) -> None:
-        if self.came or self.waits:
+        if self.received or self.is_waiting:
             raise KeyboardInterrupt
-        self.came = True
+        self.received = True
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._holds:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.came and kind is None:
+        if self.received and kind is None:
             raise KeyboardInterrupt

@@ -1,20 +1,20 @@
-"""Speculative decoding: something cheap proposes the next tokens, and the model checks them all in one pass.
+"""Speculative decoding: a cheap proposer guesses the next tokens, and the model checks all guesses in one pass.
 
-A pass over a few positions costs a large model about as much as one over a single position: both read every weight.
-So a small model (`DraftModel`), or a look at what the text has said before (`NgramLookup`), proposes some tokens; the
-model runs them behind the last one and draws its own token at each position. Where the two agree the proposal has saved
-a pass; the first that differs is replaced by the model's, and what was proposed after it is forgotten.
+A pass over a few positions costs a large model about as much as a pass over one: both read every weight. So a small
+model (`DraftModel`), or a search for the last tokens in the text so far (`NgramLookup`), proposes some tokens. The
+large model runs them after the last token and draws its own token at each position. Each proposal that equals the
+model's token saves a pass. The first that differs is replaced by the model's token; those after it are dropped.
 
-In Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318) a coin decides whether a proposal
-drawn from q is accepted as one from p, so that the output has the model's distribution; it is with probability
-sum(min(p, q)), the most that is possible. Here the draft draws with the very random numbers that the model will draw
-with at that position (`sampling.race`, a Gumbel coupling: Daliri, Musco and Suresh 2024, arXiv 2408.07978), and is
-accepted if both have drawn the same token. So the output does not only have the model's distribution: it *is* what the
-model alone gives for the seed, token for token, whatever proposes. The price is acceptance: with d, the total variation
-distance of p and q, it is at least (1 - d) / (1 + d) instead of 1 - d. Greedy, and for proposals that put all on one
-token, both methods accept the same.
+Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318) accept proposals at random, such that
+the output has the model's distribution p although the draft's is q. They accept with probability sum(min(p, q)), which
+is the best possible. Here the draft draws with the same random numbers that the model will use at that position
+(`sampling.race`, a Gumbel coupling: Daliri, Musco and Suresh 2024, arXiv 2408.07978), and a proposal is accepted if
+both drew the same token. So the output does not just have the right distribution: for a given seed it is exactly what
+the model generates alone. The price is a lower acceptance rate: at least (1 - d) / (1 + d) instead of 1 - d, where d is
+the total variation distance of p and q. With greedy decoding, or a draft that puts all probability on one token, both
+methods accept equally often.
 
-Knows tokens and not text. Every model-parallel rank makes the same proposals, from the same numbers.
+Knows tokens but not text. All model-parallel ranks make the same proposals, from the same random numbers.
 """
 
 import itertools
@@ -36,46 +36,45 @@ from llama.model import Transformer
 from llama.sequence import Sequence, choose, draw
 from llama.tokenizer import Tokenizer
 
-# How many tokens are proposed for a sequence at first, and at most. In between, two more after proposals that were all
-# accepted and one less after others, which settles where about one step in three accepts all (the schedule of
-# Transformers' assisted generation): a sequence that is easy to guess gets more guesses.
+# How many tokens to propose for a sequence at first, and at most. As in Transformers' assisted generation, the number
+# rises by two after a step that accepted all proposals and falls by one after any other. So it settles where about one
+# step in three accepts all, and a sequence that is easy to guess gets more proposals.
 N_PROPOSALS = 4
 MAX_PROPOSALS = 8
-# The longest run of last tokens that is looked for in what came before.
+# The longest n-gram to look up.
 MAX_NGRAM = 3
 
 
 class Proposer(Protocol):
-    """Where proposals come from. They may be anything: no answer depends on them, only how soon it is there."""
+    """Proposes tokens. Wrong proposals cost time but change no answer."""
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
-        """For each running sequence, in the order of the slots, up to its limit of ids that may come next."""
+        """Returns up to `limits[i]` ids that may come next in sequence i. Sequences are in the order of the slots."""
 
     def forget(self) -> None:
-        """Forgets all sequences: a step was broken off, and what is remembered of them may be half written."""
+        """Discards all state of the sequences: a step has failed, so the state may be incomplete."""
 
 
 class SpeculativeEngine(Engine):
-    """An engine whose decode steps check proposals, each row at its own acceptance.
+    """An engine whose decode steps check proposals. Each row accepts its own number of them.
 
-    Measured times decide whether there are proposals (`Payoff`). All else is the engine's: which sequences run beside
-    each other, prefill, prefixes, and how a token is chosen.
+    `Payoff` decides from measured times whether a step has proposals.
     """
 
     def __init__(self, model: Transformer, proposer: Proposer):
         super().__init__(model)
         self.proposer = proposer
         self.payoff = Payoff(get_model_parallel_group(), self.model.device)
-        self._n_proposals: dict[Sequence, int] = {}  # how many each running sequence gets
-        self._has_decoded = False  # a token without proposals, which packs the matrices
+        self._n_proposals: dict[Sequence, int] = {}  # for each running sequence
+        self._has_decoded = False  # whether a step without proposals has run: the first one packs the matrices
 
     def _decode(self) -> None:
-        sampled = [s for s in self.running if s.search is None]  # beams are not proposed for
+        sampled = [s for s in self.running if s.search is None]  # beams get no proposals
         self._n_proposals = {s: self._n_proposals.get(s, N_PROPOSALS) for s in sampled}
-        # The step adds one token to those accepted, so the last of the budget is never proposed.
+        # The step adds one token to the accepted ones, so the last token of the budget is never proposed.
         limits = [min(n, s.max_new_tokens - len(s.tokens) - 1) for s, n in self._n_proposals.items()]
         proposals: dict[Sequence, list[int]] = {}
-        may_propose = self._has_decoded and any(limits) and not self.is_looked_at
+        may_propose = self._has_decoded and any(limits) and not self.is_observed
         trials, n_rows, n_decoded = self.payoff.at(len(self.running)), len(self.running), self.counters.decoded
         started = self.payoff.clock()
         if may_propose and trials.proposing:
@@ -89,15 +88,15 @@ class SpeculativeEngine(Engine):
             trials.note_with(self.payoff.clock() - started, (self.counters.decoded - n_decoded) / n_rows)
         else:
             super()._decode()
-            if may_propose:  # the first step packs the matrices
+            if may_propose:
                 trials.note_without(self.payoff.clock() - proposed, proposed - started)
             self._has_decoded = True
 
     def _decode_with(self, proposals: list[list[int]]) -> None:
-        """Runs each sequence's last token and its proposals, and chooses tokens as long as these are what was proposed.
+        """Runs each sequence's last token and its proposals. Chooses tokens up to the first that was not proposed.
 
-        Each position is chosen from only once all before it are accepted: a logits_processor sees what it would see
-        without proposals, call by call.
+        Chooses at a position only when all proposals before it are accepted, so a logits_processor gets exactly the
+        calls that it would get without proposals.
         """
         sequences = list(self.running)
         n_held = [len(s.prompt) + len(s.tokens) - 1 for s in sequences]
@@ -118,7 +117,7 @@ class SpeculativeEngine(Engine):
                 accepted[row] += 1
             alive = [row for row in agreed if sequences[row].finish_reason is None]
         for slot, (sequence, n) in enumerate(zip(sequences, accepted)):
-            # Behind these lie the keys of what was rejected, which the next step overwrites.
+            # The keys of rejected proposals come after these. The next step overwrites them.
             self.slots.record(slot, n_held[slot], texts[slot][n_held[slot] :][: n + 1])
             if sequence.search is None:
                 self._count(sequence, len(proposals[slot]), n)
@@ -141,10 +140,10 @@ class SpeculativeEngine(Engine):
 
 
 class NgramLookup:
-    """Proposes what came after the last tokens the last time they occurred: the longest run of up to MAX_NGRAM of them.
+    """Finds the last tokens earlier in the text, at most MAX_NGRAM of them, and proposes what followed them there.
 
-    For answers that repeat their prompt (a summary, a correction, code) or themselves. "Prompt lookup decoding" (Saxena
-    2023, github.com/apoorvumang/prompt-lookup-decoding).
+    For answers that repeat parts of their prompt (summaries, corrections, code) or of themselves. "Prompt lookup
+    decoding" (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding).
     """
 
     def __init__(self):
@@ -161,7 +160,7 @@ class NgramLookup:
 
 
 class NgramIndex:
-    """The ids of a text that grows, and where each n-gram of it last ended."""
+    """The ids of a growing text, and where each of its n-grams last ended."""
 
     def __init__(self, ids: list[int]):
         self.ids: list[int] = []
@@ -169,31 +168,31 @@ class NgramIndex:
         self.extend(ids)
 
     def extend(self, ids: list[int]) -> None:
-        """Takes more ids. The n-grams noted are those that end before the last id, which has nothing after it."""
+        """Appends ids. Indexes the n-grams that end before the last id, because nothing follows that one yet."""
         for token in ids:
             for n in range(1, min(MAX_NGRAM, len(self.ids)) + 1):
                 self._ends[tuple(self.ids[-n:])] = len(self.ids)
             self.ids.append(token)
 
     def following(self, limit: int) -> list[int]:
-        """At most `limit` ids that came after the last occurrence of the longest run of last ids that has another."""
+        """Returns up to `limit` ids that followed an earlier occurrence of the last ids; the longest match counts."""
         for n in range(min(MAX_NGRAM, len(self.ids)), 0, -1):
             if (end := self._ends.get(tuple(self.ids[-n:]))) is not None:
-                # What reaches the end of the text goes on with its own beginning, as a text with a period does.
+                # At the end of the text it starts over, as if the text were periodic.
                 period = len(self.ids) - end
                 return [self.ids[end + i % period] for i in range(limit)]
         return []
 
 
 class DraftModel:
-    """Proposes what a smaller model draws, with the random numbers that the large one will draw with.
+    """Proposes the tokens that a smaller model draws, with the random numbers that the large model will use.
 
-    It has a cache of its own, and keeps its own record of what that holds: whatever the engine has done meanwhile
-    (taken sequences in, ended some, moved others, rejected proposals), the draft runs those ids that it lacks. It
-    follows every option but `logits_processor`: a caller's code is not called with tokens that nobody has chosen.
+    It has its own cache and its own record of what the cache holds. Between calls the engine may add, end or move
+    sequences and reject proposals: the draft runs whatever ids it lacks. It follows every option but
+    `logits_processor`, because a caller's code must not be called with mere proposals.
 
     Args:
-        model: with the vocabulary of the large one, and as many slots and positions.
+        model: has the vocabulary of the large model, and as many slots and positions.
     """
 
     def __init__(self, model: Transformer):
@@ -201,7 +200,7 @@ class DraftModel:
         if model.cache is None:
             model.allocate_cache()
         self.slots = Slots(model.cache)
-        self._lengths: dict[Sequence, int] = {}  # those of last time, in the order of their slots, and their ids then
+        self._lengths: dict[Sequence, int] = {}  # number of ids at the last call, in the order of the slots
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
         pack(self.model)
@@ -233,7 +232,7 @@ class DraftModel:
         self.slots.forget()
 
     def _place(self, sequences: list[Sequence], texts: list[list[int]]) -> None:
-        """Gives each sequence the slot of its place in the list: what it held until now, or a shared beginning."""
+        """Moves sequence i to slot i, with the keys that it has. A new sequence takes those of a shared beginning."""
         held = self.slots.tokens
         order = [*self._lengths, *[None] * (len(self.slots) - len(self._lengths))]
         for slot, (sequence, text) in enumerate(zip(sequences, texts)):
@@ -242,7 +241,7 @@ class DraftModel:
             at = order.index(sequence)
             self.slots.swap(slot, at)
             order[slot], order[at] = order[at], order[slot]
-            # Of what was proposed then, what has become the text.
+            # Keep the keys of proposals that were accepted.
             kept = min(self._lengths[sequence], len(held[slot]))
             while kept < min(len(held[slot]), len(text) - 1) and held[slot][kept] == text[kept]:
                 kept += 1
@@ -250,15 +249,15 @@ class DraftModel:
         new = [slot for slot, sequence in enumerate(sequences) if sequence not in self._lengths]
         for i, slot in enumerate(new):
             source, shared = self.slots.find(texts[slot], len(texts[slot]) - 1)
-            if len(sequences) - slot == len(new) - i:  # all slots from here on are free
+            if len(sequences) - slot == len(new) - i:  # all slots from this one on are free
                 self.slots.take(slot, source, shared)
-            else:  # steps without proposals came before, and a slot above this one has its sequence already
+            else:  # after steps without proposals, a slot above this one may have its sequence already
                 self.slots.record(slot, shared if source == slot else 0, [])
                 if shared and source != slot:
                     self.slots.copy([source], [slot], 0, shared)
 
     def _prefill(self, texts: list[list[int]]) -> None:
-        """Runs new texts up to their last ids, one pass a step. Long ones take several, and get no proposals before."""
+        """Runs new texts except their last ids, in one pass. A long text takes several steps before its proposals."""
         new = [slot for slot, text in enumerate(texts) if len(self._lacks(slot, text)) > 2]
         if new:
             longest = max(len(self._lacks(slot, texts[slot])) - 1 for slot in new)
@@ -269,9 +268,9 @@ class DraftModel:
         return text[len(self.slots.tokens[slot]) :]
 
     def _run(self, wanted: dict[int, list[int]]) -> tuple[Logits, list[int], list[int]]:
-        """Runs ids behind what their slots hold. Returns the logits, and the row and the column of the last id of each.
+        """Runs ids after what their slots hold. Returns the logits, and row and column of each slot's last id.
 
-        Slots in between that want nothing run padding, which is written behind what they hold.
+        Slots between them that have no ids run padding, which is written after what they hold.
         """
         first, last = min(wanted), max(wanted)
         held = self.slots.tokens[first : last + 1]
@@ -283,8 +282,8 @@ class DraftModel:
         return logits, [slot - first for slot in wanted], columns
 
     def _draw(self, sequences: list[Sequence], texts: list[list[int]], logits: torch.Tensor, ahead: int) -> list[int]:
-        """The token that each sequence would get if this were its model."""
-        logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
+        """Returns the token that each sequence would get from this model."""
+        logits = logits.cpu() if logits.device.type == "mps" else logits  # MPS has no float64
         for row, (sequence, text) in enumerate(zip(sequences, texts)):
             if sequence.process is not None:
                 logits[row] = sequence.process(logits[row], text[len(sequence.prompt) :], is_guess=True)
@@ -294,7 +293,7 @@ class DraftModel:
 def open_draft(
     draft: str | os.PathLike | None, target: Tokenizer, max_seq_len: int, max_batch_size: int
 ) -> Checkpoint | None:
-    """The checkpoint of a draft, of which no weight has been read; None if it has none.
+    """Opens the checkpoint of a draft without reading weights. Returns None if the draft is no model.
 
     Arguments and errors as in `Llama.build`.
     """
@@ -308,7 +307,7 @@ def open_draft(
     try:
         check_tokenizer(tokenizer, target)
         with torch.device("meta"):
-            Transformer(checkpoint.args)  # whose heads must be shared out too
+            Transformer(checkpoint.args)  # raises if these processes cannot share its heads
     except ValueError as error:
         raise ValueError(f"draft {draft} cannot propose tokens to this model: {error}") from error
     return checkpoint
@@ -317,16 +316,16 @@ def open_draft(
 def make_proposer(
     draft: str | os.PathLike | None, checkpoint: Checkpoint | None, dtype: torch.dtype, device: torch.device
 ) -> Proposer | None:
-    """What `Llama.build(draft=…)` asks for; `checkpoint` is what `open_draft` found."""
+    """Creates the proposer for `Llama.build(draft=…)`. `checkpoint` is the result of `open_draft`."""
     if checkpoint is None:
         return None if draft is None else NgramLookup()
     return DraftModel(build_model(checkpoint, dtype, device)[0])
 
 
 def check_tokenizer(draft: Tokenizer, target: Tokenizer) -> None:
-    """Raises ValueError if a draft's tokens are not the model's, naming the first difference.
+    """Raises ValueError with the first difference if a draft's tokens differ from the model's.
 
-    Names of special tokens may differ (Llama 3.1 has given some reserved ones names), but not which ids are special.
+    Names of special tokens may differ (Llama 3.1 named some reserved ones), but the same ids must be special.
     """
     for name in ("n_words", "bos_id", "eos_id", "eot_id"):
         if (found := getattr(draft, name)) != (expected := getattr(target, name)):

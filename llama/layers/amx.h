@@ -1,4 +1,4 @@
-// What it takes to use AMX, whose tiles are matrices in registers: sixteen rows of 64 bytes.
+// The setup of AMX, whose tiles are registers of sixteen rows of 64 bytes.
 // Intel's Architectures Software Developer's Manual, volume 1, chapter 18.
 
 #pragma once
@@ -16,7 +16,7 @@ constexpr int64_t kArchReqXcompPerm = 0x1023, kXfeatureXtileData = 18;  // docs.
 // Asks the system to let this process use tiles.
 bool may_use_tiles() { return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtileData) == 0; }
 
-// The intrinsics of tiles do not tell the compiler which memory they read and write.
+// Tile intrinsics do not tell the compiler which memory they read and write; this does.
 inline void touch(const void* memory) { asm volatile("" ::"r"(memory) : "memory"); }
 
 struct alignas(64) TileConfig {

@@ -1,9 +1,9 @@
-// softmax(q k^T) v of few queries, for any processor that GCC compiles for: a decoding step over long contexts.
+// softmax(q k^T) v for few queries: a decode step over long contexts, on any processor that GCC supports.
 //
-// The queries that share a head of keys are taken four at a time, so each key and value is read from memory once. The
-// positions of a head are cut into spans of fixed length, which threads take as they come, and whose sums are joined in
-// order: the result is the same bits on any number of threads, and whatever other rows there are. All sums are float32.
-// `attention.py` calls this with addresses. Knows nothing of PyTorch.
+// Processes the queries that share a key head four at a time, so that each key and value is read from memory once. Cuts
+// the positions of a head into spans of fixed length, which threads take one by one. Joins their results in order, so a
+// row has the same bits on any number of threads and beside any other rows. All sums are float32. `attention.py` calls
+// this with addresses. Knows nothing of PyTorch.
 
 #include <algorithm>
 #include <cmath>
@@ -14,10 +14,10 @@
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kQueries = 4;   // at a time
-constexpr int64_t kSpan = 1024;   // positions of a head that one thread takes
-constexpr int64_t kChunk = 128;   // whose keys are met by all queries before the next ones are read
-constexpr int64_t kColumns = 64;  // of the values whose sums stay in registers
+constexpr int64_t kQueries = 4;   // processed at a time
+constexpr int64_t kSpan = 1024;   // positions of a head that one thread takes at a time
+constexpr int64_t kChunk = 128;   // positions that all queries process before the next ones are read
+constexpr int64_t kColumns = 64;  // columns of the values whose sums stay in registers
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t Int __attribute__((vector_size(64)));
@@ -31,7 +31,7 @@ inline V load_as(const void* p) {
   return v;
 }
 
-// Sixteen numbers as float32.
+// Each type loads sixteen numbers as float32.
 struct Float32 {
   typedef float Item;
   static inline Vec load(const Item* p) { return load_as<Vec>(p); }
@@ -63,7 +63,7 @@ struct Float16 {
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// Lanes i and i + N of both, added: of sixteen vectors, in four such steps, one with the sum of each.
+// Adds lanes i and i + N of both vectors. Four such steps turn sixteen vectors into one that has the sum of each.
 template <int N>
 inline Vec fold(Vec a, Vec b) {
   Int even, odd;
@@ -83,13 +83,13 @@ inline Vec sums(Vec* v) {
   return fold<1>(v[0], v[1]);
 }
 
-// e^x for x <= 0, to about 1e-7 of it; 0 below -87. Cephes' polynomial for [-ln 2 / 2, ln 2 / 2].
+// e^x for x <= 0 with a relative error of about 1e-7; 0 below -87. Cephes' polynomial for [-ln 2 / 2, ln 2 / 2].
 inline Vec exponential(Vec x) {
   const Vec low = splat(-87.f);
   const auto tiny = x < low;
   x = tiny ? low : x;
   const Vec scaled = x * 1.44269504f;
-  const Int n = __builtin_convertvector(scaled - 0.5f, Int);  // towards 0: x is negative
+  const Int n = __builtin_convertvector(scaled - 0.5f, Int);  // rounds towards 0, and x is negative
   const Vec whole = __builtin_convertvector(n, Vec);
   const Vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
@@ -103,23 +103,23 @@ inline Vec exponential(Vec x) {
   return tiny ? Vec{} : y;
 }
 
-struct Strides {  // in items
+struct Strides {  // numbers, not bytes
   int64_t row, head, position;
 };
 
 struct Problem {
-  const void *q, *k, *v;  // q: [B, n_kv_heads, n_queries, head_dim], whole
+  const void *q, *k, *v;  // q: [B, n_kv_heads, n_queries, head_dim], contiguous
   void* out;              // as q
-  const uint8_t* mask;    // which keys a query sees: of row b and query i, at mask + b * mask_row + i % n_new * mask_query
+  const uint8_t* mask;    // which keys query i of row b sees: at mask + b * mask_row + i % n_new * mask_query
   int64_t mask_row, mask_query;
   int64_t n_rows, n_heads, n_queries, n_new, length, head_dim;
   Strides keys, values;
   float scale;
   int64_t n_blocks() const { return (n_queries + kQueries - 1) / kQueries; }
-  int64_t state() const { return kQueries * (head_dim + 2); }  // numbers that a span leaves for a block of queries
+  int64_t state() const { return kQueries * (head_dim + 2); }  // numbers that a span returns for a block of queries
 };
 
-// How many keys the longest-seeing query of a row sees.
+// The number of keys up to the last one that any query of a row sees.
 int64_t seen(const Problem& p, int64_t row) {
   if (p.mask == nullptr) return p.length;
   int64_t longest = 0;
@@ -132,7 +132,8 @@ int64_t seen(const Problem& p, int64_t row) {
   return longest;
 }
 
-// One span of the keys of one head: largest scores, sums of weights and weighted sums of values of all its queries.
+// Runs one span of the keys of one head. Returns, for each query, the largest score, the sum of weights
+// and the weighted sum of values.
 template <typename T>
 void run_span(const Problem& p, int64_t row, int64_t head, int64_t start, int64_t stop, float* states) {
   typedef typename T::Item Item;
@@ -179,7 +180,7 @@ void run_span(const Problem& p, int64_t row, int64_t head, int64_t start, int64_
             if (!mask[j]) weights[j * kQueries + i] = -INFINITY;
         }
       for (int64_t j = n * kQueries; j % kLanes; j++) weights[j] = -INFINITY;
-      // Lane l of a vector of weights is of query l % 4.
+      // Lane l of a vector of weights belongs to query l % 4.
       Vec most = splat(-INFINITY);
       for (int64_t j = 0; j < n * kQueries; j += kLanes) most = larger(most, load_as<Vec>(weights + j));
       float largest[kQueries], factor[kQueries];
@@ -228,7 +229,7 @@ void run_span(const Problem& p, int64_t row, int64_t head, int64_t start, int64_
   }
 }
 
-// What the spans of a head have left, joined in their order.
+// Joins the results of the spans of a head, in their order.
 template <typename T>
 void join(const Problem& p, int64_t row, int64_t head, int64_t n_spans, const float* states) {
   const int64_t d = p.head_dim, one_span = p.n_blocks() * p.state();
@@ -241,7 +242,7 @@ void join(const Problem& p, int64_t row, int64_t head, int64_t n_spans, const fl
     std::fill(sum.begin(), sum.end(), 0.f);
     for (int64_t s = 0; s < n_spans; s++) {
       const float* state = states + s * one_span + block * p.state();
-      if (state[kQueries + i] == 0) continue;  // it sees nothing there; NaN goes on
+      if (state[kQueries + i] == 0) continue;  // it sees no key of this span; NaN propagates
       const float factor = std::exp(state[i] - most);
       total += state[kQueries + i] * factor;
       for (int64_t c = 0; c < d; c++) sum[c] += state[2 * kQueries + i * d + c] * factor;
@@ -274,7 +275,7 @@ void run(const Problem& p, int n_threads) {
 
 }  // namespace
 
-// 0: float32, 1: bfloat16, 2: float16. Returns 0 for a dtype or a head_dim that it does not have.
+// type: 0 is float32, 1 bfloat16, 2 float16. Returns 0 if it does not support the type or head_dim.
 extern "C" int attend_to_rows(const void* q, const void* k, const void* v, void* out, const uint8_t* mask,
                               const int64_t* sizes, float scale, int type, int n_threads) {
   Problem p;

@@ -1,6 +1,6 @@
-"""softmax(q k^T) v: which keys a query sees, and the fastest way to compute it on each device.
+"""Attention, softmax(q k^T) v: which keys a query sees, and the fastest way to compute it on each device.
 
-Knows nothing of models, or where queries and keys come from.
+Knows nothing of models, or of where queries and keys come from.
 """
 
 import ctypes
@@ -14,30 +14,30 @@ import torch.nn.functional as F
 
 from llama.layers import kernels
 
-# From so many keys on, a decoding step on a CPU takes a kernel of our own.
+# With at least this many keys, a decode step on a CPU uses our own kernel.
 LONG = 256
-# From so many queries on, those that share a key head are better off on a CPU one after the other.
+# With at least this many queries, a CPU is faster if query heads that share a key head run separately.
 MANY = 64
 
-# Positions of the first column of a pass: of all rows, or of each row, [B]; None for 0.
+# Position of the first column of a pass: one for all rows, or one for each row [B]; None: 0.
 Starts = int | list[int] | torch.Tensor | None
 
 
 @dataclass
 class CacheView:
-    """The part of a layer's keys and values that one forward pass of B rows and T positions works on."""
+    """The part of a layer's keys and values that one forward pass of B rows and T positions uses."""
 
-    first_slot: int  # the first of the B rows, which lie next to each other, so that nothing is copied when reading
-    positions: slice | torch.Tensor  # where in its row each new position goes: of all rows, or [B, T]
-    length: int  # how many positions of each row are read: the longest row's, counting the new ones
+    first_slot: int  # of B adjacent slots, so that reading them copies nothing
+    positions: slice | torch.Tensor  # where each new position belongs: the same in all rows, or [B, T]
+    length: int  # how many positions of each row are read: as many as the longest row has, new ones included
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes new keys and values, [B, n_kv_heads, T, head_dim], to those of a layer.
+        """Writes new keys and values `k` and `v`, [B, n_kv_heads, T, head_dim], into a layer's `keys` and `values`.
 
         Returns:
-            all of its keys and values up to `length`, [B, n_kv_heads, length, head_dim].
+            the layer's keys and values up to `length`, each [B, n_kv_heads, length, head_dim].
         """
         rows = slice(self.first_slot, self.first_slot + k.shape[0])
         if isinstance(self.positions, slice):
@@ -51,31 +51,31 @@ class CacheView:
         return keys[rows, :, : self.length], values[rows, :, : self.length]
 
 
-# Where a pass is in the cache: from a position on, in the first B rows; or as the view says; None without a cache.
+# Where a pass belongs in the cache: at this position of the first B rows, or in this view; None without a cache.
 Place = int | CacheView | None
 
-# Which keys a query sees: a tensor [.., T, length], True or 0 where it does, False or -inf where not; "causal": those
-# of its own position and before, where there are as many keys as queries; None: all.
+# Which keys a query sees: a tensor [.., T, length], True or 0 if it does, False or -inf if not; "causal": the keys up
+# to its own position, if there are as many keys as queries; None: all keys.
 Mask = torch.Tensor | Literal["causal"] | None
 
 
 def as_list(start_pos: int | torch.Tensor | None) -> list[int]:
-    """One position for all rows, or one for each."""
+    """Returns a list with one position for all rows, or with one for each row."""
     start_pos = start_pos.tolist() if isinstance(start_pos, torch.Tensor) else start_pos
     return start_pos if isinstance(start_pos, list) else [int(start_pos or 0)]
 
 
 def positions_and_mask(starts: list[int], n_new: int, device: torch.device) -> tuple[slice | torch.Tensor, Mask]:
-    """Where the new tokens of each row are, and which keys they see.
+    """Returns the positions of the new tokens of each row, and which keys they see.
 
     Args:
-        starts: the position of each row's first new token; one for all rows, or one for each.
-        n_new: tokens of a row.
+        starts: the position of the first new token: one for all rows, or one for each row.
+        n_new: how many new tokens each row has.
         device: of the result.
 
     Returns:
-        The positions: a slice where all rows are at the same, else [B, n_new]. The mask: [n_new, length] or
-        [B, 1, n_new, length] with the length of the longest row, or as `Mask` says.
+        The positions: a slice if they are the same in all rows, else [B, n_new]. The mask: "causal", None (see `Mask`),
+        [n_new, length] or [B, 1, n_new, length], where length is that of the longest row.
     """
     if min(starts) == max(starts):
         positions = slice(starts[0], starts[0] + n_new)
@@ -87,17 +87,17 @@ def positions_and_mask(starts: list[int], n_new: int, device: torch.device) -> t
 
 
 def causal_mask(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Which of the keys at 0, 1, … length - 1 the queries at some positions see: [.., T] -> bool [.., T, length]."""
+    """Which keys at 0, 1, … length - 1 the queries at `positions` see: [.., T] -> bool [.., T, length]."""
     return torch.arange(length, device=positions.device) <= positions[..., None]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """Each query's mean of the values, weighted by how well it matches the keys.
+    """Returns, for each query, the mean of the values weighted by softmax(q k^T / sqrt(head_dim)).
 
     Args:
         q: [B, n_heads, T, head_dim].
-        k, v: [B, n_kv_heads, length, head_dim]; n_heads / n_kv_heads query heads share each.
-        mask: [T, length] or [B or 1, 1 or n_heads, T, length], or as `Mask` says.
+        k, v: [B, n_kv_heads, length, head_dim]. n_heads / n_kv_heads query heads share one of their heads.
+        mask: [T, length], [B or 1, 1 or n_heads, T, length], or another `Mask`.
 
     Returns:
         [B, n_heads, T, head_dim].
@@ -110,13 +110,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
         mask = mask.to(q.dtype)
     if n_new >= MANY and q.device.type == "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
-    # The queries that share a key head can as well be rows of one longer query, so that each key is read once for all
-    # of them: faster for few queries on a CPU than `enable_gqa`, and with a mask the only fused way on CUDA.
+    # Queries that share a key head become rows of one longer query, so that each key is read once for all of them. For
+    # few queries on a CPU this is faster than `enable_gqa`; on CUDA with a mask it is the only fused way.
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, n_kv_heads, group * T, head_dim]
     if n_new == 1 and q.device.type == "cpu":
         if torch.compiler.is_compiling():
             return _attend_to_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
-        if k.shape[2] >= LONG and _serves(q, k, v, mask):
+        if k.shape[2] >= LONG and _supports(q, k, v, mask):
             return _attend_to_long_rows(q, k, v, mask).flatten(1, 2)[:, :, None]
     if mask is not None:
         of_each_head = mask.dim() > 2 and mask.shape[-3] > 1
@@ -126,10 +126,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
 
 
 def _attend_to_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[B, n_kv_heads, group, head_dim] queries of one position, for a compiler on a CPU.
+    """Attention of queries at one position, [B, n_kv_heads, group, head_dim], for torch.compile on a CPU.
 
-    It makes float32 loops of sums over the rows of k. For few queries these are two to three times as fast as the
-    products of matrices in SDPA, where a step is long because its context is.
+    The compiler turns the sums over rows of k into float32 loops. With long contexts and few queries, these are two to
+    three times as fast as SDPA, which multiplies matrices.
     """
     scores = torch.stack([(k.float() * query.float()[:, :, None]).sum(-1) for query in q.unbind(2)], dim=2)
     scores = scores * q.shape[-1] ** -0.5
@@ -138,8 +138,8 @@ def _attend_to_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tor
     return scores.softmax(-1).type_as(v) @ v
 
 
-def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether `attention.cpp` can be had, and has what is asked of it."""
+def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether `attention.cpp` could be compiled and supports these arguments."""
     has_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     is_plain = type(q) is type(k) is type(v) is torch.Tensor and not torch._C._are_functorch_transforms_active()
     fits = q.dtype in kernels.TYPES and q.shape[-1] % 16 == 0 and q.shape[-1] <= 256
@@ -152,16 +152,16 @@ def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 def _kernel() -> Callable[..., int] | None:
     try:
         found = kernels.compiled("attention", "-ffp-contract=fast").attend_to_rows
-    except (OSError, RuntimeError):  # no compiler: PyTorch's way is right too
+    except (OSError, RuntimeError):  # without a compiler, PyTorch's attention serves
         return None
     found.argtypes = [*[ctypes.c_void_p] * 6, ctypes.c_float, ctypes.c_int, ctypes.c_int]
     return found
 
 
 def _attend_to_long_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """As `_attend_to_rows`, by a kernel of our own: SDPA reads long contexts at half of the memory's speed and less.
+    """As `_attend_to_rows`, with our own kernel. SDPA reads long contexts at half the memory's speed or less.
 
-    Of a row whose mask ends before the longest row does, it reads no more than the mask lets it see.
+    The kernel reads only those keys of a row that the mask lets it see.
     """
     (n_rows, n_heads, n_queries, head_dim), length = q.shape, k.shape[2]
     q, y, where = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format), (0, 0)

@@ -1,10 +1,10 @@
-// Up to 32 rows of bfloat16 times a matrix as oneDNN has packed it, for x86 processors with AMX.
+// Multiplies up to 32 rows of bfloat16 by a matrix that oneDNN has packed, for x86 processors with AMX.
 //
-// With few rows, oneDNN reads its own blocks at three quarters of the memory's speed. A block is 32 rows of the matrix,
-// [in_features / 2][32][2], and so a stream of memory. Here one or two streams a thread go straight into tiles. Each row
-// of x has sums of its own, in the order of the columns: the result is the same bits whatever other rows there are, on
-// any number of threads. `kernels.py` compiles this file, makes sure of the blocks, and calls it with addresses. Knows
-// nothing of PyTorch.
+// oneDNN itself reads these blocks at three quarters of the memory's speed if x has few rows. A block is 32 rows of the
+// matrix, [in_features / 2][32][2], so each block is one stream from memory, and here it is loaded straight into tiles.
+// Each row of x has its own sums, added in the order of the columns: a row's result is the same bits with any other rows
+// and any number of threads. `kernels.py` compiles this file, checks the blocks, and passes addresses. Knows nothing of
+// PyTorch.
 
 #include "amx.h"
 
@@ -17,11 +17,11 @@
 namespace {
 
 constexpr int64_t kBlockRows = 32;
-constexpr int64_t kHalf = 16;         // the rows of a block that a tile takes
+constexpr int64_t kHalf = 16;         // rows of a block in one tile
 constexpr int64_t kTileRows = 16;     // of x
 constexpr int64_t kTileColumns = 32;
 constexpr int64_t kLine = 64;
-constexpr int64_t kAhead = 4096;      // bytes that are asked of the memory ahead
+constexpr int64_t kAhead = 4096;      // bytes to prefetch ahead
 
 struct Product {
   const uint16_t *x, *blocks;
@@ -29,8 +29,8 @@ struct Product {
   int64_t n_rows, in_features, out_features;
 };
 
-// Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights. Up to 16 rows of x take two blocks, more take one block:
-// the sums 2 * i + half are those of block i, or of the i-th sixteen rows.
+// Tiles 0 to 3 have sums, 4 and 5 rows of x, 6 and 7 weights. Up to 16 rows of x are multiplied by two blocks at a time,
+// more rows by one block: tile 2 * i + half has the sums of block i, or of the i-th sixteen rows of x.
 void configure_tiles(int64_t n_rows) {
   TileConfig config;
   for (int t = 0; t < 8; t++) {
@@ -47,7 +47,7 @@ void multiply(const Product& p, int64_t block) {
   alignas(64) float sums[4][kTileRows][kHalf];
   const int64_t n_blocks = p.out_features / kBlockRows, stride = 2 * p.in_features;
   const uint16_t* weights[2];
-  for (int i = 0; i < 2; i++)  // of an odd number, the last one twice
+  for (int i = 0; i < 2; i++)  // the last block twice if there is no second
     weights[i] = p.blocks + std::min(block + (MANY ? 0 : i), n_blocks - 1) * kBlockRows * p.in_features;
   _tile_zero(0);
   _tile_zero(1);
@@ -93,7 +93,7 @@ void multiply(const Product& p, int64_t block) {
 
 extern "C" {
 
-// Whether this processor and system let a process use AMX; asks for it.
+// Asks for AMX. Returns whether the processor and the system allow it.
 int has_tiles() { return may_use_tiles(); }
 
 // y [n_rows, out_features] = x [n_rows, in_features] times the transpose of a matrix in blocks; all are contiguous.

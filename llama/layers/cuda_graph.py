@@ -1,20 +1,20 @@
-"""A decoding step as a CUDA graph: its kernels are recorded once and launched together. Knows nothing of models."""
+"""A decode step as a CUDA graph: records its kernels once, then launches all of them together. Knows no models."""
 
 import bisect
 from collections.abc import Callable
 
 import torch
 
-SHORTEST_LENGTH = 256  # of the keys that a graph reads; its other lengths are 1.5 and 2 times as much, and so on
+SHORTEST_LENGTH = 256  # how many keys a graph reads at least; longer graphs read 1.5, 2, 3, 4, 6, … times as many
 
 
 class CUDAGraphs:
-    """Graphs of one step for some numbers of rows and keys, each recorded when it is first needed.
+    """Graphs of one step for several numbers of rows and keys. Each is recorded when it is first needed.
 
     Args:
-        step: as of `CUDAGraph`.
+        step: as in `CUDAGraph`.
         max_batch_size: the most rows.
-        key_positions: 0, 1, … as many as the cache has positions, on the device.
+        key_positions: 0, 1, … up to the last position of the cache, on the device.
     """
 
     def __init__(self, step: Callable[..., torch.Tensor], max_batch_size: int, key_positions: torch.Tensor):
@@ -25,9 +25,9 @@ class CUDAGraphs:
         self._graphs: dict[tuple[int, int], CUDAGraph] = {}
 
     def __call__(self, tokens: list[int], positions: list[int], spare: Callable[[int], int] | None) -> torch.Tensor:
-        """Logits [B, vocab_size] after `tokens` at `positions`, from a graph for at least as many rows and keys.
+        """Returns the logits [B, vocab_size] after `tokens` at `positions`. The graph may have more rows and keys.
 
-        `spare` gives a position of a row above these where a graph for more rows may write; None if there is no such.
+        `spare(row)` returns a position of an unused row that the graph may overwrite. None: use no unused rows.
         """
         n_rows = len(tokens)
         if spare is not None:
@@ -37,24 +37,24 @@ class CUDAGraphs:
         if graph is None:
             graph = CUDAGraph(self.step, n_rows, self.key_positions[:length], self._pool)
             self._graphs[n_rows, length] = graph
-        more = range(len(tokens), n_rows)
-        return graph([*tokens, *(0 for _ in more)], [*positions, *(spare(row) for row in more)])[: len(tokens)]
+        unused = range(len(tokens), n_rows)
+        return graph([*tokens, *(0 for _ in unused)], [*positions, *(spare(row) for row in unused)])[: len(tokens)]
 
 
 def sizes(first: int, most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, … times `first` up to `most`, and `most`."""
+    """`first` times 1, 1.5, 2, 3, 4, 6, 8, … (rounded down) up to `most`, and `most` itself."""
     found = {size for i in range(32) for size in (first << i, (first << i) * 3 // 2) if size < most}
     return sorted({*found, most})
 
 
 class CUDAGraph:
-    """A step of some rows and keys, recorded at its first call: inputs and outputs have fixed places in memory.
+    """A step for fixed numbers of rows and keys, recorded at its first call. Its inputs and outputs stay in place.
 
     Args:
         step: (tokens [B, 1], positions [B], key_positions [length]) -> logits [B, vocab_size].
         n_rows: B.
         key_positions: 0, 1, … on the device.
-        pool: the memory that the graphs of one model share.
+        pool: memory that the graphs of one model share.
     """
 
     def __init__(self, step: Callable[..., torch.Tensor], n_rows: int, key_positions: torch.Tensor, pool: tuple):
@@ -70,7 +70,7 @@ class CUDAGraph:
         self.tokens.copy_(torch.tensor(tokens)[:, None])
         self.positions.copy_(torch.tensor(positions))
         if self.graph is None:
-            # Once before, so that nothing is compiled, loaded or chosen during the recording.
+            # Run it once before recording, so that nothing is compiled, loaded or tuned during the recording.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -1,6 +1,6 @@
-"""Who looks at a module: hooks, patched methods, classes put in place of ours. Knows nothing of Llama.
+"""Finds foreign code in a model: hooks, patched methods, and modules of other classes. Knows nothing of Llama.
 
-A fast path that does not call a module asks here first whether anybody would notice.
+A fast path that does not call each module must first check here that no foreign code would miss the call.
 """
 
 import itertools
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Identity)  # that do nothing to an input
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Identity)  # they do not change an input
 
 
 def is_plain(module: nn.Module, forward: Callable[..., torch.Tensor]) -> bool:
-    """Whether calling a module runs `forward` of its class and nothing else; global hooks apart (`has_global_hook`)."""
+    """Whether calling a module runs `forward` of its class and nothing else. Ignores global hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module).forward is forward and "forward" not in module.__dict__ and not hooks
 
@@ -27,18 +27,18 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_ours(function: Callable) -> bool:
-    """Whether a function or method is written in this package, whatever names a decorator has given it."""
+    """Whether a function or method is defined in this package. Not misled by names that a decorator has set."""
     module = getattr(function, "__globals__", {}).get("__name__", "")
     return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def calls_ours(module: nn.Module) -> bool:
-    """Whether calling a module runs a method of this package: no patched method, and no other class in its place."""
+    """Whether calling a module runs a method of this package: it is of one of our classes, and not patched."""
     return is_ours(module.forward) and getattr(module.forward, "__self__", None) is module
 
 
-def is_looked_at(model: nn.Module) -> bool:
-    """Whether somebody else's code sees what runs through a module: it may count positions, or take the last one."""
+def is_observed(model: nn.Module) -> bool:
+    """Whether foreign code sees the inputs of a module. It may count positions, or take the last one."""
     for module in model.modules():
         hooks = itertools.chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
         if not all(map(is_ours, hooks)) or not (isinstance(module, CONTAINERS) or calls_ours(module)):
@@ -47,7 +47,7 @@ def is_looked_at(model: nn.Module) -> bool:
 
 
 class Patches:
-    """Notices hooks on all modules, and another `forward` in a class of a model's: for neither takes the model."""
+    """Detects global hooks and patched classes, which callers can add without a reference to the model."""
 
     def __init__(self, model: nn.Module):
         self._forwards = {type(module): type(module).forward for module in model.modules()}
@@ -61,7 +61,7 @@ class Patches:
 
 
 def watched(model: nn.Module) -> Iterator[str]:
-    """What a recorded or compiled pass would miss: a line for each module with hooks, or whose forward is not ours."""
+    """Yields what a recorded or compiled pass would ignore: a line for each module with hooks or a foreign forward."""
     if has_global_hook():
         yield "every module has hooks (torch.nn.modules.module.register_module_forward_hook or the like)"
     for name, module in model.named_modules():
@@ -73,23 +73,19 @@ def watched(model: nn.Module) -> Iterator[str]:
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Refuses what a compiled step cannot honour.
-
-    Raises:
-        ValueError: a module has hooks, a patched forward or a foreign class; it says which.
-    """
+    """Raises ValueError if a module has hooks, a patched forward or a foreign class, which a compiled step ignores."""
     if (first := next(watched(model), None)) is not None:
-        raise ValueError(f"{first}, which a compiled step would ignore: take it off again, or build without compile")
+        raise ValueError(f"{first}, which a compiled step would ignore: remove it, or build without compile")
 
 
 @dataclass
 class Logits:
-    """The logits of a pass, [B, T, vocab_size], made where they are indexed: all would cost as much as several layers.
+    """The logits of a pass, [B, T, vocab_size], computed when indexed: all of them cost as much as several layers.
 
     Attributes:
-        hidden: what the last norm left, [B, T, dim].
-        make: the output matrix, [..., dim] -> float32 [..., vocab_size].
-        made: all of them, where somebody looks at the output matrix and is to see those of every position.
+        hidden: output of the last norm, [B, T, dim].
+        make: applies the output matrix, [..., dim] -> float32 [..., vocab_size].
+        made: all logits, if a hook on the output matrix must see those of every position.
     """
 
     hidden: torch.Tensor
@@ -97,5 +93,5 @@ class Logits:
     made: torch.Tensor | None
 
     def __getitem__(self, index: slice | int | tuple) -> torch.Tensor:
-        """float32 [..., vocab_size], of the positions that `hidden[index]` has."""
+        """Returns the logits at `hidden[index]`, float32 [..., vocab_size]."""
         return self.make(self.hidden[index]) if self.made is None else self.made[index]

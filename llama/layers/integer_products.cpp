@@ -1,10 +1,10 @@
-// Products with matrices of 8 or 4 bits a weight, and the rounding to them, for x86 processors with AVX-512 VNNI and
-// AMX. `kernels.py` compiles this file when it is first needed and calls it with addresses; the format of the blocks
-// is described in `quantization.py`. Knows nothing of PyTorch.
+// Multiplies by matrices of 8 or 4 bits per weight, and rounds matrices to them, on x86 processors with AVX-512 VNNI;
+// uses AMX if there is any. `kernels.py` compiles this file when it is first needed and calls it with addresses.
+// `quantization.py` describes the format of the blocks. Knows nothing of PyTorch.
 //
-// A row of x becomes integers of 16 bits with one scale (of float32, 24 bits), as two (three) planes of signed bytes.
-// Products of a plane and the codes of a group are exact sums of integers. Only then come floats, in the order of the
-// groups. So a row's result is the same bits whatever other rows there are, on however many threads, with AMX or without.
+// A row of x becomes 16-bit integers with one scale, stored as two planes of signed bytes; float32 becomes 24 bits and
+// three planes. The products of a plane and a group of codes have exact integer sums. Only these become floats, in the
+// order of the groups. So a row has the same bits in any batch, on any number of threads, and with or without AMX.
 
 #include "integers.h"
 #include "tiles.h"
@@ -18,7 +18,7 @@ namespace {
 
 // ---- few rows: vectors
 
-// R rows of x times B blocks: several blocks are several streams from memory, and share the numbers of x.
+// Multiplies R rows of x by B blocks. Several blocks are several streams from memory, which use more of its speed.
 template <int BITS, int P, int R, int B>
 void few_rows(const uint8_t* const* blocks, const Shape& s, const Rows& x, int64_t row, __m512 (*out)[kFewRows]) {
   for (int b = 0; b < B; b++)
@@ -38,7 +38,7 @@ void few_rows(const uint8_t* const* blocks, const Shape& s, const Rows& x, int64
       for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) x_at[r][p] = x.at(row + r, p, start + from);
       for (int64_t k = 0; k < x.step; k += 8) {
-        __m512i a[B], c[B];  // four columns each, without a sign; of 4 bits, those of c are in the upper halves
+        __m512i a[B], c[B];  // four columns each, unsigned; 4-bit codes of c are in the upper halves of bytes
         for (int b = 0; b < B; b++) {
           const uint8_t* line = codes[b] + (from + k) * kRows / (BITS == 8 ? 1 : 2);
           _mm_prefetch(line + kAhead, _MM_HINT_T0);
@@ -68,7 +68,7 @@ void few_rows(const uint8_t* const* blocks, const Shape& s, const Rows& x, int64
     for (int b = 0; b < B; b++) {
       const Scales scales = scales_of<BITS>(BITS == 8 ? blocks[b] : codes[b] - kLine);
       for (int r = 0; r < R; r++) {
-        constexpr int offset = BITS == 8 ? 128 : 8;  // that was added to the codes
+        constexpr int offset = BITS == 8 ? 128 : 8;  // that makes the codes unsigned
         const int64_t at = (row + r) * s.n_groups + g;
         __m512i sum[P];
         for (int p = 0; p < P; p++) {
@@ -85,7 +85,7 @@ void few_rows(const uint8_t* const* blocks, const Shape& s, const Rows& x, int64
 
 // ---- one product
 
-struct Part {  // a matrix of several below one another
+struct Part {  // one of several stacked matrices
   const uint8_t* blocks;
   int64_t rows, first_row, first_block;
 };
@@ -104,7 +104,7 @@ inline const Part& part_of(const Product& p, int64_t block) {
   return p.parts[i];
 }
 
-struct Buffer {  // memory of one thread, kept from call to call
+struct Buffer {  // memory of one thread, reused by later calls
   void* data = nullptr;
   size_t size = 0;
   void* at_least(size_t n) {
@@ -118,14 +118,14 @@ struct Buffer {  // memory of one thread, kept from call to call
   ~Buffer() { std::free(data); }
 };
 
-struct Task {  // blocks that are multiplied together, and where their results go
+struct Task {  // blocks that a thread multiplies together, and the columns of y that they give
   const uint8_t* blocks[kBlocksPerTask];
   int64_t columns[kBlocksPerTask];
   __mmask16 masks[kBlocksPerTask];
   int64_t n_blocks;
   Task(const Product& p, int64_t number) {
     n_blocks = std::min(kBlocksPerTask, p.n_blocks - number * kBlocksPerTask);
-    for (int64_t i = 0; i < kBlocksPerTask; i++) {  // the last one again, where some are missing
+    for (int64_t i = 0; i < kBlocksPerTask; i++) {  // the last block again if some are missing
       const int64_t block = number * kBlocksPerTask + std::min(i, n_blocks - 1);
       const Part& part = part_of(p, block);
       const int64_t local = block - part.first_block;
@@ -164,12 +164,12 @@ void one_tile_task(const Product& p, const Task& task, const Rows& x, uint8_t* y
 }
 
 template <int BITS, int P>
-void tile_task(const Product& p, const Task& task, const Rows& x, float* sums, uint8_t* room, uint8_t* y) {
+void tile_task(const Product& p, const Task& task, const Rows& x, float* sums, uint8_t* scratch, uint8_t* y) {
 #ifdef __AMX_INT8__
   if (BITS == 4)
-    many_rows_of_4_bits<P>(task.blocks, p.shape, x, sums, room);
+    many_rows_of_4_bits<P>(task.blocks, p.shape, x, sums, scratch);
   else
-    many_rows_of_8_bits<P>(task.blocks, p.shape, x, sums, room);
+    many_rows_of_8_bits<P>(task.blocks, p.shape, x, sums, scratch);
   for (int64_t b = 0; b < task.n_blocks; b++)
     for (int64_t row = 0; row < x.n; row++) {
       __m512 acc = _mm512_load_ps(sums + (row * kBlocksPerTask + b) * kRows);
@@ -195,7 +195,7 @@ void multiply(const Product& p, const uint8_t* x, int64_t n_rows, int64_t in_fea
     rows.sums = reinterpret_cast<int32_t*>(rows.totals + padded * s.n_groups);
     const uint8_t* x_from = x + from * in_features * element;
     uint8_t* y_from = y + from * p.out_features * element;
-    // One row is fastest with vectors; then a tile, as long as all planes fit it.
+    // Vectors are fastest for one row, and tiles for more. `one`: all planes of x fit one tile.
     const bool one = p.tiles && n > 1 && n * P <= kTileRows, tiles = p.tiles && !one && n > kFewRows, alone = n < 8;
     if (alone)
       for (int64_t row = 0; row < n; row++) make_integers(rows, row, x_from, in_features, p.type, s.group);
@@ -209,10 +209,11 @@ void multiply(const Product& p, const uint8_t* x, int64_t n_rows, int64_t in_fea
       }
       static thread_local Buffer of_sums, of_codes;
       float* sums = nullptr;
-      uint8_t* room = nullptr;
+      uint8_t* scratch = nullptr;
       if (tiles) {
         sums = static_cast<float*>(of_sums.at_least(padded * kBlocksPerTask * kRows * 4));
-        room = static_cast<uint8_t*>(of_codes.at_least(BITS == 4 ? kBlocksPerTask * kRows * s.k : padded * P * 2 * kRows * 4));
+        const size_t scratch_bytes = BITS == 4 ? kBlocksPerTask * kRows * s.k : padded * P * 2 * kRows * 4;
+        scratch = static_cast<uint8_t*>(of_codes.at_least(scratch_bytes));
 #ifdef __AMX_INT8__
         configure_tiles<P>(rows.tile_rows, rows.step);
 #endif
@@ -225,7 +226,7 @@ void multiply(const Product& p, const uint8_t* x, int64_t n_rows, int64_t in_fea
         if (one)
           one_tile_task<BITS, P>(p, task, rows, y_from);
         else if (tiles)
-          tile_task<BITS, P>(p, task, rows, sums, room, y_from);
+          tile_task<BITS, P>(p, task, rows, sums, scratch, y_from);
         else
           vector_task<BITS, P>(p, task, rows, y_from);
       }
@@ -248,7 +249,8 @@ inline float to_bf16(float v) {
 
 inline float checked(float scale) { return to_bf16(std::max(scale, 1e-12f)); }
 
-// Codes of one row into its lane of a block. `row` holds whole groups, padded with zeros. False if not finite.
+// Writes the codes of one row into its lane of a block. `row` has whole groups, padded with zeros. Returns whether
+// all numbers are finite.
 bool round_row(const float* row, const Shape& s, int bits, uint8_t* block, int64_t lane) {
   const int64_t group = bits == 8 ? s.k : s.group;
   for (int64_t g = 0; g * group < s.k; g++) {
@@ -306,7 +308,7 @@ bool round_row(const float* row, const Shape& s, int bits, uint8_t* block, int64
 
 extern "C" {
 
-// Whether this processor and system let a process use AMX; asks for it.
+// Asks the system for permission to use AMX. Returns whether this process may.
 int has_tiles() {
 #ifdef __AMX_INT8__
   static const bool answer = may_use_tiles();
@@ -316,7 +318,7 @@ int has_tiles() {
 #endif
 }
 
-// y [n_rows, out_features] = x [n_rows, in_features] times each matrix in turn; all contiguous, of one type.
+// y [n_rows, out_features] = x [n_rows, in_features] times the transpose of the stacked matrices; all contiguous.
 void product(const void* x, int64_t n_rows, int64_t in_features, int type, int bits, int64_t group, int64_t n_parts,
              const void* const* blocks, const int64_t* part_rows, void* y, int n_threads, int use_tiles) {
   Part parts[8];

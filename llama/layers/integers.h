@@ -1,4 +1,4 @@
-// Rows of numbers as integers, and blocks of codes: what `integer_products.cpp` and `tiles.h` share.
+// Converts rows of numbers to integers, and reads blocks of codes. Used by `integer_products.cpp` and `tiles.h`.
 
 #pragma once
 
@@ -12,24 +12,24 @@
 
 namespace {
 
-constexpr int64_t kRows = 16;          // of a block: one for each 32-bit lane
+constexpr int64_t kRows = 16;          // rows of a block: one for each 32-bit lane
 constexpr int64_t kLine = 64;          // bytes of a vector
-constexpr int64_t kBlocksPerTask = 4;  // what a thread takes at a time
-constexpr int64_t kMaxBytes = 1 << 20; // of the planes of x at a time: they should stay in a core's cache
+constexpr int64_t kBlocksPerTask = 4;  // blocks that a thread takes at a time
+constexpr int64_t kMaxBytes = 1 << 20; // the most bytes of planes of x at a time, so that they stay in a core's cache
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kMaxGroup = 128;     // columns of 4 bits that share a scale
-constexpr int64_t kChunkRows = 64;     // of x whose sums stay in the first cache
-constexpr int64_t kChunkColumns = 512; // of which the codes do
-constexpr int64_t kAhead = 4096;       // bytes that are asked of the memory ahead
-constexpr int64_t kFewRows = 4;        // up to so many rows of x, vectors are as fast as the memory
+constexpr int64_t kMaxGroup = 128;     // the most columns of 4 bits that share a scale
+constexpr int64_t kChunkRows = 64;     // rows of x whose sums stay in the L1 cache
+constexpr int64_t kChunkColumns = 512; // columns whose codes stay in the L1 cache
+constexpr int64_t kAhead = 4096;       // bytes to prefetch ahead
+constexpr int64_t kFewRows = 4;        // rows of x that vectors multiply at a time
 
-constexpr int kNotFinite = 0x99;       // of `fpclass`
+constexpr int kNotFinite = 0x99;       // argument of `fpclass`: NaN and infinities
 
 enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct Shape {  // of a matrix in blocks
-  int64_t k;           // columns, whole groups
-  int64_t group;       // columns that share a scale: for 8 bits, all
+  int64_t k;           // columns, padded to whole groups
+  int64_t group;       // columns that share a scale; with 8 bits, all
   int64_t n_groups;
   int64_t block_bytes;
 };
@@ -80,13 +80,13 @@ inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : stati
 
 // ---- rows of x as integers
 
-struct Rows {  // of x: planes [row / tile_rows][k / step][plane][row % tile_rows][k % step], and what else it takes
+struct Rows {  // rows of x as integers
   int n_planes;
   int64_t n, tile_rows, k, step, n_groups;
-  int8_t* planes;
+  int8_t* planes;  // [row / tile_rows][k / step][plane][row % tile_rows][k % step]
   float* scales;   // [row]
-  int32_t* sums;   // [row][group][plane]
-  float* totals;   // [row][group]: of the planes together
+  int32_t* sums;   // [row][group][plane]: sum of the bytes
+  float* totals;   // [row][group]: sum of the integers
   int8_t* at(int64_t row, int p, int64_t column) const {
     const int64_t tile = (row / tile_rows * (k / step) + column / step) * n_planes + p;
     return planes + (tile * tile_rows + row % tile_rows) * step + column % step;
@@ -95,7 +95,7 @@ struct Rows {  // of x: planes [row / tile_rows][k / step][plane][row % tile_row
 
 void make_integers(const Rows& rows, int64_t row, const void* x, int64_t in_features, int type, int64_t group) {
   const int n_planes = rows.n_planes;
-  const float limit = n_planes == 2 ? 32512.f : 8323072.f;  // every digit from -128 to 127
+  const float limit = n_planes == 2 ? 32512.f : 8323072.f;  // keeps each byte from -128 to 127
   const int64_t from = row * in_features;
   __m512 largest = _mm512_setzero_ps();
   __mmask16 bad = 0;
@@ -145,7 +145,7 @@ inline Scales scales_of(const uint8_t* header) {
   return {_mm512_castsi512_ps(upper), _mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
 }
 
-// What the planes' sums come to; for 4 bits and two planes, they fit an integer.
+// Combines the sums of the planes. With 4 bits and two planes, the result fits into an integer.
 template <int BITS, int P>
 inline __m512 joined(const __m512i* planes) {
   __m512 y;
@@ -163,7 +163,7 @@ inline __m512 add_group(__m512 acc, __m512 product, const Scales& s, float total
   return _mm512_fmadd_ps(_mm512_set1_ps(total), s.zero, acc);
 }
 
-// Where a group's codes begin; what precedes them of a block is its scales.
+// Returns where the codes of a group begin. Its scales come before them.
 template <int BITS>
 inline const uint8_t* codes_of(const uint8_t* block, const Shape& s, int64_t g) {
   return BITS == 8 ? block + kLine + g * s.group * kRows : block + g * (kLine + s.group * kRows / 2) + kLine;

@@ -1,8 +1,8 @@
-"""C++ files of this folder, compiled once for this processor; the functions of `integer_products.cpp` for tensors.
+"""Compiles the C++ files of this folder for this processor, and calls `integer_products.cpp` with tensors.
 
-A file is compiled when it is first needed, and kept in the user's cache folder. Where that one cannot be compiled, or
-the processor has no AVX-512 VNNI, `missing` says why, and `layouts` takes PyTorch's kernels. Knows nothing of layouts,
-models or checkpoints.
+A file is compiled when it is first needed, and kept in the user's cache folder. If `integer_products.cpp` cannot be
+compiled, or the processor has no AVX-512 VNNI, `missing` returns the reason and `layouts` uses PyTorch's kernels. Knows
+nothing of layouts, models or checkpoints.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import torch
 from llama.layers.quantization import BLOCK_ROWS, Blocks, Quantized, block_bytes, group_size, kind_of_rows, quantize
 
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w"]
-USE_TILES = True  # where the processor has them
+USE_TILES = True  # AMX, if the processor has it
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PARTS = "Tensor x, Tensor[] blocks, int[] sizes, int bits"
@@ -32,40 +32,40 @@ _library.define(f"product_of_integers({_PARTS}) -> Tensor")
 
 @functools.cache
 def missing() -> str | None:
-    """Why there are no compiled kernels on this machine; None if there are. Said once, on stderr."""
+    """Returns why this machine has no compiled kernels, None if it has them. Prints the reason once, on stderr."""
     try:
         _functions()
     except (OSError, RuntimeError) as error:
-        print(f"Matrices of 8 and 4 bits take PyTorch's kernels, which are slower: {error}", file=sys.stderr)
+        print(f"Matrices of 8 and 4 bits use PyTorch's kernels, which are slower: {error}", file=sys.stderr)
         return str(error)
     return None
 
 
 @functools.cache
 def _functions() -> ctypes.CDLL:
-    """The compiled products. Raises OSError or RuntimeError where there are none."""
+    """Returns the compiled kernels. Raises OSError or RuntimeError if there are none."""
     if sys.platform != "linux" or not torch.cpu._is_vnni_supported():
-        raise RuntimeError("ours are for processors with AVX-512 VNNI, under Linux")
-    # No product and sum is made one instruction of: rounding gives the bits that PyTorch's operations give.
+        raise RuntimeError("ours need Linux and a processor with AVX-512 VNNI")
+    # Without fused multiply-add, rounding gives the same bits as PyTorch's operations.
     return _declared(compiled("integer_products", "-ffp-contract=off"))
 
 
 def compiled(name: str, *flags: str) -> ctypes.CDLL:
-    """A C++ file of this folder, compiled for this processor. Raises OSError or RuntimeError where it cannot be."""
+    """Compiles a C++ file of this folder and loads it. Raises OSError or RuntimeError if that fails."""
     source = Path(__file__).with_name(f"{name}.cpp")
     cpu = next((line for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features"))), "")
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, *FLAGS, *flags, str(source)]
-    made_of = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
-    made_of += [*command[:-1], cpu, *platform.libc_ver()]
-    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
+    inputs = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    inputs += [*command[:-1], cpu, *platform.libc_ver()]
+    key = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-textbook"
     path = folder / f"{name}-{key[:16]}.so"
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _compile(command, path)
-        except OSError:  # of the folder: a compiled file of this process's own
+        except OSError:  # the folder cannot be written: compile for this process only
             with tempfile.TemporaryDirectory() as own:
                 _compile(command, Path(own) / path.name)
                 return ctypes.CDLL(str(Path(own) / path.name))
@@ -78,7 +78,7 @@ def _compile(command: list[str], path: Path) -> None:
         raise RuntimeError(
             f"no C++ compiler {compiler} was found (on Debian, `sudo apt install g++`; CXX names another)"
         )
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several processes may do this at once
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several processes may compile at the same time
         made = os.path.join(folder, path.name)
         result = subprocess.run([*command, "-o", made], capture_output=True, text=True)
         if result.returncode != 0:
@@ -144,7 +144,7 @@ def few_rows(x: torch.Tensor, blocks: int, out_features: int) -> torch.Tensor:
 
 
 def in_blocks(matrix: "torch.Tensor | Quantized | Blocks", kind: str) -> Blocks:
-    """A matrix rounded as `quantize` rounds it, on all cores. Raises ValueError as `quantize`."""
+    """Rounds a matrix as `quantize` does, on all cores. Raises ValueError as `quantize`."""
     if isinstance(matrix, Blocks):
         return matrix
     if isinstance(matrix, Quantized) or matrix.dtype not in TYPES or missing() is not None:
@@ -159,7 +159,7 @@ def in_blocks(matrix: "torch.Tensor | Quantized | Blocks", kind: str) -> Blocks:
 
 
 class Product:
-    """Products with matrices below one another, all of one kind and as many columns; `product(x)`, [..., rows]."""
+    """Multiplies x by stacked matrices of the same kind and number of columns: `product(x)`, [..., out_features]."""
 
     def __init__(self, parts: list[Blocks]):
         self.kind, self.in_features = parts[0].kind, parts[0].in_features

@@ -1,8 +1,8 @@
-"""Matrices laid out for fast multiplication: side by side, packed by oneDNN, in 8 bits, in 4 bits.
+"""Layouts of matrices for fast multiplication: several stacked, packed by oneDNN, in 8 bits, in 4 bits.
 
-Decoding reads each matrix once for each token, so its size in bytes and the speed of reading them decide. A layout is
-called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's, and our own for few bits on
-a CPU (`kernels`). This file chooses among them and prepares what they need. Knows nothing of models or files.
+Decoding reads each matrix once per token, so its speed depends on the number of bytes and how fast they are read. A
+layout is called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's, and our own for 8
+and 4 bits on a CPU (`kernels`). This file chooses a kernel and prepares its data. Knows nothing of models or files.
 """
 
 import functools
@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from llama.layers import kernels
 from llama.layers.quantization import ROWS_AT_A_TIME, Blocks, Quantized, quantize, stacked
 
-# For this many rows and more, turning weights back into bfloat16 and a plain product beat the kernels for few rows.
+# With at least this many rows, converting weights to bfloat16 and multiplying plainly beats the kernel for few rows.
 MANY_ROWS = 192
 
 
 class Layout(ABC):
-    """A matrix [out_features, in_features] in some form; `layout(x)` is x times its transpose."""
+    """A matrix [out_features, in_features] in some form. `layout(x)` is x times its transpose."""
 
     out_features: int
     in_features: int
 
     @property
     def n_bytes(self) -> int:
-        """What a product reads."""
+        """How many bytes one multiplication reads."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
     @abstractmethod
@@ -37,15 +37,15 @@ class Layout(ABC):
 
     @abstractmethod
     def to_dense(self) -> torch.Tensor:
-        """The matrix as an ordinary tensor; after quantisation, the values that stand for it."""
+        """Returns the matrix as an ordinary tensor; if quantised, the rounded values."""
 
     def columns(self, indices: torch.Tensor) -> torch.Tensor:
-        """Some columns of `to_dense`, [out_features, n]."""
+        """Returns some columns of `to_dense`, [out_features, n]."""
         return self.to_dense()[:, indices]
 
 
 class Dense(Layout):
-    """The matrix as it is: for several put side by side on a GPU, where one large product beats three small ones."""
+    """An ordinary tensor, for stacked matrices on a GPU: one large multiplication beats three small ones."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
@@ -59,19 +59,19 @@ class Dense(Layout):
 
 
 class Packed(Layout):
-    """The matrix in blocks, by oneDNN. PyTorch's `linear` reads one as it lies at half the memory's speed or less."""
+    """A matrix in oneDNN's blocks. `F.linear` reads an ordinary tensor at half the memory's speed or less."""
 
     def __init__(self, weight: torch.Tensor, number: int | None = None):
         self.out_features, self.in_features = weight.shape
-        # The number of rows of x is a hint of oneDNN's for the layout; this one does well from 1 row to thousands.
+        # The last argument is a hint: the number of rows of x. With 64, the layout is fast from 1 row to thousands.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 64)
         self.blocks = kernels.blocks_of(self.weight, weight)
-        # Compiled programs know a matrix by its number: a new one, or that of the layout before it.
+        # Compiled programs refer to a matrix by its number: a new one, or that of the layout which it replaces.
         self.number = next(_numbers) if number is None else number
         _packed[self.number] = self
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # the compiler knows no opaque tensors, but numbers
+        if torch.compiler.is_compiling():  # the compiler supports numbers, but no opaque tensors
             return torch.ops.llama.packed_product(x, self.number, self.out_features)
         if self.blocks is not None and x.numel() <= kernels.FEW_ROWS * self.in_features:
             return kernels.few_rows(x, self.blocks, self.out_features)
@@ -85,8 +85,8 @@ class Packed(Layout):
         return self.out_features * self.in_features * self.weight.element_size()
 
     @staticmethod
-    def serves(weight: torch.Tensor) -> bool:
-        """Whether PyTorch was built with oneDNN, and the processor computes in the dtype."""
+    def supports(weight: torch.Tensor) -> bool:
+        """Whether the tensor is on a CPU, PyTorch has oneDNN, and the processor can compute in the dtype."""
         if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             return False
         if weight.dtype == torch.bfloat16:
@@ -97,11 +97,11 @@ class Packed(Layout):
 
 
 @functools.cache
-def _linear() -> Callable[..., torch.Tensor]:  # asked for when it is used: not every platform has it
+def _linear() -> Callable[..., torch.Tensor]:  # looked up when first used: not every platform has it
     return torch.ops.mkldnn._linear_pointwise.default
 
 
-# The packed matrices by their numbers, in the order they were made, which is the same in each run of a program.
+# The packed matrices by their numbers. Numbers follow the order of packing, which is the same in each run of a program.
 _packed: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 _library = torch.library.Library("llama", "FRAGMENT")
@@ -123,16 +123,16 @@ def lay_out(
     kind: str | None,
     dtype: torch.dtype,
     number: int | None = None,
-    room: list[torch.Tensor] | None = None,
+    buffer: list[torch.Tensor] | None = None,
 ) -> Layout | None:
-    """The fastest layout of matrices put below one another; None where they had better stay as they are.
+    """Returns the fastest layout of stacked matrices; None if ordinary tensors are best.
 
     Args:
-        parts: matrices with the same number of columns, all of them quantised already or none.
-        kind: "int8", "int4", or None for weights as they are.
+        parts: matrices with the same number of columns. Either all or none of them are quantised already.
+        kind: "int8", "int4", or None for unquantised weights.
         dtype: of the computation.
         number: of the packed layout that this one replaces.
-        room: keeps memory from one call to the next, for new memory costs as much as what is written to it.
+        buffer: reuses memory between calls, because allocating it costs as much time as writing to it.
     """
     if kind is not None:
         if parts[0].device.type == "cpu" and kernels.missing() is None:
@@ -142,21 +142,21 @@ def lay_out(
         return (Int4 if matrix.kind == "int4" else Int8)(matrix, dtype)
     if any(part.requires_grad for part in parts):
         return None
-    if Packed.serves(parts[0]):
-        return Packed(parts[0] if len(parts) == 1 else _below_one_another(parts, [] if room is None else room), number)
+    if Packed.supports(parts[0]):
+        return Packed(parts[0] if len(parts) == 1 else _stack(parts, [] if buffer is None else buffer), number)
     return Dense(torch.cat(parts)) if parts[0].device.type == "cuda" and len(parts) > 1 else None
 
 
-def _below_one_another(parts: list[torch.Tensor], room: list[torch.Tensor]) -> torch.Tensor:
+def _stack(parts: list[torch.Tensor], buffer: list[torch.Tensor]) -> torch.Tensor:
     shape = sum(map(len, parts)), parts[0].shape[1]
     n_numbers = shape[0] * shape[1]
-    if not room or room[0].dtype != parts[0].dtype or room[0].numel() < n_numbers:
-        room[:] = [parts[0].new_empty(n_numbers)]
-    return torch.cat(parts, out=room[0][:n_numbers].view(shape))
+    if not buffer or buffer[0].dtype != parts[0].dtype or buffer[0].numel() < n_numbers:
+        buffer[:] = [parts[0].new_empty(n_numbers)]
+    return torch.cat(parts, out=buffer[0][:n_numbers].view(shape))
 
 
 class Rounded(Layout):
-    """Eight or four bits a weight on a CPU, in blocks: the products are our own, as fast as the memory."""
+    """Eight or four bits per weight on a CPU, in blocks. Our own kernels are as fast as the memory."""
 
     def __init__(self, parts: list[Blocks], dtype: torch.dtype):
         self.parts, self.dtype, self.product = parts, dtype, kernels.Product(parts)
@@ -177,18 +177,18 @@ class Rounded(Layout):
 
 
 class Int8(Layout):
-    """Eight bits a weight, one scale a row."""
+    """Eight bits per weight, one scale per row."""
 
     def __init__(self, matrix: Quantized, dtype: torch.dtype):
         self.codes, self.scales = matrix.codes.contiguous(), matrix.scales[:, 0].to(dtype)
         self.out_features, self.in_features = self.codes.shape
-        # The kernel reads sixteen codes at a time, past the end of a row that is no multiple of that.
-        whole = self.in_features % 16 == 0
-        self.has_kernel = self.codes.device.type == "cpu" and dtype == torch.bfloat16 and whole
+        # The kernel reads sixteen codes at a time, so other row lengths would make it read past the end of a row.
+        is_multiple = self.in_features % 16 == 0
+        self.has_kernel = self.codes.device.type == "cpu" and dtype == torch.bfloat16 and is_multiple
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cuda":
-            # Fused by the compiler: weights are turned back in registers, and never stored.
+            # The compiler fuses this: weights are converted in registers, and never stored.
             compute = _int8_product if torch.compiler.is_compiling() else _compiled_int8_product()
             return compute(x, self.codes, self.scales)
         rows = x.reshape(-1, self.in_features)
@@ -207,7 +207,7 @@ class Int8(Layout):
 
 
 class Int4(Layout):
-    """Four bits a weight, a scale and a zero for each group of a row."""
+    """Four bits per weight, with a scale and a zero for each group of columns of a row."""
 
     def __init__(self, matrix: Quantized, dtype: torch.dtype):
         codes, device = matrix.codes, matrix.codes.device.type
@@ -215,7 +215,7 @@ class Int4(Layout):
         self.n_columns = codes.shape[1]
         self.group = self.n_columns // matrix.scales.shape[1]
         self.dtype = dtype
-        # The kernels take rows in sixteens, and bfloat16.
+        # The kernels need a multiple of sixteen rows, and bfloat16.
         missing = -len(codes) % 16
         codes, scales, zeros = (F.pad(t, (0, 0, 0, missing)) for t in (codes, matrix.scales, matrix.zeros))
         self.has_kernel = dtype == torch.bfloat16 and device in ("cpu", "cuda")
@@ -251,7 +251,7 @@ class Int4(Layout):
 
     def columns(self, indices: torch.Tensor) -> torch.Tensor:
         one_hot = F.one_hot(indices, self.in_features).to(self.dtype)
-        return self(one_hot).T.contiguous()  # the kernels' own order of the codes is theirs
+        return self(one_hot).T.contiguous()  # the order of codes in the kernels' format is not documented
 
 
 def _int8_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Matrices split over the ranks of a model: by rows, by columns, and the embedding table.
+"""Matrices split over the ranks of a model: by rows, by columns, and the embedding table. Knows nothing of Llama.
 
-Knows nothing of Llama. The weights and their partitioning are fairscale's; the forward pass is our own while no
-gradient is wanted, because fairscale's reduce cannot be compiled.
+The weights and their partitioning are fairscale's. The forward pass is our own unless gradients are needed, because
+fairscale's reduce cannot be compiled.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ from llama.parallel import initialize, partition
 
 
 class Split(Packable):
-    """A matrix of which this rank holds a part."""
+    """A matrix that is split over ranks."""
 
     group: dist.ProcessGroup
     world_size: int
 
     def _join_group(self) -> None:
-        """Finds the ranks that share the matrix; makes the groups of a single process where there are none yet."""
+        """Finds the ranks that share the matrix. Creates groups of a single process if there are none yet."""
         if not fairscale_groups.model_parallel_is_initialized():
             initialize()
         self.group = fairscale_groups.get_model_parallel_group()
@@ -34,7 +34,7 @@ class Split(Packable):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["group"]  # of this process: a copy joins the group of its own
+        del state["group"]  # belongs to this process; the copy joins the group of its own
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -43,21 +43,21 @@ class Split(Packable):
         if self.world_size != state["world_size"]:
             raise ValueError(
                 f"a model split over {state['world_size']} processes is read in a run that splits models over "
-                f"{self.world_size}: use as many"
+                f"{self.world_size}: expected the same number"
             )
 
 
 class Linear(Split):
-    """A matrix to multiply with, [out_features, in_features] or this rank's part of it."""
+    """A matrix to multiply by, [out_features, in_features], or this rank's part of it."""
 
     def leave_pack(self, x: torch.Tensor) -> Pack | None:
-        """Unpacks, where the pack does not serve x, and returns None; a quantised matrix stays in its pack.
+        """Unpacks the matrix and returns None, or returns the pack of a quantised matrix, which cannot be unpacked.
 
-        A matrix that is packed with others and called alone (one of them has a hook, or was exchanged) leaves the pack:
-        the product of all would be computed for each.
+        Called if the pack does not support x. Also called for a matrix that is packed with others but runs alone,
+        because one of them has a hook or was replaced: each would multiply by the whole stack.
 
         Raises:
-            RuntimeError: a gradient is wanted through a quantised matrix.
+            RuntimeError: a gradient through a quantised matrix is needed.
         """
         if not self.pack.quantized:
             return self.unpack()
@@ -67,12 +67,12 @@ class Linear(Split):
 
 
 def multiply_together(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
-    """What each of several matrices makes of one input: one product, where they are packed together.
+    """Multiplies x by several matrices; in one multiplication if they are packed together.
 
-    Each is called as usual where somebody would notice otherwise: it has hooks or a patched forward, or is another's.
+    Calls each matrix as usual if one has hooks, a patched forward or a foreign class.
     """
     pack = getattr(linears[0], "pack", None)
-    if pack is None or len(pack.rows) != len(linears) or not pack.serves(x) or has_global_hook():
+    if pack is None or len(pack.rows) != len(linears) or not pack.supports(x) or has_global_hook():
         return tuple(linear(x) for linear in linears)
     for linear, rows in zip(linears, pack.rows):
         is_here = getattr(linear, "pack", None) is pack and linear.rows.start == rows.start
@@ -84,7 +84,7 @@ def multiply_together(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tenso
 class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
     """`x @ weight.T` with the rows of `weight` [out_features, in_features] split over the ranks.
 
-    Each rank has its slice of the output; with `gather_output` every rank has the whole.
+    Each rank returns its slice of the output; with `gather_output`, every rank returns all of it.
     """
 
     def __init__(self, in_features: int, out_features: int, gather_output: bool = False):
@@ -100,7 +100,7 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
         pack = self.pack
-        if pack is not None and (len(pack.rows) > 1 or not pack.serves(x)):
+        if pack is not None and (len(pack.rows) > 1 or not pack.supports(x)):
             pack = self.leave_pack(x)
         if pack is not None:
             y = pack.layout(x) if len(pack.rows) == 1 else pack.layout(x)[..., self.rows]
@@ -112,13 +112,13 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
         return gather_last_dim(y, self.out_features, self.group) if gathers else y
 
 
-COLUMN_FORWARD = ColumnParallelLinear.forward  # as it is here, should somebody patch the class
+COLUMN_FORWARD = ColumnParallelLinear.forward  # the original, in case a caller patches the class
 
 
 class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
     """`x @ weight.T` with the columns of `weight` [out_features, in_features] split over the ranks.
 
-    Takes the slice of the input that a ColumnParallelLinear left on this rank; the ranks' products are summed.
+    Takes the slice of the input that a ColumnParallelLinear returned on this rank. Sums the results of all ranks.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -133,7 +133,7 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
         pack = self.pack
-        if pack is not None and (len(pack.rows) > 1 or not pack.serves(x)):
+        if pack is not None and (len(pack.rows) > 1 or not pack.supports(x)):
             pack = self.leave_pack(x)
         if pack is not None:
             y = pack.layout(x)
@@ -145,7 +145,7 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
 
 
 class VocabParallelEmbedding(Split, fairscale_layers.VocabParallelEmbedding):
-    """The embedding table [num_embeddings, embedding_dim] with its rows split over the ranks. Never packed itself."""
+    """The embedding table [num_embeddings, embedding_dim] with its rows split over the ranks. Is never packed."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)  # as in ColumnParallelLinear
@@ -159,7 +159,7 @@ class VocabParallelEmbedding(Split, fairscale_layers.VocabParallelEmbedding):
         self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [...] -> [..., embedding_dim]
-        # Looking rows up leaves a tied output matrix packed, which asking for `weight` would not.
+        # Reading `weight` would unpack a tied output matrix; this does not.
         weight = self.weight if self.pack is None else vars(self)["_parameters"]["weight"]
         if self.world_size == 1:
             return F.embedding(ids, weight)
@@ -170,7 +170,7 @@ class VocabParallelEmbedding(Split, fairscale_layers.VocabParallelEmbedding):
         return sum_over_ranks(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
-        """Takes this rank's columns too, as Llama 2's shards have them: then every rank loads its own at once."""
+        """Also accepts this rank's columns of the table, as in Llama 2's shards, if all ranks load theirs together."""
         table, n_columns = state_dict.get(prefix + "weight"), self.embedding_dim // self.world_size
         if self.world_size > 1 and table is not None and table.shape == (self.num_embeddings, n_columns):
             whole = gather_last_dim(table.to(self.weight.device), self.embedding_dim, self.group)
@@ -183,21 +183,21 @@ def _needs_gradient(*tensors: torch.Tensor) -> bool:
 
 
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum of every rank's `x`, the same bits on each of them. `x` is overwritten."""
+    """Returns the sum of all ranks' `x`, the same bits on each rank. Overwrites `x`."""
     if dist.get_world_size(group) > 1:
         if torch.compiler.is_compiling():
-            return funcol.all_reduce(x, "sum", group)  # the form that a compiler can follow
+            return funcol.all_reduce(x, "sum", group)  # this form can be compiled
         dist.all_reduce(x, group=group)
     return x
 
 
 def gather_last_dim(x: torch.Tensor, size: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's part of a last dimension of `size`, cut by `partition`, side by side: [..., size] on each rank."""
+    """Concatenates the ranks' parts of a last dimension of `size`, cut by `partition`: [..., size] on each rank."""
     world_size = dist.get_world_size(group)
     if world_size == 1:
         return x
     widths = [stop - start for start, stop in (partition(size, rank, world_size) for rank in range(world_size))]
-    # Collectives want equal pieces: where they differ, by one, the narrower ones are padded on the way.
+    # Collectives need pieces of equal size. Sizes differ by one at most, so the smaller pieces are padded.
     x = F.pad(x, (0, max(widths) - x.shape[-1])) if x.shape[-1] < max(widths) else x.contiguous()
     if torch.compiler.is_compiling():
         pieces = funcol.all_gather_tensor(x, gather_dim=0, group=group).chunk(world_size)

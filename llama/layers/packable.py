@@ -1,11 +1,11 @@
-"""Modules whose weight may be away in a packed layout, and comes back when somebody asks for it.
+"""Modules whose weight may be packed into a layout, and is unpacked when somebody reads it. Knows nothing of Llama.
 
-A packed matrix is a copy for speed, and takes the weight's place in memory. Every way to the weight (`weight`,
+A packed matrix is a fast copy of the weight, whose own memory is freed. Every access to the weight (`weight`,
 `parameters`, `state_dict`, `load_state_dict`, `to`, `deepcopy`, pickle, an optimizer) reads the attribute `weight` or
-PyTorch's dict `_parameters`. Both unpack first. The parameter is one object before, meanwhile and after.
+PyTorch's dict `_parameters`, and both unpack first. The parameter stays the same object throughout.
 
-A weight that anybody else holds is not packed (`packing.pack` counts references). So nobody can look at an emptied
-parameter, or write to a weight that the model no longer reads. Knows nothing of Llama.
+A weight with references from outside the model is not packed (`packing.pack` counts references). So nobody can read an
+emptied parameter, or write to a weight that the model no longer uses.
 """
 
 import threading
@@ -20,22 +20,22 @@ from torch._guards import TracingContext
 
 from llama.layers.layouts import Layout
 
-# Held while weights are packed, unpacked or handed out: no thread gets a weight that another is emptying.
+# Held while weights are packed, unpacked or returned, so that no thread gets a weight that another thread empties.
 LOCK = threading.RLock()
 
 
 @dataclass(eq=False)
 class Pack:
-    """One layout, and the modules whose matrices it holds below one another.
+    """One layout of stacked matrices, and the modules that they belong to.
 
     Attributes:
         layout: the packed matrix.
         dtype, device: of the computation.
-        quantized: "int8" or "int4"; None where the layout has the weights' own bits.
-        rows: which rows of the layout each matrix has.
-        modules: those of the matrices, then others that hold the same parameter: the embedding of a tied output.
-        emptied: whether the parameters gave up their memory.
-        is_inference: whether the parameters were made in inference mode.
+        quantized: "int8" or "int4"; None if the layout has the exact bits of the weights.
+        rows: the rows of the layout that belong to each matrix.
+        modules: the modules of the matrices, then others with the same parameter (the embedding of a tied output).
+        emptied: whether the memory of the parameters was freed.
+        is_inference: whether the parameters were created in inference mode.
         on_unpack: called after unpacking.
     """
 
@@ -52,8 +52,8 @@ class Pack:
     def __post_init__(self):
         self.widths = [rows.stop - rows.start for rows in self.rows]
 
-    def serves(self, x: torch.Tensor) -> bool:
-        """Whether the layout gives what the plain weight would: the same dtype, and no gradient or transform asked."""
+    def supports(self, x: torch.Tensor) -> bool:
+        """Whether the layout can replace the plain weight: x has its dtype and needs no gradient or transform."""
         if x.dtype != self.dtype or (torch.is_grad_enabled() and x.requires_grad):
             return False
         if torch.compiler.is_compiling():
@@ -61,7 +61,7 @@ class Pack:
         return not torch._C._is_any_autocast_enabled() and not torch._C._are_functorch_transforms_active()
 
     def __deepcopy__(self, memo: dict) -> "Pack":
-        return self  # copied with its module only if quantised, and codes never change
+        return self  # only quantised packs are copied with their modules, and codes never change
 
     def __reduce__(self) -> Any:
         raise TypeError(f"a model quantised to {self.quantized} cannot be pickled: `llama quantize` writes one to disk")
@@ -79,7 +79,7 @@ class Packable(nn.Module):
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
-        if TracingContext.try_get() is not None:  # a compiler lists all parameters, of which it reads few
+        if TracingContext.try_get() is not None:  # a compiler lists all parameters but reads few of them
             return vars(self)["_parameters"]
         with LOCK:
             self.unpack()
@@ -90,23 +90,23 @@ class Packable(nn.Module):
         vars(self)["_parameters"] = parameters
 
     def __getattr__(self, name: str) -> Any:
-        if name != "weight" or (torch.compiler.is_compiling() and self.pack is None):  # a compiler knows no locks
+        if name != "weight" or (torch.compiler.is_compiling() and self.pack is None):  # a compiler cannot trace locks
             return super().__getattr__(name)
         with LOCK:
             self.unpack()
             return super().__getattr__(name)
 
     def unpack(self) -> None:
-        """Puts the weights back into the parameters of all modules that share the pack, bit for bit.
+        """Restores the exact weights in the parameters of all modules that share the pack.
 
         Raises:
-            RuntimeError: the matrix is quantised, so there is no weight to put back.
+            RuntimeError: the matrix is quantised, so it has no exact weight.
         """
         if self.pack is None:
             return
         with LOCK, torch.no_grad(), torch._C._DisableFuncTorch():
             pack = self.pack
-            if pack is None:  # another thread was faster
+            if pack is None:  # another thread has unpacked it
                 return
             if pack.quantized:
                 raise RuntimeError(self._refusal("has no weight to read, change, load or train"))
@@ -142,7 +142,7 @@ class Packable(nn.Module):
             raise RuntimeError(self._refusal(f"cannot become {after.dtype} on {after.device}"))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        if self.pack is not None and self.pack.quantized:  # the values that the codes stand for
+        if self.pack is not None and self.pack.quantized:  # save the rounded values
             destination[prefix + "weight"] = self.pack.layout.to_dense()[self.rows]
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -152,5 +152,5 @@ class Packable(nn.Module):
         if self.pack is None or not self.pack.quantized:
             self.unpack()
         state = vars(self).copy()
-        state.pop("_numbered", None)  # `packing` files the layouts of a copy anew
+        state.pop("_numbered", None)  # the layouts of a copy get numbers of their own
         return state

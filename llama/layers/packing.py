@@ -1,4 +1,4 @@
-"""The matrices of a model packed for fast decoding, and plain again when they are touched (`llama.layers.packable`).
+"""Packs the matrices of a model for fast decoding. They unpack when they are touched (`llama.layers.packable`).
 
 Knows nothing of files, or of what the matrices are for.
 """
@@ -20,23 +20,23 @@ from llama.layers.linear import COLUMN_FORWARD, Linear
 from llama.layers.packable import LOCK, Pack, Packable
 from llama.layers.quantization import Blocks, Quantized
 
-# Packing takes about as long as four steps, and saves about half of each step after it. Decoding steps:
-FIRST_WAIT = 4  # from the first touch to packing again,
-LONGEST_WAIT = 1024  # and at most, where touches keep coming; each that came too soon doubles the wait
-WORTH_IT = 16  # steps that a packed matrix must have served
-RETRY_AFTER = 64  # where somebody held a weight
+# Packing takes about as long as four decode steps, and saves about half the time of each later step. In decode steps:
+FIRST_WAIT = 4  # from the first touch to packing again
+LONGEST_WAIT = 1024  # the most; each touch that comes too soon after packing doubles the wait
+WORTH_IT = 16  # a touch after fewer steps than this comes too soon
+RETRY_AFTER = 64  # if a weight could not be packed because it has other references
 
 
 def pack(model: nn.Module) -> bool:
-    """Packs the matrices that are not packed, one after the other; call it before every decoding step.
+    """Packs the matrices that are not packed yet, one after the other. Call it before every decode step.
 
-    A weight stays plain while anybody else holds it (the parameter, a view of its memory, a graph of autograd), or it
-    requires a gradient. After a touch it stays plain for some steps, because packing costs as much as reading the
-    weights twice. With `model.packable = False` everything stays plain. The model is never in memory twice; only a tied
-    output matrix is a copy of the embedding.
+    A weight stays plain while there are other references to it (to the parameter, to its memory, from autograd), and
+    while it requires a gradient. It also stays plain for some steps after a touch, because packing takes time. With
+    `model.packable = False` all weights stay plain. The model is never in memory twice, except that packing a tied
+    output matrix copies the embedding.
 
     Returns:
-        Whether every matrix is packed that this machine has a layout for.
+        Whether all matrices are packed that this machine has a layout for.
     """
     if not getattr(model, "packable", True):
         return False
@@ -55,16 +55,16 @@ def pack(model: nn.Module) -> bool:
 
 
 def unpack(model: nn.Module) -> None:
-    """Makes every weight plain; quantised matrices stay."""
+    """Unpacks all weights except quantised ones."""
     for module in model.modules():
         if isinstance(module, Packable) and module.pack is not None and not module.pack.quantized:
             module.unpack()
 
 
 def groups(model: nn.Module) -> Iterator[tuple[Linear, ...]]:
-    """All matrices of a model, in the order of a pass; those that multiply the same input together.
+    """Yields all matrices of a model in the order of a pass, grouped by input.
 
-    A class of modules says which of its matrices do, in `same_input`.
+    A module's attribute `same_input` names those of its matrices that multiply the same input.
     """
     together: set[nn.Module] = set()
     for module in model.modules():
@@ -77,9 +77,9 @@ def groups(model: nn.Module) -> Iterator[tuple[Linear, ...]]:
 
 
 def signature(model: nn.Module) -> tuple:
-    """What a compiled or recorded step depends on besides its inputs: the step is stale once this has changed.
+    """Returns what a compiled or recorded step depends on besides its inputs. If it changes, the step is stale.
 
-    Its modules, the shapes and dtypes of their tensors, which packed matrices they use; on CUDA also where they are.
+    These are the modules, the shapes and dtypes of their tensors, their packed matrices, and addresses on CUDA.
     """
     found: list = []
     for module in model.modules():
@@ -95,7 +95,7 @@ def signature(model: nn.Module) -> tuple:
 def lay_out_together(
     parts: "dict[Linear, torch.Tensor | Quantized | Blocks]", quantize: str, dtype: torch.dtype
 ) -> Layout:
-    """Quantises matrices with the same input and lays them out together, for good."""
+    """Quantises matrices with the same input and packs them together, permanently."""
     layout = lay_out(list(parts.values()), quantize, dtype)
     sizes = [len(part) if isinstance(part, torch.Tensor) else part.out_features for part in parts.values()]
     device = next(iter(parts.values())).device
@@ -109,39 +109,39 @@ def lay_out_together(
 
 
 class PackingState:
-    """When the next packing of a model is due, in decoding steps."""
+    """When the next packing of a model is due, in decode steps."""
 
     def __init__(self):
-        self.complete = False  # everything is packed
-        self.unused = False  # nothing was packed since the last touch
-        self.age = 0  # steps since something was packed
-        self.wait = 0  # steps until the next try
-        self.after_touch = FIRST_WAIT
+        self.complete = False  # whether everything is packed
+        self.is_touched = False  # whether there was a touch since the last packing
+        self.age = 0  # steps since the last packing
+        self.wait = 0  # steps until the next packing
+        self.after_touch = FIRST_WAIT  # how long to wait after a touch
 
     def tried(self, complete: bool) -> None:
         self.complete = complete
         self.wait = 0 if complete else RETRY_AFTER
-        self.age, self.unused = 0, False
+        self.age, self.is_touched = 0, False
 
     def touched(self) -> None:
-        """A weight was asked for, and is plain again."""
-        if not self.unused:  # the first of this touch, which may go on with the other weights
+        """Notes that a weight was read and unpacked."""
+        if not self.is_touched:  # reading further weights counts as the same touch
             soon = self.age < WORTH_IT
             self.after_touch = min(2 * self.after_touch, LONGEST_WAIT) if soon else FIRST_WAIT
             self.wait = self.after_touch
-        self.complete, self.unused = False, True
+        self.complete, self.is_touched = False, True
 
     def __reduce__(self) -> tuple:
-        return PackingState, ()  # a copy of a model is plain
+        return PackingState, ()  # a copy of a model is not packed
 
 
 class _Holders:
-    """Which modules of a model hold each parameter, and how many parameters share each piece of memory."""
+    """Which modules of a model have each parameter, and how many parameters share each piece of memory."""
 
     def __init__(self, model: nn.Module):
         self.modules: defaultdict[int, list[nn.Module]] = defaultdict(list)  # by the parameter's id
         self.n_sharing: Counter[int] = Counter()  # by the memory's address
-        self.room: list[torch.Tensor] = []  # as `lay_out` takes it
+        self.buffer: list[torch.Tensor] = []  # for `lay_out`
         for module in model.modules():
             for parameter in vars(module)["_parameters"].values():
                 if parameter is not None:
@@ -150,26 +150,26 @@ class _Holders:
                         self.n_sharing[_memory(parameter)] += 1
 
     def may_pack(self, linear: Linear) -> bool:
-        """Whether nobody would notice that the weight of a matrix is away."""
-        found = _references(linear)  # before a variable here is one more
+        """Whether nothing outside the model refers to the weight of a matrix."""
+        found = _references(linear)  # first, because a local variable is one more reference
         weight = vars(linear)["_parameters"]["weight"]
         modules = self.modules[id(weight)]
-        n_more = 0, len(modules) - 1, 0, 0, self.n_sharing[_memory(weight)] - 1, 0  # held by the model itself
+        n_more = 0, len(modules) - 1, 0, 0, self.n_sharing[_memory(weight)] - 1, 0  # references of the model itself
         return (
             all(n == own + more for n, own, more in zip(found, _UNHELD, n_more))
             and not weight.requires_grad
-            # An embedding can hold the weight too, for it says when it is touched.
+            # An embedding may share the weight, because it is packable and unpacks too.
             and all(m is linear or (isinstance(m, Packable) and not isinstance(m, Linear)) for m in modules)
         )
 
 
 def _pack_group(group: tuple[Linear, ...], holders: _Holders, state: PackingState) -> bool:
-    """Packs matrices with the same input, together if they can be; returns whether somebody holds one of them."""
+    """Packs matrices with the same input, together if possible. Returns whether any of them has other references."""
     plain = [linear for linear in group if linear.pack is None and _is_matrix(linear)]
     free = [linear for linear in plain if holders.may_pack(linear)]
     weights = (vars(linear)["_parameters"]["weight"] for linear in free)
     kinds = {(weight.dtype, weight.device, weight.shape[1], weight.is_inference()) for weight in weights}
-    # Those with hooks are called one by one.
+    # Matrices with hooks must be called one by one.
     together = len(free) == len(group) and len(kinds) == 1 and all(is_plain(m, COLUMN_FORWARD) for m in group)
     for linears in [free] if together else [[linear] for linear in free]:
         _pack_together(linears, holders, state)
@@ -177,7 +177,7 @@ def _pack_group(group: tuple[Linear, ...], holders: _Holders, state: PackingStat
 
 
 def _is_matrix(linear: Linear) -> bool:
-    """Whether it is a matrix and nothing more: a pruned or re-parametrised one has its weight elsewhere."""
+    """Whether `weight` is its only parameter: pruned or parametrised matrices compute theirs from other tensors."""
     parameters = vars(linear)["_parameters"]
     weight, others = parameters.get("weight"), [p for name, p in parameters.items() if name != "weight"]
     return type(weight) is nn.Parameter and weight.dim() == 2 and not any(p is not None for p in others)
@@ -188,7 +188,7 @@ def _pack_together(linears: list[Linear], holders: _Holders, state: PackingState
     n_before, number = vars(linears[0]).get("_numbered", (0, None))
     dtype, device = weights[0].dtype, weights[0].device
     number = number if n_before == len(linears) else None
-    layout = lay_out([w.detach() for w in weights], None, dtype, number, holders.room)
+    layout = lay_out([w.detach() for w in weights], None, dtype, number, holders.buffer)
     if layout is None:
         return
     vars(linears[0])["_numbered"] = len(linears), getattr(layout, "number", None)
@@ -214,27 +214,28 @@ def _join(linears: list[Linear], pack: Pack) -> None:
 
 
 def _rows(sizes: list[int]) -> tuple[slice, ...]:
-    """Of matrices below one another."""
+    """The rows of each of several stacked matrices."""
     stops = list(itertools.accumulate(sizes))
     return tuple(slice(stop - size, stop) for size, stop in zip(sizes, stops))
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """The address of what holds a tensor's numbers, which its views share."""
+    """The address of a tensor's storage, which all its views share."""
     return tensor.untyped_storage()._cdata
 
 
 def _references(module: nn.Module) -> tuple[int, ...]:
-    """How many references there are to the dict of parameters, the weight, and its memory.
+    """Counts the references to a module's dict of parameters, to its weight, and to the weight's storage.
 
-    To the weight from Python, from C++ (a graph of autograd), and weak ones; to the memory from tensors, and Python.
+    From Python to the dict and the weight; from C++ (autograd) and weak ones to the weight; from tensors and Python to
+    the storage.
     """
     parameters = vars(module)["_parameters"]
     weight = parameters["weight"]
-    to_python = sys.getrefcount(parameters), sys.getrefcount(weight)
+    from_python = sys.getrefcount(parameters), sys.getrefcount(weight)
     to_weight = weight._use_count(), weakref.getweakrefcount(weight)
-    to_memory = torch._C._storage_Use_Count(_memory(weight)), sys.getrefcount(weight.untyped_storage())
-    return *to_python, *to_weight, *to_memory
+    to_storage = torch._C._storage_Use_Count(_memory(weight)), sys.getrefcount(weight.untyped_storage())
+    return *from_python, *to_weight, *to_storage
 
 
 def _probe() -> nn.Module:
@@ -243,27 +244,27 @@ def _probe() -> nn.Module:
     return module
 
 
-_UNHELD = _references(_probe())  # what Python and PyTorch take themselves
+_UNHELD = _references(_probe())  # the counts without references from elsewhere
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor that a checkpoint has read is the file itself: its memory is not PyTorch's to resize."""
+    """Whether a tensor that a checkpoint has read is the mapped file: PyTorch cannot resize such memory."""
     return not tensor.untyped_storage().resizable()
 
 
 def drop_pages(tensor: torch.Tensor) -> None:
-    """Takes what a mapped tensor has read of its file out of this process's memory; it can be read again."""
+    """Frees the memory of a mapped tensor. The system reads the file again when the tensor is used."""
     if (pages := _pages(tensor)) is not None:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(pages.start), ctypes.c_size_t(len(pages)), mmap.MADV_DONTNEED)
 
 
 def _is_edited(tensor: torch.Tensor) -> bool:
-    """Whether a mapped tensor was written to: those of its pages are no longer the file's, and must not be dropped."""
+    """Whether a mapped tensor was written to. Such pages differ from the file, so they must not be dropped."""
     if (pages := _pages(tensor)) is None:
         return False
     try:
-        with open("/proc/self/pagemap", "rb") as file:  # a number for each page: docs.kernel.org/admin-guide/mm/pagemap
+        with open("/proc/self/pagemap", "rb") as file:  # one number per page: docs.kernel.org/admin-guide/mm/pagemap
             file.seek(8 * (pages.start // mmap.PAGESIZE))
             entries = torch.frombuffer(bytearray(file.read(8 * len(pages) // mmap.PAGESIZE)), dtype=torch.int64)
     except OSError:
@@ -273,7 +274,7 @@ def _is_edited(tensor: torch.Tensor) -> bool:
 
 
 def _pages(tensor: torch.Tensor) -> range | None:
-    """The addresses of the whole pages of a mapped tensor: other tensors share the rest. None if there are none."""
+    """The addresses of the pages that a mapped tensor fills completely; None if there are none."""
     if sys.platform != "linux" or not is_mapped(tensor) or tensor.numel() == 0:
         return None
     n_elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))

@@ -1,15 +1,16 @@
-"""Matrices rounded to 8 or 4 bits: the codes, what they stand for, and the blocks they lie in. Here is the obvious way
-to make and read them; `kernels` does the same faster. Knows nothing of kernels, models or files.
+"""Matrices rounded to 8 or 4 bits: the codes, the values that they stand for, and the format of blocks. This file has
+the simple way to write and read them; `kernels` does the same faster. Knows nothing of kernels, models or files.
 
-A block is 16 rows, so that a row is a 32-bit lane of a vector of 64 bytes. For each group of columns it holds a line of
-64 bytes with the rows' scales and zeros, and then the codes, as bytes without a sign:
+A block holds 16 rows, so each row has a 32-bit lane in a vector of 64 bytes. For each group of columns, a block has a
+line of 64 bytes with the scales and zeros of the rows, and then the codes as bytes:
 
-    8 bits: one group; the line is 16 float32 scales. Then lines of four columns, four codes of each row.
-    4 bits: in the line each row has its zero and its scale, two bfloat16. Then lines of eight columns, four bytes of
-            each row: column i below, column i + 4 in the upper half of byte i; a code + 8.
+    8 bits: one group. The line has 16 float32 scales. Then one line for every four columns: four signed codes per row.
+    4 bits: the line has a zero and a scale for each row, both bfloat16. Then one line for every eight columns: four
+            bytes per row. Byte i has the code of column i in its lower half and of column i + 4 in its upper half. 8 is
+            added to each code.
 
-Rows that are missing in the last block are zero bytes. Columns that are missing are codes of 0: for 8 bits up to a
-multiple of 64, for 4 bits up to a whole group.
+In the last block, missing rows are zero bytes. Missing columns have code 0: for 8 bits up to a multiple of 64 columns,
+for 4 bits up to a whole group.
 """
 
 from dataclasses import dataclass
@@ -18,20 +19,20 @@ import torch
 import torch.nn.functional as F
 
 KINDS = ("int8", "int4")
-BLOCK_ROWS, LINE = 16, 64  # of a block: rows, and bytes of a vector
-ROWS_AT_A_TIME = 1024  # of a matrix rounded, or turned back: pieces that stay in the cache
+BLOCK_ROWS, LINE = 16, 64  # rows of a block, bytes of a line
+ROWS_AT_A_TIME = 1024  # how many rows to convert at a time, so that they stay in the processor's cache
 
-# An int4 scale holds for so many neighbours in a row, as in GPTQ (arXiv 2210.17323); the kernels know 128, 64 and 32.
+# How many neighbours in a row share an int4 scale, as in GPTQ (arXiv 2210.17323). The kernels support 128, 64 and 32.
 GROUP_SIZE = 128
 
 
 @dataclass
 class Quantized:
-    """A matrix in few bits: weight[i, j] stands for codes[i, j] * scales[i, j // group] + zeros[i, j // group].
+    """A matrix in few bits: weight[i, j] is codes[i, j] * scales[i, j // group] + zeros[i, j // group].
 
     Attributes:
-        kind: "int8": codes from -127 to 127, one group a row, no zeros; "int4": codes from -8 to 7, in groups.
-        in_features: how many columns the matrix has; for int4, there may be more codes, for whole groups.
+        kind: "int8": codes from -127 to 127, one group per row, no zeros; "int4": codes from -8 to 7, in groups.
+        in_features: number of columns of the matrix. For int4 there may be more codes, to fill the last group.
         codes: int8 [out_features, at least in_features].
         scales, zeros: float32 [out_features, groups]; zeros is None for int8.
     """
@@ -55,7 +56,7 @@ class Quantized:
         return Quantized(self.kind, self.in_features, *moved)
 
     def to_dense(self) -> torch.Tensor:
-        """The float32 values it stands for, [out_features, in_features]."""
+        """Returns the rounded values, float32 [out_features, in_features]."""
         if self.zeros is None:
             return self.codes.float() * self.scales
         grouped = self.codes.float().unflatten(1, (self.scales.shape[1], -1))
@@ -79,7 +80,7 @@ def quantize(weight: torch.Tensor, kind: str) -> Quantized:
 def _rounded(weight: torch.Tensor, kind: str) -> Quantized:
     in_features = weight.shape[1]
     weight = weight.float()
-    # Scales and zeros are first rounded to what the kernels keep, so that the codes are the best for those.
+    # Scales and zeros are first rounded to bfloat16, as the kernels store them. The codes are the best for these.
     if kind == "int8":
         scales = _checked(weight.abs().amax(dim=1, keepdim=True) / 127)
         return Quantized(kind, in_features, (weight / scales).round().clamp(-127, 127).to(torch.int8), scales)
@@ -99,16 +100,16 @@ def _checked(scales: torch.Tensor) -> torch.Tensor:
 
 
 def kind_of_rows(kind: str, in_features: int) -> str:
-    """What a matrix is rounded to: rows that do not fill one group stay at 8 bits.
+    """Returns the kind that a matrix is rounded to: rows shorter than one group stay at 8 bits.
 
-    Only toys have such rows. They gain little from 4 bits, and lose most: in stories260K, of 64 columns, int4
-    throughout costs 14 % of perplexity, and in groups of 16 still 7 %.
+    Only toy models have such rows. They gain little from 4 bits and lose most: in stories260K, with 64 columns, int4
+    for all matrices raises perplexity by 14 %, and by 7 % in groups of 16.
     """
     return "int8" if in_features < GROUP_SIZE else kind
 
 
 def group_size(in_features: int) -> int:
-    """How many neighbours share an int4 scale: the largest of 128, 64, 32 that divides a row, 32 if none does."""
+    """How many columns share an int4 scale: the largest of 128, 64, 32 that divides a row, or 32 if none does."""
     return next((group for group in (GROUP_SIZE, 64, 32) if in_features % group == 0), 32)
 
 
@@ -120,11 +121,11 @@ def stacked(parts: list[Quantized]) -> Quantized:
 
 @dataclass
 class Blocks:
-    """A matrix in few bits, as the kernels read it and as files hold it.
+    """A matrix in few bits, in the format of the kernels and of files.
 
     Attributes:
         kind: "int8" or "int4".
-        out_features, in_features: of the matrix.
+        out_features, in_features: the matrix's.
         data: uint8 [n_blocks, bytes of a block].
     """
 
@@ -160,7 +161,7 @@ class Blocks:
         return Blocks(self.kind, self.out_features, self.in_features, self.data.to(device))
 
     def rows(self, start: int, stop: int) -> "Blocks | Quantized":
-        """Some of the rows: a view where whole blocks are asked for."""
+        """Returns some of the rows; a view if these are whole blocks."""
         if start % BLOCK_ROWS or (stop % BLOCK_ROWS and stop != self.out_features):
             whole = self.quantized()
             zeros = None if whole.zeros is None else whole.zeros[start:stop]
@@ -178,11 +179,11 @@ class Blocks:
         return (heads & -65536).view(torch.float32), (heads << 16).view(torch.float32)
 
     def to_dense(self, columns: torch.Tensor | None = None) -> torch.Tensor:
-        """The float32 values it stands for, [out_features, in_features], or some columns of them."""
+        """Returns the rounded values, float32 [out_features, in_features], or some columns of them."""
         return self.quantized(columns).to_dense()
 
     def quantized(self, columns: torch.Tensor | None = None) -> Quantized:
-        """The codes of all columns; or those of some, with a scale and a zero for each of them."""
+        """Returns the codes of all columns, or of some columns with a scale and a zero for each of these."""
         scales, zeros = self.scales_and_zeros()
         group = self.in_features if zeros is None else group_size(self.in_features)
         n_columns = self.in_features if zeros is None else scales.shape[1] * group
@@ -193,7 +194,7 @@ class Blocks:
         else:
             at = chosen // group * (LINE + group * 8) + LINE + chosen % group // 8 * LINE + lane * 4 + chosen % 4
         parts = [part[:, at].flatten(0, 1) for part in self.data.split(ROWS_AT_A_TIME // BLOCK_ROWS)]
-        codes = torch.cat(parts)[: self.out_features]  # [out_features, columns], without a sign
+        codes = torch.cat(parts)[: self.out_features]  # uint8 [out_features, columns]
         if zeros is None:
             return Quantized(self.kind, len(chosen), codes.view(torch.int8), scales)
         codes = (codes >> chosen % 8 // 4 * 4 & 15).to(torch.int8) - 8
@@ -203,7 +204,7 @@ class Blocks:
 
 
 def block_bytes(kind: str, in_features: int) -> int:
-    """Of a block of a matrix that is stored in a kind; short rows must have been given theirs (`kind_of_rows`)."""
+    """Bytes of a block. `kind` is the result of `kind_of_rows`."""
     if kind == "int8":
         return LINE + -(-in_features // 64) * 64 * BLOCK_ROWS
     group = group_size(in_features)

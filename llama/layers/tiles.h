@@ -1,4 +1,4 @@
-// Products with AMX: a tile of x times a tile with 64 columns of 16 rows of codes.
+// Products with AMX. Its tiles multiply 16 rows of x by 16 rows of codes, 64 columns at a time.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace {
 
-// For many rows, the first tiles are the sums of two blocks, 2 * plane + block. Then, for two planes, come the integers of each and
-// the codes of each block; for three, one tile of either.
+// For many rows of x: tile 2 * plane + block has the sums of one of two blocks. With two planes, the next tiles have the
+// integers of each plane and the codes of each block. With three planes, there is one tile for integers and one for codes.
 template <int P>
 void configure_tiles(int64_t n_rows, int64_t step) {
   TileConfig config;
@@ -35,7 +35,7 @@ inline void zero_tiles() {
   }
 }
 
-// Sums [plane][block][16 rows of x][16].
+// Loads sums [plane][block][16 rows of x][16].
 template <int P>
 inline void load_tiles(const int32_t (*sums)[2][kTileRows][kRows]) {
   _tile_loadd(0, sums[0][0], kLine);
@@ -61,11 +61,11 @@ inline void store_tiles(int32_t (*sums)[2][kTileRows][kRows]) {
   touch(sums);
 }
 
-// Adds the products of `size` columns of 16 rows of x with those of two blocks.
+// Adds the products of `size` columns of 16 rows of x and of two blocks.
 template <int P>
 inline void add_products(const Rows& x, int64_t row, int64_t column, int64_t size, const uint8_t* const* codes) {
   touch(codes[0]);
-  const int8_t* integers = x.at(row, 0, column);  // of the planes one after the other, step by step
+  const int8_t* integers = x.at(row, 0, column);  // [step][plane]
   const int64_t plane = x.tile_rows * x.step;
   for (int64_t k = 0; k < size; k += x.step, integers += P * plane) {
     if (P == 2) {
@@ -95,7 +95,7 @@ inline void add_products(const Rows& x, int64_t row, int64_t column, int64_t siz
   }
 }
 
-// The 4-bit codes of a group as bytes, [k / 4][16 rows][4], the form that tiles take and that 8-bit codes have already.
+// Writes 4-bit codes of a group as bytes, [k / 4][16 rows][4], as tiles need them and 8-bit codes are stored.
 template <bool SIGNED>
 inline void spread(const uint8_t* codes, int64_t size, uint8_t* out) {
   const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(SIGNED ? 8 : 0);
@@ -109,7 +109,7 @@ inline void spread(const uint8_t* codes, int64_t size, uint8_t* out) {
   touch(out);
 }
 
-// For few rows of x, whose planes fit one tile: tiles 0 to 3 are the sums of four blocks, 4 the integers, 5 to 7 codes.
+// For few rows of x, whose planes fit one tile: tiles 0 to 3 have the sums of four blocks, 4 the integers, 5 to 7 codes.
 void configure_one_tile(int64_t n_integers, int64_t step) {
   TileConfig config;
   for (int t = 0; t < 8; t++) {
@@ -120,8 +120,9 @@ void configure_one_tile(int64_t n_integers, int64_t step) {
   _tile_loadconfig(&config);
 }
 
-// Four blocks times few rows of x, into `out` [block][row]. 8-bit codes go from memory straight into tiles, 4-bit codes
-// by way of the first cache. Four blocks are four streams, which keep the memory busier than one.
+// Multiplies four blocks by few rows of x into `out` [block][row]. 8-bit codes are loaded from memory straight into
+// tiles, 4-bit codes are spread in the L1 cache first. Four blocks are four streams, which use more of the memory's speed
+// than one.
 template <int BITS, int P>
 void few_rows_by_tiles(const uint8_t* const* blocks, const Shape& s, const Rows& x, __m512 (*out)[kTileRows]) {
   alignas(64) int32_t products[kBlocksPerTask][kTileRows][kRows];
@@ -185,16 +186,16 @@ void few_rows_by_tiles(const uint8_t* const* blocks, const Shape& s, const Rows&
       out[b][row] = _mm512_mul_ps(out[b][row], _mm512_set1_ps(x.scales[row]));
 }
 
-// Four blocks times all rows of x, into sums [row][block][16]. `room` takes the codes of the blocks as bytes.
+// Multiplies four blocks by all rows of x into sums [row][block][16]. `scratch` is memory for the codes as bytes.
 template <int P>
-void many_rows_of_4_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* room) {
+void many_rows_of_4_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* scratch) {
   alignas(64) int32_t products[P][2][kTileRows][kRows];
   for (int64_t from = 0; from < x.n; from += kChunkRows)
     for (int64_t g = 0; g < s.n_groups; g++) {
       const uint8_t* codes[kBlocksPerTask];
       Scales scales[kBlocksPerTask];
       for (int64_t b = 0; b < kBlocksPerTask; b++) {
-        uint8_t* bytes = room + (kBlocksPerTask * g + b) * s.group * kRows;
+        uint8_t* bytes = scratch + (kBlocksPerTask * g + b) * s.group * kRows;
         const uint8_t* stored = codes_of<4>(blocks[b], s, g);
         if (from == 0) spread<true>(stored, s.group, bytes);
         scales[b] = scales_of<4>(stored - kLine);
@@ -219,11 +220,11 @@ void many_rows_of_4_bits(const uint8_t* const* blocks, const Shape& s, const Row
     }
 }
 
-// As above; `room` takes the sums of integers of each 16 rows of x.
+// As above. `scratch` is memory for the sums of integers.
 template <int P>
-void many_rows_of_8_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* room) {
+void many_rows_of_8_bits(const uint8_t* const* blocks, const Shape& s, const Rows& x, float* sums, uint8_t* scratch) {
   using Products = int32_t[P][2][kTileRows][kRows];
-  Products* products = reinterpret_cast<Products*>(room);
+  Products* products = reinterpret_cast<Products*>(scratch);
   for (int64_t pair = 0; pair < kBlocksPerTask; pair += 2) {
     const uint8_t* all[2] = {codes_of<8>(blocks[pair], s, 0), codes_of<8>(blocks[pair + 1], s, 0)};
     for (int64_t k = 0; k < s.k; k += kChunkColumns) {

@@ -1,4 +1,4 @@
-"""Beam search against Transformers' on the same weights, and against itself in other company. All float32."""
+"""Beam search against Transformers' on the same weights, and against itself in other batches. All float32."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ GRID = list(itertools.product([2, 3, 4, 5], [0.6, 1.0, 2.0], [True, False, "neve
 def searched(
     prompt: list[int], budget: int, num_beams: int, process: Callable | None = None, stop_tokens=(), **options
 ) -> Sequence:
-    """A prompt to be searched; `process` is called with a list of ids and the scores of one row."""
+    """A sequence with a beam search; `process` is called with a list of ids and the scores of one row."""
     processor = None if process is None else lambda ids, scores: process(ids[0].tolist(), scores[0])[None]
     option = DecodingOptions(temperature=0, num_beams=num_beams, logits_processor=processor, **options)
     how = Processing(prompt, option, None) or None
@@ -33,13 +33,13 @@ def searched(
 
 
 def run(model: Transformer, *sequences: Sequence) -> list[Sequence]:
-    """Completes sequences beside each other; returns them in the order in which they ended."""
+    """Completes sequences in one batch; returns them in the order in which they ended."""
     engine, ended = Engine(model), []
     for sequence in sequences:
         engine.add(sequence)
     while engine.has_work:
         ended += engine.step()
-    assert engine.n_free == model.cache.max_batch_size
+    assert not engine.running and engine.partial is None
     return ended
 
 
@@ -93,7 +93,7 @@ def transformers_of(model: Transformer) -> "transformers.LlamaForCausalLM":  # n
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """These models are too small for more: on a busy machine the threads would wait for each other most of the time."""
+    """Uses one thread: with such small models, several threads would mostly wait for each other."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -179,7 +179,7 @@ def test_real_weights_give_the_answers_of_transformers(real_model, their_real_mo
     draw, answers = random_ids(512), []
     for i, (num_beams, length_penalty, early_stopping) in enumerate(GRID if process == "no process" else GRID[::5]):
         options = {"length_penalty": length_penalty, "early_stopping": early_stopping}
-        stop = [[2], [2, 426], [2, 432, 426]][i % 3]  # the end of a text, a full stop, a comma
+        stop = [[2], [2, 426], [2, 432, 426]][i % 3]  # end of text, full stop, comma
         prompt = [1, 403, 407, 261, 378][: 1 + i % 5] + draw(i % 3)
         answers += assert_equal_to_transformers(
             real_model, their_real_model, prompt, 24, num_beams, stop, process, **options
@@ -218,7 +218,7 @@ def test_length_penalties_of_zero_and_below_give_the_answers_of_transformers(mod
         never = assert_equal_to_transformers(model, theirs, prompt, 30, 4, stop, **options)
         options["early_stopping"] = i % 2 == 0
         differ += never != assert_equal_to_transformers(model, theirs, prompt, 30, 4, stop, **options)
-    assert differ  # "never" went on where others stop
+    assert differ  # "never" continued where others stop
 
 
 def test_many_stop_tokens_give_the_answers_of_transformers(model, theirs):
@@ -227,8 +227,8 @@ def test_many_stop_tokens_give_the_answers_of_transformers(model, theirs):
         assert_equal_to_transformers(model, theirs, draw(1 + i), 16, 4, sorted(set(draw(20))), length_penalty=2.0)
 
 
-def test_options_matter(model):
-    """Otherwise the tests above would compare the same answers over and over."""
+def test_each_option_changes_some_answers(model):
+    """Otherwise the tests above would compare the same answers again and again."""
     draw = random_ids(40, seed=4)
     cases = [(draw(1 + i), draw(3)) for i in range(10)]
 
@@ -268,7 +268,7 @@ def test_as_many_beams_as_there_are_answers_find_the_best_of_all():
     assert [answer.score for answer in answers] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_searches_beside_each_other_and_beside_samples_find_what_each_finds_alone(model):
+def test_searches_in_one_batch_with_others_and_samples_find_what_each_finds_alone(model):
     def sequences() -> list[Sequence]:
         draw = random_ids(40, seed=6)
         made = []
@@ -326,7 +326,7 @@ def test_a_slot_that_held_another_prompt_meanwhile_is_filled_anew(model):
 
 
 def test_a_search_grows_beside_a_prompt_that_is_prefilled_in_pieces(model, monkeypatch):
-    """The prompt lies in the slot behind the running ones, which is where a beam more wants to be."""
+    """The prompt is in the slot after the running ones, which a new beam needs."""
     prompts = [random_ids(40, seed=20 + i)(n) for i, n in enumerate((6, 50))]
 
     def narrow(ids: list[int], scores: torch.Tensor) -> torch.Tensor:

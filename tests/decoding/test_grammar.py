@@ -1,4 +1,4 @@
-"""Every answer of a given shape fits it, masks are what trying every token gives, and drafts change nothing."""
+"""Every constrained answer fits its constraint, masks equal those of trying every token, drafts change nothing."""
 
 import json
 import re
@@ -90,7 +90,7 @@ def test_the_mask_is_what_trying_every_token_gives(demo):
         assert allowed == fits
         if n < len(ids):
             so_far += demo.tokenizer.token_bytes(ids[n])
-    assert matcher.is_whole(ids) and not matcher.is_whole(ids[:-1])
+    assert matcher.is_complete(ids) and not matcher.is_complete(ids[:-1])
     n_allowed = lambda tokens: int((matcher.mask(logits, tokens) == 0).sum())  # noqa: E731
     assert n_allowed([]) == n_allowed(ids[:0]) > 0 and n_allowed([0, 0, 0]) == 0  # back, and where no way leads
 
@@ -145,7 +145,7 @@ def test_llama_3s_real_vocabulary_is_taken():
     ids = tokenizer.encode('{"a": 21, "b": "y z"}')
     for n, token in enumerate(ids):
         assert matcher.mask(torch.zeros(tokenizer.n_words), ids[:n])[token] == 0
-    assert matcher.is_whole(ids)
+    assert matcher.is_complete(ids)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_what_cannot_be_compiled_is_an_error_before_anything_runs(demo, options,
     assert demo._engine.counters.prefilled == before
 
 
-def test_a_shape_with_no_way_on_ends_the_answer_with_its_reason(demo):
+def test_a_shape_that_allows_no_next_token_ends_the_answer_with_an_error(demo):
     banned = {token: -float("inf") for token in range(256, demo.args.vocab_size)} | {ord("7"): -float("inf")}
     with pytest.raises(GenerationError, match="logit_bias and regex left no token to choose, after 0 tokens"):
         demo.chat_completion(

@@ -93,7 +93,7 @@ def test_a_filter_that_leaves_one_token_is_greedy_at_any_temperature(random, fil
 
 
 def test_options_reach_the_distribution_that_is_sampled(random):
-    """A first token drawn 4,000 times, against the filters written out."""
+    """Draws a first token 4,000 times and compares with the filters written out."""
     from test_sampling import chi_square_is_plausible, written_out
 
     cache, random.model.cache = random.model.cache, None
@@ -127,7 +127,7 @@ def test_logits_from_which_nothing_can_be_chosen_are_an_error(request, options, 
         long.generate([long_prompt], 5, temperature=temperature, **options)
 
 
-def test_extreme_numbers_are_taken_for_what_they_mean(random):
+def test_a_tiny_temperature_is_greedy_and_a_huge_top_k_filters_nothing(random):
     greedy = random.generate([[1, 2, 3]], 6, temperature=0)
     assert random.generate([[1, 2, 3]], 6, temperature=1e-40) == greedy
     whole = random.generate([[1, 2, 3]], 6, temperature=1.0, seed=0)
@@ -147,7 +147,7 @@ def test_prompts_may_come_from_an_iterator(random):
     assert random.text_completion(map(str, "ab"), 0, max_gen_len=3) == expected
 
 
-def test_predictions_have_the_keys_that_were_asked_for_even_of_nothing(random):
+def test_predictions_have_the_requested_keys_even_for_empty_answers(random):
     for options in ({"max_gen_len": 0}, {"max_gen_len": 0, "echo": True}, {"max_gen_len": 3}):
         prediction = random.text_completion(["ab"], 0, top_logprobs=2, **options)[0]
         n = len(prediction["tokens"])
@@ -202,7 +202,7 @@ def test_top_logprobs_are_the_most_likely_alternatives(random):
 
 
 def spelled(llama: Llama, text: str) -> dict:
-    """Options under which the model says the text, whatever it is asked, one byte a token."""
+    """Options that make the model write the text, one byte per token, whatever the prompt."""
     ids = llama.tokenizer.encode(text)
     start = []
 
@@ -220,11 +220,11 @@ SPOKEN = [
     ("one\n\ntwo", ["\n\n"], "one"),
     ("aab", ["ab"], "a"),  # a false start within the stop string itself
     ("abababac", ["abac"], "abab"),
-    ("xyz", ["z", "yz"], "x"),  # the one that begins first
+    ("xyz", ["z", "yz"], "x"),  # the stop string that begins first
     ("no stop here", ["stop!", "q"], "no stop here"),
     ("stop", ["stop"], ""),
     ("naïve 😀 fin", ["😀"], "naïve "),
-    ("cut 😀", ["\x80"], "cut 😀"),  # bytes within a character are no text
+    ("cut 😀", ["\x80"], "cut 😀"),  # bytes of a character are not text
 ]
 
 
@@ -295,7 +295,7 @@ def test_scores_equal_a_full_forward_and_texts_past_the_context_are_read_in_wind
 
 
 @pytest.mark.parametrize("stride", [0, 256, 1.5, -1])
-def test_a_stride_that_leaves_tokens_without_a_past_is_refused(random, stride):
+def test_a_stride_that_leaves_tokens_without_context_is_refused(random, stride):
     with pytest.raises(ValueError, match=r"stride = .*: expected an integer from 1 to max_seq_len - 1 = 255"):
         random.score([[1, 2]], stride=stride)
 
@@ -363,7 +363,7 @@ BAD = [
     ({"seed": "x"}, r"seed = 'x': expected an integer"),
     ({"logits_processor": 5}, r"logits_processor = 5: expected a callable"),
     ({"top_logprobs": -1}, r"top_logprobs = -1: expected an integer of at least 0"),
-    ({"top_logprobs": 600}, r"top_logprobs = 600: expected at most the 512 tokens there are"),
+    ({"top_logprobs": 600}, r"top_logprobs = 600: expected at most 512, the size of the vocabulary"),
     ({"temperature": [0.5]}, r"temperature is a list of 1: expected as many values as prompts, 2"),
     ({"top_p": [0.5, 7]}, r"prompt 1: top_p = 7: expected a number of at most 1"),
 ]
@@ -376,7 +376,7 @@ def test_options_out_of_range_or_contradictory_are_refused_before_anything_runs(
         random.generate([[1], [2]], **options)
 
 
-def test_an_option_that_is_none_is_named(random):
+def test_an_unknown_option_is_named(random):
     with pytest.raises(TypeError, match="'colour' is not a decoding option: expected one of choice, early_stopping, "):
         random.generate([[1]], colour=5)
 

@@ -1,4 +1,4 @@
-"""Proposals that lose are switched off and tried again, by a clock that the tests advance."""
+"""Proposals that lose are switched off and tried again. The tests advance the clock."""
 
 import pytest
 from conftest import SMALL, random_model
@@ -9,7 +9,7 @@ from llama.decoding.payoff import WAITS, Payoff
 
 
 class Clock:
-    """Seconds that pass only when somebody spends them."""
+    """Seconds that pass only when a test adds them."""
 
     def __init__(self):
         self.now = 0.0
@@ -19,9 +19,9 @@ class Clock:
 
 
 def tokens_per_second(with_proposals, n_steps: int = 20_000, rows: int = 1) -> tuple[float, Payoff]:
-    """Of one row, where a step without proposals takes a second; with_proposals(i) are the seconds and tokens of one.
+    """Simulates steps of one row. Without proposals a step takes a second; with_proposals(i): its seconds and tokens.
 
-    What a draft has missed, at most 500 tokens, it runs first, in 0.005 seconds each.
+    A draft first runs the tokens that it missed, at most 500, in 0.005 seconds each.
     """
     clock, tokens, missed = Clock(), 0.0, 0
     payoff = Payoff(clock=clock)
@@ -52,7 +52,7 @@ def test_a_draft_that_wins_keeps_its_gain(seconds, tokens):
     assert found >= 0.98 * tokens / seconds
 
 
-def test_a_draft_that_begins_to_pay_is_taken_and_one_that_ends_to_is_left():
+def test_a_draft_that_starts_to_pay_is_used_and_one_that_stops_paying_is_not():
     late, _ = tokens_per_second(lambda i: (1.5, 1.0 if i < 5_000 else 3.0))
     assert late > 0.95 * (5_000 + 15_000 * 2) / 20_000
     early, _ = tokens_per_second(lambda i: (1.5, 3.0 if i < 5_000 else 1.0))
@@ -78,7 +78,7 @@ class Words(Bytes):
 
 
 class Draft:
-    """Proposes what is right, or never is, and takes its time."""
+    """Makes right or wrong proposals, and takes some time."""
 
     def __init__(self, clock: Clock, seconds: float, answers: dict | None):
         self.clock, self.seconds, self.answers, self.asked = clock, seconds, answers, 0

@@ -1,4 +1,4 @@
-"""Penalties against Transformers' and against the same by hand, and a caller's code that returns nonsense."""
+"""Penalties against Transformers' and against hand-written ones, and logits_processors that return nonsense."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_presence_and_frequency_penalties_count_the_answer_alone(demo):
 
 
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
-def test_what_openai_does_not_take_is_refused(demo, name):
+def test_penalties_outside_openais_range_are_refused(demo, name):
     for value, expected in ((2.5, " of at most 2"), (-2.5, " of at least -2"), (float("nan"), ""), ("1", "")):
         with pytest.raises(ValueError, match=f"{name} = .*: expected a number{expected}$"):
             demo.generate([[1]], 1, **{name: value})

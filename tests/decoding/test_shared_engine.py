@@ -1,4 +1,4 @@
-"""Many callers of one `Llama`: threads, asyncio, closed streams, exceptions and Ctrl-C, against the same call alone."""
+"""Many callers of one `Llama`: threads, asyncio, closed streams, exceptions and Ctrl-C, against each call alone."""
 
 import asyncio
 import itertools
@@ -97,7 +97,7 @@ def nearly_equal(a: object, b: object) -> bool:
 
 def assert_idle(llama: Llama) -> None:
     engine, shared = llama._engine, llama.answerer.shared
-    assert not engine.has_work and engine.n_free == len(engine.slots)
+    assert not engine.has_work
     assert not shared.owners and not shared.sleepers and shared.driver is None
 
 
@@ -126,7 +126,7 @@ def test_the_pieces_of_a_stream_are_those_it_has_alone_however_far_others_have_d
     alone = list(llama.stream_text("ab", **options))
     stream = llama.stream_text("ab", **options)
     pieces = [next(stream)]
-    llama.generate([[1]], 20, temperature=0)  # runs twenty steps, and the stream's sequence goes along
+    llama.generate([[1]], 20, temperature=0)  # runs twenty steps, also for the stream's sequence
     assert pieces + list(stream) == alone
 
 
@@ -143,7 +143,7 @@ def test_asyncio_through_threads_gets_the_same(make):
 
 
 def test_more_threads_than_slots_are_served_first_come_first_served(make):
-    """By the engine's own queue: what was added first runs first, whoever added it."""
+    """The engine has one queue: the sequence that was added first runs first, whoever added it."""
     llama = make(max_batch_size=1)
     llama.tokenizer.stop_tokens = set()
     first = []
@@ -154,7 +154,7 @@ def test_more_threads_than_slots_are_served_first_come_first_served(make):
         for i in range(4)
     ]
     threads = []
-    for stream in streams:  # each has its place in the queue before the next one comes
+    for stream in streams:  # each joins the queue before the next one comes
         added = threading.Event()
         add = llama._engine.add
 
@@ -179,9 +179,9 @@ def test_cancelling_frees_the_slot_within_one_step(make):
     for stream in streams:
         next(stream)
     engine = llama._engine
-    assert engine.n_free == 1
+    assert len(engine.running) == 3
     streams[1].close()
-    assert engine.n_free == 2  # at once, for no step was running
+    assert len(engine.running) == 2  # at once, because no step was running
     cancelled_during_a_step = []
     step = engine.step
 
@@ -189,7 +189,7 @@ def test_cancelling_frees_the_slot_within_one_step(make):
         closer = threading.Thread(target=streams[0].close)  # while the step runs, in another thread
         closer.start()
         closer.join()
-        cancelled_during_a_step.append(engine.n_free)
+        cancelled_during_a_step.append(len(engine.running))
         return step()
 
     engine.step = closing
@@ -197,7 +197,7 @@ def test_cancelling_frees_the_slot_within_one_step(make):
         next(streams[2])
     engine.step = step
     assert cancelled_during_a_step == [2]
-    assert engine.n_free == 3  # once that step had ended
+    assert len(engine.running) == 1  # once that step had ended
     streams[2].close()
     assert_idle(llama)
 

@@ -29,13 +29,13 @@ KINDS = ["near", "bad", "ngram"]
 
 @pytest.fixture(autouse=True)
 def nothing_takes_time(monkeypatch):
-    """So that proposals are made whatever they cost; `test_payoff` has the times."""
+    """Makes proposals always, whatever they cost; `test_payoff` tests the timing."""
     monkeypatch.setattr(speculative, "Payoff", functools.partial(Payoff, clock=lambda: 0.0))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A model; a near one, its weights with some noise; a bad one, which has nothing to do with it."""
+    """A model, a similar one (its weights plus noise), and an unrelated one."""
     root = tmp_path_factory.mktemp("speculative")
     model = random_model(0, **SMALL)
     near = random_model(0, **SMALL)
@@ -48,7 +48,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def write(folder: Path, model: Transformer) -> Path:
-    """A directory as Meta's."""
+    """A directory in Meta's format."""
     folder.mkdir()
     torch.save(dict(model.state_dict()), folder / "consolidated.00.pth")
     params = {name: getattr(model.args, name) for name in SMALL}
@@ -72,7 +72,7 @@ PROMPTS = prompts_of_every_length()
 BUDGETS = [1 + 5 * i % 14 for i in range(200)]
 SETTINGS = {
     "greedy": {"temperature": 0},
-    # A setting of its own for each prompt, greedy among them.
+    # Different options for each prompt, some greedy.
     "sampled": {
         "temperature": [(0.7, 1.0, 1.5, 0)[i % 4] for i in range(200)],
         "top_p": [(1.0, 0.9, 0.6)[i % 3] for i in range(200)],
@@ -99,7 +99,7 @@ def test_200_prompts_give_the_tokens_of_the_model_alone(alone, build, setting, k
 
 
 def counts_of_pairs(answers: list[list[int]], states: list[int]) -> torch.Tensor:
-    """How often each token came after each: [n, n] of the states."""
+    """How often each token followed each other token: [n, n]."""
     pairs = Counter(pair for answer in answers for pair in itertools.pairwise(answer))
     assert sum(pairs.values()) == sum(pairs[a, b] for a in states for b in states)
     return torch.tensor([[pairs[a, b] for b in states] for a in states], dtype=torch.float64)
@@ -107,7 +107,7 @@ def counts_of_pairs(answers: list[list[int]], states: list[int]) -> torch.Tensor
 
 @pytest.mark.parametrize("kind", ["near", "bad"])
 def test_100_000_sampled_tokens_have_the_models_distribution(kind):
-    """The model without its layers: the distribution of a token depends on the one before it alone, and is known."""
+    """Without layers, the distribution of a token depends only on the token before it, and is known."""
     generator = torch.Generator().manual_seed(0)
     shape = {"dim": 8, "n_layers": 1, "n_heads": 1, "multiple_of": 8, "vocab_size": 16}
     model, draft = (random_model(0, 0.5, **shape, max_seq_len=1024, max_batch_size=100) for _ in range(2))
@@ -130,7 +130,7 @@ def test_100_000_sampled_tokens_have_the_models_distribution(kind):
 
 
 class Bytes:
-    """As much of a tokenizer as generating ids needs."""
+    """The parts of a tokenizer that generating ids needs."""
 
     kind, stop_tokens, special_tokens, n_words = "llama3", frozenset(), {}, 16
 
@@ -141,13 +141,13 @@ class Bytes:
         return bytes(65 + token for token in ids)
 
 
-def test_the_coupling_accepts_what_is_promised():
-    """Two races with the same random numbers: at least (1 - d) / (1 + d), in the case for which that is sharp too."""
+def test_the_coupling_accepts_at_least_as_often_as_proved():
+    """Two races with the same random numbers agree with probability at least (1 - d) / (1 + d); here once exactly."""
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(40_000, 8, generator=generator, dtype=torch.float64).clamp(min=1e-300)
     for i in range(6):
         p, q = torch.rand(2, 8, generator=generator, dtype=torch.float64).pow(1 + i) + 1e-6
-        if i == 0:  # each has a token that the other lacks
+        if i == 0:  # each has a token that the other does not have
             p, q = torch.tensor([[1.0] * 7 + [1e-9], [1e-9] + [1.0] * 7], dtype=torch.float64)
         p, q = p / p.sum(), q / q.sum()
         d = 1 - torch.minimum(p, q).sum().item()
@@ -186,7 +186,7 @@ def test_every_option_gives_what_it_gives_alone(build, name, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_processor_is_called_as_without_proposals(build, kind):
-    """Also one with a memory, which should see each token once."""
+    """Also a processor with state, which should see each token once."""
 
     def calls_of(llama: Llama) -> tuple[list, dict]:
         calls: dict[int, list] = {}
@@ -219,7 +219,7 @@ def test_a_row_that_fails_ends_alone(build):
 
 
 def keys_and_values(model: Transformer, ids: list[int]) -> torch.Tensor:
-    """What a slot should hold of some ids: [2, n_layers, n_kv_heads, T, head_dim], by a pass of its own."""
+    """Keys and values of some ids, computed by a separate pass: [2, n_layers, n_kv_heads, T, head_dim]."""
     fresh = Transformer(model.args)
     fresh.load_state_dict(model.state_dict())
     fresh.allocate_cache()
@@ -230,7 +230,7 @@ def keys_and_values(model: Transformer, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["near", "bad"])
 def test_both_caches_hold_what_their_records_say(build, kind):
-    """While prompts of every length come and go, some to the very end of the context, and a stream is closed."""
+    """Prompts of every length come and go, some fill the context, and a stream is closed."""
     llama = build(kind, 4, max_seq_len=320)
     draft = llama._engine.proposer
     stream = llama.stream_text("a stream that is open meanwhile", temperature=1.0, seed=1)
@@ -246,12 +246,12 @@ def test_both_caches_hold_what_their_records_say(build, kind):
 
 
 def test_after_a_pause_a_draft_holds_what_its_record_says(build):
-    """Steps without proposals move sequences about: one that the draft never saw may come before others."""
+    """Steps without proposals move sequences: a sequence that the draft never saw may come before others."""
     draft = build("near", 4)._engine.proposer
     a, b, c, d, e = (
         Sequence([i] * 40, 90, DecodingOptions(temperature=0), RandomStream(1, [i] * 40)) for i in range(5)
     )
-    # The last but one time, b is the one that has longest been left alone; then d stands before it.
+    # The last but one time, b was used least recently; then d comes before it.
     for sequences, limits in (([a, b, c, e], [2, 2, 2, 2]), ([a, b, c, e], [2, 0, 2, 2]), ([d, b, a], [2, 2, 2])):
         draft.propose(sequences, limits)
         for slot, sequence in enumerate(sequences):
@@ -289,7 +289,7 @@ def test_streams_give_the_same_pieces_joined_and_interleave(build, kind):
 
 
 def test_a_draft_does_not_run_what_it_has_run(build, monkeypatch):
-    """In all: each prompt once, each token it proposes but the last, and one or two to catch up with."""
+    """The draft runs each prompt once, each token it proposes except the last, and one or two tokens to catch up."""
     llama = build("near", 4)
     llama.tokenizer.stop_tokens = set()
     prompts = [[i] * 100 for i in range(8)]
@@ -302,12 +302,12 @@ def test_a_draft_does_not_run_what_it_has_run(build, monkeypatch):
     counts = llama._engine.counters.speculation
     assert sum(recorded) <= sum(map(len, prompts)) + counts.proposed + counts.steps
     recorded.clear()
-    llama.generate([[*[7] * 100, 4]], 3, temperature=0)  # begins like one that is still there
+    llama.generate([[*[7] * 100, 4]], 3, temperature=0)  # shares its beginning with one that is still in the cache
     assert sum(recorded) < 10
 
 
 def test_a_long_prompt_reaches_the_draft_in_pieces(build):
-    """Until it is all there the prompt has no proposals, and the others keep theirs."""
+    """Until the whole prompt has run, it has no proposals; the other sequences keep theirs."""
     prompts = [torch.randint(0, 256, (PREFILL_TOKENS + 900,)).tolist(), [1, 2, 3]]
     expected, _ = build(None, 2, 6000).generate(prompts, 20, temperature=0)
     llama = build("target", 2, 6000)
@@ -334,7 +334,7 @@ def test_a_row_with_bad_proposals_gets_one_and_a_row_with_good_ones_eight(build)
     asked = []
 
     class Half:
-        """The first row's proposals are its own answer, the other's are never right."""
+        """The first row's proposals are its own answer; the other row's are always wrong."""
 
         def propose(self, sequences, limits):
             asked.append(limits)
@@ -393,7 +393,7 @@ def test_a_step_that_breaks_off_leaves_the_next_call_right(build, which):
     assert llama.generate(PROMPTS[:5], 12, temperature=0) == expected
 
 
-def test_a_draft_that_is_not_there_is_named_as_what_it_is():
+def test_a_missing_draft_directory_is_named():
     with pytest.raises(
         FileNotFoundError, match="draft = 'ngrams': expected the directory of a smaller model, or 'ngram'"
     ):
@@ -491,14 +491,14 @@ def test_which_differences_of_tokenizers_count(folders):
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
-def test_a_draft_that_is_none_is_refused(build, folders, tmp_path):
+def test_an_invalid_draft_is_refused(build, folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         build(str(tmp_path / "nowhere"))
     with pytest.raises(TypeError, match="draft = 3: expected a directory, 'ngram' or None"):
         Llama.build(folders["target"], draft=3, device="cpu")
 
 
-def test_the_terminal_says_what_a_draft_was_good_for(capsys):
+def test_the_terminal_prints_how_many_proposals_were_accepted(capsys):
     from llama.cli.commands import main
 
     options = ["--temperature", "0", "--max_gen_len", "30", "--device", "cpu", "--dtype", "float32"]

@@ -1,4 +1,4 @@
-"""Prompts that are too long, cut where that is asked for: texts, ids, dialogs, streams, rows."""
+"""Prompts that are too long are cut with `truncate`: texts, ids, dialogs, streams, rows."""
 
 import pytest
 from conftest import DEMO

@@ -1,4 +1,4 @@
-"""One position's attention over long contexts, by the kernel of our own, against softmax(q k^T) v written out."""
+"""Our own kernel for attention at one position over long contexts, against softmax(q k^T) v written out."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def kernel() -> None:
 
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 5e-6), (torch.bfloat16, 0.01), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_softmax_of_the_keys_that_a_row_sees(shape, dtype, off):
+def test_the_kernel_computes_softmax_over_the_keys_that_a_row_sees(shape, dtype, off):
     q, k, v = inputs(shape, dtype)
     n_seen = torch.linspace(1, shape[3], shape[0]).int() if shape[0] > 1 else torch.tensor([200])
     ragged = (torch.arange(shape[3]) < n_seen[:, None])[:, None, None]
@@ -68,7 +68,7 @@ def test_a_row_has_the_same_bits_alone_beside_others_and_on_any_number_of_thread
         torch.set_num_threads(n_threads)
 
 
-def test_what_a_row_does_not_see_is_not_read_and_what_is_broken_shows():
+def test_keys_that_a_row_does_not_see_are_not_read_and_nan_is_not_hidden():
     q, k, v = inputs(SHAPES[1], torch.float32)
     mask = (torch.arange(2500) < torch.tensor([300, 2500, 1100])[:, None])[:, None, None]
     expected = attend(q, k, v, mask)
@@ -80,7 +80,7 @@ def test_what_a_row_does_not_see_is_not_read_and_what_is_broken_shows():
     assert found[2, 4:].isnan().all()
 
 
-def test_the_tokens_are_those_of_pytorchs_attention_and_gradients_are_its_too(write_checkpoint, monkeypatch):
+def test_tokens_and_gradients_are_those_of_pytorchs_attention(write_checkpoint, monkeypatch):
     folder = write_checkpoint(dim=128)
     calls = []
     kernel = attention._attend_to_long_rows
@@ -101,7 +101,7 @@ def test_the_tokens_are_those_of_pytorchs_attention_and_gradients_are_its_too(wr
 
 @pytest.mark.parametrize("n_new", [2, attention.MANY])
 def test_several_positions_see_what_their_masks_say(n_new):
-    """Few queries are taken as rows of one; many are not. A mask may be of numbers too."""
+    """Few queries become rows of one longer query, many do not. Masks may be boolean or numbers."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 8, n_new, 16, generator=generator)
     k, v = torch.randn(2, 2, 2, 100, 16, generator=generator)
@@ -111,7 +111,7 @@ def test_several_positions_see_what_their_masks_say(n_new):
         torch.testing.assert_close(attend(q, k, v, given).double(), expected, atol=5e-6, rtol=5e-6)
 
 
-def test_without_a_compiler_it_is_pytorchs(monkeypatch):
+def test_without_a_compiler_pytorchs_attention_serves(monkeypatch):
     q, k, v = inputs(SHAPES[0], torch.float32)
     expected = attend(q, k, v, None)
     monkeypatch.setattr(attention, "_kernel", attention._kernel.__wrapped__)

@@ -1,4 +1,4 @@
-"""Whoever looks at a module sees it run: hooks, patched methods and modules put in place of others, packed or not."""
+"""Hooks, patched methods and replaced modules are called, whether the matrices are packed or not."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ MODULES = [name for name, module in random_model(**SMALL).named_modules() if nam
 
 
 def pair(**changes) -> tuple[Transformer, Transformer]:
-    """A packed model and the same one plain."""
+    """A packed model, and the same model unpacked."""
     packed, plain = (random_model(**SMALL | changes) for _ in range(2))
     plain.packable = False
     assert pack(packed)
@@ -131,7 +131,7 @@ def test_a_hook_added_and_removed_by_a_hook_counts_from_the_next_module_on():
 
 
 class LoRALinear(nn.Module):
-    """As they are commonly written: the frozen matrix, and a product of two small ones."""
+    """As LoRA is commonly written: the frozen matrix plus a product of two small ones."""
 
     def __init__(self, base: nn.Module, rank: int = 4):
         super().__init__()
@@ -192,7 +192,7 @@ def test_an_exchanged_matrix_is_used(exchange, name):
 
 
 @torch.inference_mode()
-def test_matrices_exchanged_among_themselves_are_not_mixed_up():
+def test_matrices_that_swap_places_are_not_mixed_up():
     packed, plain = pair()
     for model in (packed, plain):
         attention, other = model.layers[0].attention, model.layers[1].attention
@@ -204,7 +204,7 @@ def test_matrices_exchanged_among_themselves_are_not_mixed_up():
 
 
 @torch.inference_mode()
-def test_layers_are_removed_repeated_copied_and_put_into_another_order():
+def test_layers_may_be_removed_repeated_copied_and_reordered():
     import copy
 
     packed, plain = pair(n_layers=4)
@@ -219,7 +219,7 @@ def test_layers_are_removed_repeated_copied_and_put_into_another_order():
 
 
 @torch.inference_mode()
-def test_hooks_on_the_output_see_every_position_however_few_are_asked_for():
+def test_hooks_on_the_output_see_every_position_even_if_few_are_requested():
     model, _ = pair()
     expected, seen = model(TOKENS), []
     torch.testing.assert_close(model.run(TOKENS)[:, -1], expected[:, -1])
@@ -264,7 +264,7 @@ def test_a_compiled_step_is_refused_where_it_would_ignore_somebody():
 def test_a_hook_and_a_compiled_step_are_refused_before_anything_is_compiled(write_checkpoint):
     llama = Llama.build(write_checkpoint(), None, 64, 1, device="cpu")
     llama.model.layers[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"layers\.1 has hooks, which a compiled step would ignore: take it off again"):
+    with pytest.raises(ValueError, match=r"layers\.1 has hooks, which a compiled step would ignore: remove it"):
         Llama(llama.model, llama.tokenizer, compile=True)
 
 
@@ -307,7 +307,7 @@ def test_a_model_without_a_cache_takes_the_place_of_another(write_checkpoint):
     assert llama.generate([[1, 2, 3]], 5, temperature=0) == other.generate([[1, 2, 3]], 5, temperature=0)
 
 
-def test_a_position_that_rows_do_not_share_is_refused_to_hooks():
+def test_a_hook_that_uses_a_start_pos_that_rows_do_not_share_gets_an_error():
     model = random_model(**SMALL)
     seen: list[object] = []
     handle = model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
@@ -326,7 +326,7 @@ def test_a_position_that_rows_do_not_share_is_refused_to_hooks():
 
 
 @torch.inference_mode()
-def test_a_mask_may_be_of_each_head():
+def test_heads_may_have_different_masks():
     attention = random_model(**SMALL).layers[0].attention
     x, freqs_cis = torch.randn(2, 9, 64), random_model(**SMALL).freqs_cis[:9]
     causal = torch.full((9, 9), -torch.inf).triu(1)

@@ -1,4 +1,4 @@
-"""Our own products of few bits: exact integers, so the same bits in any batch; and PyTorch's where there are none."""
+"""Our own kernels for few bits: exact integers, so the same bits in any batch. Without them, PyTorch's kernels."""
 
 import re
 
@@ -24,7 +24,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def exact_product(x: torch.Tensor, weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """The obvious way: a row of x as integers of 16 bits, or 24 of float32, times what the codes stand for; float64."""
+    """The simple way: x as 16-bit integers (24 bits for float32), times the rounded values; float64."""
     limit = 8323072 if x.dtype == torch.float32 else 32512
     scales = (x.float().abs().amax(dim=1, keepdim=True) / limit).clamp(min=1e-30)
     return (x.float() / scales).round().double() @ quantize(weight, kind).to_dense().double().T * scales.double()
@@ -91,7 +91,7 @@ def test_blocks_hold_what_was_put_into_them(shape, kind):
 
 @needs_kernels
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_row_that_is_not_finite_gives_nan_and_spoils_no_other(bad):
+def test_a_row_that_is_not_finite_gives_nan_and_changes_no_other_row(bad):
     layout = lay_out([numbers(48, 256)], "int4", torch.bfloat16)
     x = numbers(20, 256, seed=1).bfloat16()
     expected = layout(x)
@@ -126,7 +126,7 @@ def test_without_our_kernels_pytorchs_give_the_same_to_their_precision(shape, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_directory_is_repacked_where_our_kernels_are_not(kind, write_checkpoint, tmp_path, no_kernels, capsys):
+def test_without_our_kernels_a_directory_is_repacked(kind, write_checkpoint, tmp_path, no_kernels, capsys):
     folder = write_checkpoint(dim=128, dtype=torch.bfloat16)
     write_quantised(folder, tmp_path / "saved", kind)
     size = {"max_seq_len": 64, "max_batch_size": 2, "device": "cpu"}
@@ -141,30 +141,30 @@ def test_a_directory_is_repacked_where_our_kernels_are_not(kind, write_checkpoin
 
 @needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_directory_is_mapped_and_used_as_it_lies(kind, write_checkpoint, tmp_path, capsys):
+def test_a_directory_is_mapped_and_not_copied(kind, write_checkpoint, tmp_path, capsys):
     write_quantised(write_checkpoint(dim=128, dtype=torch.bfloat16), tmp_path / "saved", kind)
     model = Llama.build(tmp_path / "saved", max_seq_len=64, max_batch_size=2, device="cpu").model
     assert "mapped: read from the file when first used" in capsys.readouterr().out
     for group in groups(model):
         for blocks in group[0].layout.product.blocks:
-            assert not blocks.untyped_storage().resizable()  # the file's memory, and not PyTorch's
+            assert not blocks.untyped_storage().resizable()  # the memory is the mapped file
 
 
 @pytest.mark.parametrize(
     ("compiler", "reason"), [("no-such-compiler", r"no C\+\+ compiler"), ("false", "false does not compile")]
 )
-def test_why_there_are_no_kernels_is_said(compiler, reason, tmp_path, monkeypatch, capsys):
+def test_the_reason_for_missing_kernels_is_printed(compiler, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(kernels, "_functions", kernels._functions.__wrapped__)
     assert re.search(reason, kernels.missing.__wrapped__())
-    assert "Matrices of 8 and 4 bits take PyTorch's kernels" in capsys.readouterr().err
+    assert "Matrices of 8 and 4 bits use PyTorch's kernels" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.so"))
 
 
 @needs_kernels
-def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
+def test_without_a_writable_cache_folder_kernels_still_compile(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert kernels._functions.__wrapped__().has_tiles() in (0, 1)

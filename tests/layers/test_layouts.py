@@ -1,4 +1,4 @@
-"""Layouts of matrices: each gives the plain product, and quantisation is off by half a step at most."""
+"""Each layout of a matrix multiplies as the plain matrix does, and quantisation errs by half a step at most."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def matrix(n_rows: int, n_columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantised_product_is_that_of_the_values_it_stands_for(shape, kind, n_rows, dtype):
     weight = matrix(*shape)
-    layout = lay_out([weight[:5], weight[5:]], kind, dtype)  # of several matrices below one another
+    layout = lay_out([weight[:5], weight[5:]], kind, dtype)  # of stacked matrices
     x = torch.randn(n_rows, 2, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = F.linear(x.float(), quantize(weight, kind).to_dense())
     # A bfloat16 has 8 bits: the values it stands for are rounded to one, and so are the sums, in the kernels' steps.
@@ -51,7 +51,7 @@ def test_quantisation_is_off_by_half_a_step(shape, kind, n_steps):
     assert (quantized.scales.amax(dim=1) <= widest / n_steps * (1 + 2**-8)).all()
 
 
-def test_rows_that_are_all_zero_stay_so():
+def test_rows_of_zeros_stay_zero():
     for kind in KINDS:
         assert (quantize(torch.zeros(16, 64), kind).to_dense() == 0).all()
 
@@ -74,7 +74,7 @@ def test_groups_divide_a_row_where_they_can():
 def test_a_packed_product_is_the_plain_one(dtype, n_rows):
     weight, x = matrix(344, 172).to(dtype), matrix(n_rows, 172).to(dtype)
     layout = lay_out([weight[:100], weight[100:]], None, dtype)
-    if not Packed.serves(weight):
+    if not Packed.supports(weight):
         pytest.skip(f"this processor has no packed product in {dtype}")
     expected = F.linear(x.float(), weight.float())
     tolerance = 1e-4 if dtype == torch.float32 else 2**-8 * expected.abs().max().item()
@@ -86,7 +86,7 @@ def test_matrices_that_are_trained_are_left_alone():
     assert lay_out([matrix(4, 4).requires_grad_(True)], None, torch.float32) is None
 
 
-def test_what_was_one_product_is_told_apart_again():
+def test_matrices_that_were_packed_together_are_separate_again():
     model = random_model(**SMALL)
     attention = model.layers[0].attention
     x = torch.randn(2, 3, SMALL["dim"], generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Packed matrices: the same numbers, plain parameters as soon as somebody asks, and no second copy in memory."""
+"""Packed matrices: the same numbers, plain parameters as soon as they are read, and no second copy in memory."""
 
 import copy
 import gc
@@ -44,17 +44,17 @@ def in_steps(model: Transformer, n: int = 200) -> bool:
 @torch.no_grad()
 def test_packed_matrices_give_the_same_logits_and_the_same_bits_back(dtype, tied):
     model = random_model(**SMALL, tied_embeddings=tied).to(dtype)
-    if not Packed.serves(model.norm.weight):
+    if not Packed.supports(model.norm.weight):
         pytest.skip(f"this processor has no packed product in {dtype}")
     expected, state = model(TOKENS), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     assert pack(model)
     layouts = {id(linear.layout) for linears in groups(model) for linear in linears}
-    assert len(layouts) == 4 * model.args.n_layers + 1  # q, k and v are one product, and so are w1 and w3
+    assert len(layouts) == 4 * model.args.n_layers + 1  # q, k and v are packed together, and so are w1 and w3
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(model(TOKENS), expected, atol=tolerance, rtol=0)
     torch.testing.assert_close(model(TOKENS[:, :1]), expected[:, :1], atol=tolerance, rtol=0)
-    assert n_packed(model) == 15  # whoever runs the model touches nothing
+    assert n_packed(model) == 15  # running the model unpacks nothing
     found = model.state_dict()
     assert found.keys() == state.keys() and n_packed(model) == 0
     assert all(torch.equal(found[name].view(BITS[dtype]), state[name].view(BITS[dtype])) for name in state)
@@ -64,7 +64,7 @@ def test_packed_matrices_give_the_same_logits_and_the_same_bits_back(dtype, tied
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_bit_pattern_survives(dtype):
     """Signed zeros, subnormal numbers, infinities, every kind of NaN."""
-    if not Packed.serves(torch.empty(0, dtype=dtype)):
+    if not Packed.supports(torch.empty(0, dtype=dtype)):
         pytest.skip(f"this processor has no packed product in {dtype}")
     model = random_model(**SMALL).to(dtype)
     weight = model.layers[0].attention.wk.weight
@@ -181,7 +181,7 @@ HELD = {
 
 
 @pytest.mark.parametrize("held", HELD)
-def test_a_weight_that_somebody_holds_is_not_packed_until_it_is_let_go(held):
+def test_a_weight_is_not_packed_while_there_are_other_references_to_it(held):
     model = packed_model()
     if held == "a graph of autograd":
         model.tok_embeddings.weight.requires_grad_(True)
@@ -227,7 +227,7 @@ def test_casts_work_at_any_time_and_keep_the_angles_exact(dtype):
     assert all(parameter.dtype == dtype for parameter in model.parameters())
     assert torch.equal(model.rotary, random_model(**SMALL).rotary)
     assert torch.equal(model(TOKENS), plain(TOKENS))
-    assert in_steps(model) or not Packed.serves(model.norm.weight)
+    assert in_steps(model) or not Packed.supports(model.norm.weight)
     torch.testing.assert_close(model(TOKENS), plain(TOKENS), atol=0.05, rtol=0)
 
 
@@ -299,11 +299,11 @@ def test_gradients_flow_through_a_model_that_was_packed():
             each(tokens).logsumexp(-1).mean().backward()
     for (name, parameter), expected in zip(model.named_parameters(), plain.parameters()):
         torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
-    assert not in_steps(model) and n_packed(model) == 0  # as long as they are trained
+    assert not in_steps(model) and n_packed(model) == 0  # while they are trained
 
 
 def test_gradients_of_the_input_flow_through_packed_matrices():
-    """As soft prompts and attacks by gradients want them: no parameter is trained."""
+    """As soft prompts and gradient attacks need them: no parameter is trained."""
     model, plain = packed_model(), random_model(**SMALL)
     gradients = []
     for each in (model, plain):
@@ -369,7 +369,7 @@ def test_a_model_that_is_not_to_be_packed_is_not():
     assert n_packed(model) == 0
 
 
-def test_packing_waits_longer_the_sooner_it_was_in_vain():
+def test_packing_waits_longer_after_each_touch_that_came_too_soon():
     model = packed_model()
     waits = []
     for _ in range(4):
@@ -382,7 +382,7 @@ def test_packing_waits_longer_the_sooner_it_was_in_vain():
     assert next(n for n in range(1, 1000) if pack(model)) == FIRST_WAIT + 1
 
 
-def test_a_weight_that_is_held_is_looked_at_only_now_and_then(monkeypatch):
+def test_a_weight_with_other_references_is_tried_again_only_now_and_then(monkeypatch):
     model, looks = random_model(**SMALL), []
     held = model.output.weight
     monkeypatch.setattr(packing, "_Holders", lambda model, made=packing._Holders: looks.append(1) or made(model))
@@ -391,7 +391,7 @@ def test_a_weight_that_is_held_is_looked_at_only_now_and_then(monkeypatch):
     assert len(looks) == 2 and held.numel() > 0
 
 
-def test_a_model_that_nobody_holds_is_freed_at_once():
+def test_a_model_without_references_is_freed_at_once():
     gc.collect()
     gc.disable()
     try:
@@ -408,7 +408,7 @@ def test_the_signature_of_a_model_changes_with_its_modules_and_not_with_its_numb
     model = packed_model()
     before = signature(model)
     model.layers[0].attention.wq.weight.add_(1)
-    assert signature(model) != before  # it is plain
+    assert signature(model) != before  # it is unpacked
     assert in_steps(model) and signature(model) == before
     model.layers[0].feed_forward.w1 = nn.Linear(64, model.args.hidden_dim, bias=False)
     in_steps(model)
@@ -439,7 +439,7 @@ print(json.dumps([weights, packed, most, private() - before]))
 
 def test_one_copy_is_in_memory_packed_or_plain(write_checkpoint):
     folder = write_checkpoint(dim=512, n_layers=8, multiple_of=256, vocab_size=2048, n_heads=8, n_kv_heads=4)
-    # What is freed is given back to the system, so that it can be measured.
+    # Freed memory goes back to the system, so that it can be measured.
     result = run_python(MEMORY_SCRIPT, folder, is_forked=False, MALLOC_MMAP_THRESHOLD_="65536")
     assert result.returncode == 0, result.stderr
     weights, packed, most, plain = json.loads(result.stdout.splitlines()[-1])

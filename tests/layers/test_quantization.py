@@ -1,4 +1,4 @@
-"""Quantised models: saved and reloaded they are those that were rounded while loading, on any number of processes."""
+"""Quantised models: saving and loading gives the same model as rounding while loading, on any number of processes."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def test_a_hugging_face_directory_is_quantised_alike(write_checkpoint, tmp_path,
 
 
 @pytest.mark.parametrize(("kind", "kinds"), [("int8", {"int8"}), ("int4", {"int4", "int8"})])
-def test_pieces_are_read_as_they_lie_in_the_whole(write_checkpoint, tmp_path, kind, kinds):
+def test_a_slice_of_a_quantised_matrix_has_the_same_values(write_checkpoint, tmp_path, kind, kinds):
     quantize(write_checkpoint(n_layers=1, n_heads=12, n_kv_heads=2, dim=96, dtype=torch.bfloat16), tmp_path / "q", kind)
     checkpoint = open_checkpoint(tmp_path / "q")[1]
     found = set()
@@ -76,7 +76,7 @@ print(json.dumps(results))
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
-def test_any_number_of_processes_gives_nearly_the_same(stories, tmp_path, n_ranks):
+def test_any_number_of_processes_gives_nearly_the_same_logits(stories, tmp_path, n_ranks):
     """Two shards are read by 2 and 4 processes: the hidden size, 172, cuts groups of 4-bit codes in two."""
     folders = [split_checkpoint(stories, tmp_path / "split", 2), tmp_path / "int8", tmp_path / "int4"]
     for kind in ("int8", "int4"):
@@ -117,7 +117,7 @@ print(json.dumps([peak - before, private() - before]))
 
 
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.5), ("int4", 0.28)])
-def test_the_model_is_never_there_in_bfloat16(write_checkpoint, tmp_path, kind, share):
+def test_a_quantised_model_is_never_in_memory_in_bfloat16(write_checkpoint, tmp_path, kind, share):
     shape = {"dim": 512, "n_layers": 16, "multiple_of": 256, "vocab_size": 2048, "n_heads": 8, "n_kv_heads": 4}
     # Of two shards, so that what is read is a copy and not the file.
     folder = split_checkpoint(write_checkpoint(dtype=torch.bfloat16, **shape), tmp_path / "split", 2)
@@ -125,7 +125,7 @@ def test_the_model_is_never_there_in_bfloat16(write_checkpoint, tmp_path, kind, 
     n_bytes = sum(2 * p.numel() for p in random_model(**shape).parameters())
     result = run_python(
         MEMORY, small, folder, kind, is_forked=False, MALLOC_MMAP_THRESHOLD_="65536"
-    )  # what is freed is given back
+    )  # freed memory goes back to the system
     assert result.returncode == 0, result.stderr
     peak, left = json.loads(result.stdout.splitlines()[-1])
     assert n_bytes > 90e6
@@ -133,7 +133,7 @@ def test_the_model_is_never_there_in_bfloat16(write_checkpoint, tmp_path, kind, 
     assert peak < left + 25e6  # some matrices in float32
 
 
-def test_info_and_verify_know_quantised_directories(write_checkpoint, tmp_path):
+def test_info_and_verify_read_quantised_directories(write_checkpoint, tmp_path):
     folder = write_checkpoint(**WIDE)
     quantize(folder, tmp_path / "saved", "int4")
     assert ("dtype", "bfloat16, matrices int4") in info(tmp_path / "saved")
@@ -192,7 +192,7 @@ def test_the_perplexity_of_the_embedded_checkpoint_stays(kind, bar):
 
     texts = demo_texts(40)
     plain, rounded = (build_demo(quantize=q) for q in (None, kind))
-    assert abs(mean_nats(rounded, texts) - mean_nats(plain, texts)) < bar  # of the logarithm: so much of the perplexity
+    assert abs(mean_nats(rounded, texts) - mean_nats(plain, texts)) < bar  # relative, of the perplexity
 
 
 def build_demo(**options) -> Llama:  # in the dtype of the kernels
@@ -232,7 +232,7 @@ def test_what_a_quantised_model_cannot_do_is_refused(write_checkpoint, kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_what_leaves_a_quantised_model_as_it_is_works(write_checkpoint, tmp_path, kind):
+def test_calls_that_do_not_change_a_quantised_model_work(write_checkpoint, tmp_path, kind):
     llama = build(write_checkpoint(**WIDE), quantize=kind)
     expected = logits(llama)
     model = llama.model.to("cpu").to(torch.bfloat16).eval()
