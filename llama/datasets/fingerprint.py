@@ -22,17 +22,10 @@ N_COLUMNS = 64  # of each matrix
 
 
 def fingerprint(llama: Llama) -> dict[str, Any]:
-<<<<<<< HEAD
     """The model's fingerprint, as JSON. Collective: every process that holds a part of the model calls it."""
     if remote := getattr(llama, "fingerprint", None):  # a `RemoteModel` has it
         return remote
-    model = llama.answerer.shared.engine.opened  # not `llama.model`: after that the model counts as changed
-=======
-    """What identifies a model, as JSON. Collective: every process that holds a part of the model calls it."""
-    if known := getattr(llama, "fingerprint", None):  # of a model that is elsewhere
-        return known
-    model = llama.answerer.shared.engine.module  # which `llama.model` would take for changed from now on
->>>>>>> e3
+    model = llama.answerer.shared.engine.module  # not `llama.model`: after that the model counts as changed
     args = {name: value for name, value in vars(model.args).items() if name != "max_batch_size"}
     dtype = str(model.dtype).removeprefix("torch.")
     tokenizer = f"{llama.tokenizer.kind} {llama.tokenizer.digest}"
@@ -45,7 +38,7 @@ def fingerprint(llama: Llama) -> dict[str, Any]:
 @functools.cache
 def package_digest() -> str:
     """A digest of this package's code. Replicas compare it, to see that all run the same code."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    files = sorted(path for path in Path(__file__).parents[1].rglob("*") if path.suffix in (".py", ".cpp", ".h"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
