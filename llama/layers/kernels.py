@@ -1,7 +1,7 @@
-"""Compiles the C++ files of this folder for this processor, and calls `integer_products.cpp` with tensors.
+"""Compiles the C++ files of this folder for this processor, and calls the products with tensors.
 
-A file is compiled when it is first needed, and kept in the user's cache folder. If `integer_products.cpp` cannot be
-compiled, or the processor has no AVX-512 VNNI, `missing` returns the reason and `layouts` uses PyTorch's kernels. Knows
+A file is compiled when it is first needed, and kept in the user's cache folder. If it cannot be compiled, or the
+processor lacks its instructions, `layouts` uses PyTorch's kernels; for 8 and 4 bits `missing` returns the reason. Knows
 nothing of layouts, models or checkpoints.
 """
 

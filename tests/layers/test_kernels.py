@@ -44,7 +44,7 @@ def test_a_product_is_that_of_integers_and_the_same_bits_in_any_batch(shape, kin
     largest = expected.abs().amax(dim=1, keepdim=True).float()
     off = (y.float() - expected.float()).abs() / largest.clamp(min=1e-20)
     assert off.max() < {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    for n in (1, 2, 3, 4, 5, 16, 17, 70):  # vectors, and tiles where the processor has them
+    for n in (1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 70):  # vectors, and tiles where the processor has them
         assert torch.equal(layout(x[:n]), y[:n]), n
     assert torch.equal(layout(x[7:8]), y[7:8])
     assert torch.equal(layout(x.view(10, 15, -1)), y.view(10, 15, -1))
@@ -106,6 +106,41 @@ def test_a_damaged_shape_is_refused_before_memory_is_read():
     blocks.data = blocks.data[:, :-64].contiguous()
     with pytest.raises(ValueError, match=r"expected 2176 bytes in each"):
         kernels.Product([blocks])
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 64), (3072, 160), (160, 2048)])
+def test_few_rows_of_bfloat16_read_what_onednn_has_packed(shape):
+    weight, x = numbers(*shape).bfloat16(), numbers(33, shape[1], seed=1).bfloat16()
+    layout = lay_out([weight[:16], weight[16:]], None, torch.bfloat16)
+    if getattr(layout, "blocks", None) is None:
+        pytest.skip("this processor has no AMX, or oneDNN packs otherwise here")
+    expected = x.float() @ weight.float().T
+    torch.testing.assert_close(layout(x).float(), expected, atol=0.01, rtol=2**-8)
+    y = layout(x[:32])
+    torch.testing.assert_close(y.float(), expected[:32], atol=0.01, rtol=2**-8)
+    for n in (1, 2, 15, 16, 17, 31):
+        assert torch.equal(layout(x[:n]), y[:n]), n
+    assert torch.equal(layout(x[:32].view(4, 8, -1)), y.view(4, 8, -1))
+    assert torch.equal(layout(x[:32].T.contiguous().T), y)
+    n_threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(layout(x[:32]), y)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+@pytest.mark.parametrize("place", [(0, 1), (95, 63)])
+def test_blocks_that_are_not_the_weights_are_left_to_onednn(place):
+    """As if another version of oneDNN packed otherwise: the first or the last block differs."""
+    weight = numbers(96, 64).bfloat16()
+    layout = lay_out([weight], None, torch.bfloat16)
+    if getattr(layout, "blocks", None) is None:
+        pytest.skip("this processor has no AMX, or oneDNN packs otherwise here")
+    assert kernels.blocks_of(layout.weight, weight) == layout.blocks
+    weight[place] += 1
+    assert kernels.blocks_of(layout.weight, weight) is None
 
 
 @pytest.fixture
