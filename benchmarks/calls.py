@@ -54,14 +54,19 @@ def count(call) -> tuple[dict[tuple[str, str], int], list[str]]:
     return entered, deepest
 
 
+def count_greedy_chat() -> tuple[dict[tuple[str, str], int], list[str]]:
+    """The counts of one greedy `chat_completion`, after a first call."""
+    model = Llama.build(DEMO, max_seq_len=256, device="cpu")
+    dialogs = [[{"role": "user", "content": "What is 21 + 34?"}]]
+    model.chat_completion(dialogs, temperature=0)
+    return count(lambda: model.chat_completion(dialogs, temperature=0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="name the functions, and the deepest stack")
     arguments = parser.parse_args()
-    model = Llama.build(DEMO, max_seq_len=256, device="cpu")
-    dialogs = [[{"role": "user", "content": "What is 21 + 34?"}]]
-    model.chat_completion(dialogs, temperature=0)
-    entered, deepest = count(lambda: model.chat_completion(dialogs, temperature=0))
+    entered, deepest = count_greedy_chat()
     if arguments.list:
         for (file, name), n in sorted(entered.items()):
             print(f"{n:7} {Path(file).relative_to(PACKAGE)} {name}")

@@ -181,7 +181,7 @@ def mask(folder: str, n_steps: int = 200) -> None:
     seconds, generator = [], torch.Generator().manual_seed(0)
     for _ in range(n_steps):
         started = time.perf_counter()
-        masked, is_whole = matcher.mask(logits, tokens), matcher.is_whole(tokens)
+        masked, is_whole = matcher.mask(logits, tokens), matcher.is_complete(tokens)
         seconds.append(time.perf_counter() - started)
         token = int(torch.multinomial(masked.softmax(-1), 1, generator=generator))
         if token in llama.tokenizer.stop_tokens or is_whole:

@@ -40,7 +40,7 @@ class DecodeStep:
         self.key_positions = torch.arange(model.args.max_seq_len, device=self.device)
         self._step: Callable[..., torch.Tensor] | None = getattr(model, "step", None)  # `ForwardOnly` has none
         if compile:
-            # On CUDA the compiler makes and tunes the kernels. On a CPU the matrix products stay oneDNN's or PyTorch's,
+            # On CUDA the compiler makes and tunes the kernels. On a CPU the matrix products stay those of `layouts`,
             # which are as fast as the memory, and the compiler fuses what is between them.
             options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else {}
             # The model does not change, so a step need not check each of its modules.

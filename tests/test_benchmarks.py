@@ -1,14 +1,12 @@
 """The benchmark programs run with the current engine, and the counted function calls stay below their limits."""
 
-from benchmarks.calls import count
+from benchmarks.calls import count_greedy_chat
 from benchmarks.contestants import Ours
 
 
-def test_a_greedy_chat_completion_enters_at_most_100_functions_13_deep(demo):
+def test_a_greedy_chat_completion_enters_at_most_100_functions_13_deep():
     """`python -m benchmarks.calls --list` lists them. Code that few answers need must not run for all."""
-    dialogs = [[{"role": "user", "content": "What is 21 + 34?"}]]
-    demo.chat_completion(dialogs, temperature=0)
-    entered, deepest = count(lambda: demo.chat_completion(dialogs, temperature=0))
+    entered, deepest = count_greedy_chat()
     assert len(entered) <= 100 and len(deepest) <= 13, (len(entered), deepest)
 
 

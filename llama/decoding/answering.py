@@ -325,8 +325,8 @@ class Answerer:
 class Jobs(Call):
     """Jobs that run in one batch, together with the jobs of all other callers.
 
-    `step` runs the engine until some jobs are done and returns them; `answers` returns the answers of a done job.
-    Leaving the `with` block cancels all other jobs.
+    `step` runs the engine until some sequences have ended, and returns the jobs that are done; `answers` returns the
+    answers of a done job. Leaving the `with` block cancels all other jobs.
 
     Attributes:
         cause: the first exception in a caller's own code (a logits_processor) that made an answer fail.

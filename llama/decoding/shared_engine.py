@@ -38,10 +38,13 @@ class SharedEngine:
 
     def change(self, method: Callable, argument: Any) -> None:
         """Calls method(argument), which changes the engine: now, or after the current step. Needs the lock."""
-        if self.driver is None:
+        if self.driver is None and not self._changes:
             method(argument)
-        else:
-            self._changes.append((method, argument))
+            return
+        self._changes.append((method, argument))
+        while self.driver is None and self._changes:
+            method, argument = self._changes.popleft()
+            method(argument)
 
     def refresh_model(self) -> bool:
         """Takes over changes that callers may have made to the model. Returns whether they may have made any.
@@ -87,9 +90,10 @@ class SharedEngine:
                 if (owner := self.owners.pop(sequence, None)) is not None:
                     del owner._open[sequence]
                     owner._n_slots -= sequence.n_slots
+                    owner._has_room_again = True
                     owner.end(sequence)
             for call in self.sleepers:
-                if call.should_wake:
+                if call._has_room_again or call._wakes_every_step:
                     call.wake_up.notify()
             while self._changes:
                 method, argument = self._changes.popleft()
@@ -120,6 +124,7 @@ class Call(contextlib.AbstractContextManager):
         self._open: dict[Sequence, None] = {}
         self._ended: list[Any] = []  # what `step` returns next
         self._n_slots = 0  # that the open sequences need
+        self._has_room_again = False  # a sequence has ended since `step` returned
         self._wakes_every_step = False
 
     def __exit__(self, *_: object) -> None:
@@ -159,6 +164,8 @@ class Call(contextlib.AbstractContextManager):
     def step(self, every: bool = False) -> list[Sequence]:
         """Runs the engine until some of this call's sequences have ended, and returns them; [] if none are open.
 
+        `Jobs` returns [] too, if a sequence has ended and its job has not: the slot is free for another job.
+
         Args:
             every: whether to return after each step of the engine, so that the caller can read the tokens so far.
 
@@ -170,7 +177,9 @@ class Call(contextlib.AbstractContextManager):
         with _HeldInterrupts() as held, shared.lock:
             n_steps = shared.n_steps
             try:
-                while self._open and not self._ended and not (every and shared.n_steps > n_steps) and not held.received:
+                while self._open and not (self._ended or self._has_room_again or held.received):
+                    if every and shared.n_steps > n_steps:
+                        break
                     if shared.driver is None:
                         shared.drive()
                     elif shared.driver == threading.get_ident():
@@ -180,13 +189,8 @@ class Call(contextlib.AbstractContextManager):
             finally:
                 if shared.driver is None and shared.sleepers:  # the next driver
                     next(iter(shared.sleepers)).wake_up.notify()
-            ended, self._ended = self._ended, []
+            ended, self._ended, self._has_room_again = self._ended, [], False
             return ended
-
-    @property
-    def should_wake(self) -> bool:
-        """Whether this call has a reason to wake up."""
-        return bool(self._ended) or self._wakes_every_step
 
     def end(self, sequence: Sequence) -> None:
         """Notes that a sequence has ended. `step` returns it."""

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -97,16 +97,20 @@ def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
 
 # Up to this many rows of x, `bfloat16_products.cpp` is faster than oneDNN on the same packed matrix.
 FEW_ROWS = 32
+BLOCK_HEIGHT = 32  # rows of the matrix in each of oneDNN's blocks
 
 
 @functools.cache
-def _product_of_few_rows() -> Callable[..., None] | None:
-    """The compiled product for few rows of bfloat16. None where it cannot be had, and oneDNN's is as right."""
+def product_of_few_rows() -> Callable[..., None] | None:
+    """The product of `bfloat16_products.cpp`, for x [1 to FEW_ROWS, in_features] and an address of `blocks_of`.
+
+    None if the processor has no AMX or there is no compiler. oneDNN's product is as right then.
+    """
     try:
         if sys.platform != "linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
             return None
         functions = compiled("bfloat16_products")
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, AttributeError):  # an older PyTorch has no such function
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     functions.product.argtypes = [pointer, number, number, pointer, number, pointer, ctypes.c_int]
@@ -115,32 +119,38 @@ def _product_of_few_rows() -> Callable[..., None] | None:
 
 
 def blocks_of(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
-    """The address of a matrix that oneDNN has packed, if `few_rows` can read its blocks; else None.
+    """The address of a matrix that oneDNN has packed, if `product_of_few_rows` can read its blocks; else None.
 
-    No documentation says how oneDNN packs, so the first and the last block are compared with the weight.
+    No documentation says how oneDNN packs. So a matrix of distinct numbers is packed once and read, and of each weight
+    the first and the last block are compared.
     """
-    (n_rows, n_columns), height = weight.shape, 32
-    if weight.dtype != torch.bfloat16 or n_rows % height or n_columns % 32 or _product_of_few_rows() is None:
+    n_rows, n_columns = weight.shape
+    if weight.dtype != torch.bfloat16 or n_rows % BLOCK_HEIGHT or n_columns % 32 or not _knows_blocks():
         return None
+    return _address(packed, weight, (0, n_rows // BLOCK_HEIGHT - 1))
+
+
+@functools.cache
+def _knows_blocks() -> bool:
+    """Whether oneDNN packs as `bfloat16_products.cpp` reads, and that can be compiled."""
+    if product_of_few_rows() is None:
+        return False
+    weight = torch.arange(96 * 128, dtype=torch.int16).view(torch.bfloat16).view(96, 128)
+    return _address(torch.ops.mkldnn._reorder_linear_weight(weight, 64), weight, range(3)) is not None
+
+
+def _address(packed: torch.Tensor, weight: torch.Tensor, blocks: Iterable[int]) -> int | None:
+    """Where a packed matrix lies; None if these of its blocks are not the weight's."""
     address, n_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
     if n_bytes != weight.nbytes:
         return None
-    memory = (ctypes.c_uint8 * n_bytes).from_address(address)
-    blocks = torch.frombuffer(memory, dtype=torch.int16).view(-1, n_columns // 2, height, 2)
-    for found, start in ((blocks[0], 0), (blocks[-1], n_rows - height)):
-        rows = weight.detach()[start : start + height].view(torch.int16)
-        if not torch.equal(found, rows.unflatten(1, (-1, 2)).transpose(0, 1)):
+    memory = torch.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), dtype=torch.int16)
+    found = memory.view(-1, weight.shape[1] // 2, BLOCK_HEIGHT, 2)
+    for block in blocks:
+        rows = weight.detach()[block * BLOCK_HEIGHT :][:BLOCK_HEIGHT].view(torch.int16)
+        if not torch.equal(found[block], rows.unflatten(1, (-1, 2)).transpose(0, 1)):
             return None
     return address
-
-
-def few_rows(x: torch.Tensor, blocks: int, out_features: int) -> torch.Tensor:
-    """At most FEW_ROWS rows of bfloat16, [..., in_features], times the matrix at an address of `blocks_of`."""
-    x = x.contiguous()
-    y, n_columns = x.new_empty((*x.shape[:-1], out_features)), x.shape[-1]
-    sizes, n_threads = (x.numel() // n_columns, n_columns), torch.get_num_threads()
-    _product_of_few_rows()(x.data_ptr(), *sizes, blocks, out_features, y.data_ptr(), n_threads)
-    return y
 
 
 def in_blocks(matrix: "torch.Tensor | Quantized | Blocks", kind: str) -> Blocks:
@@ -173,6 +183,8 @@ class Product:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
         if torch.compiler.is_compiling():
             return torch.ops.llama.product_of_integers(x, self.blocks, self.sizes, self.bits)
+        if x.shape[-1] != self.in_features or x.device.type != "cpu":
+            raise ValueError(f"x {list(x.shape)} on {x.device}: expected [..., {self.in_features}] on the cpu")
         return _run(x, self.out_features, self.bits, *self.arguments)
 
 

@@ -1,8 +1,9 @@
 """Layouts of matrices for fast multiplication: several stacked, packed by oneDNN, in 8 bits, in 4 bits.
 
 Decoding reads each matrix once per token, so its speed depends on the number of bytes and how fast they are read. A
-layout is called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's, and our own for 8
-and 4 bits on a CPU (`kernels`). This file chooses a kernel and prepares its data. Knows nothing of models or files.
+layout is called with x [..., in_features] and returns [..., out_features]. The kernels are PyTorch's, and our own on a
+CPU for 8 and 4 bits, and for few rows of bfloat16 (`kernels`). This file chooses a kernel and prepares its data. Knows
+nothing of models or files.
 """
 
 import functools
@@ -73,9 +74,13 @@ class Packed(Layout):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():  # the compiler supports numbers, but no opaque tensors
             return torch.ops.llama.packed_product(x, self.number, self.out_features)
-        if self.blocks is not None and x.numel() <= kernels.FEW_ROWS * self.in_features:
-            return kernels.few_rows(x, self.blocks, self.out_features)
-        return _linear()(x, self.weight, None, "none", [], "")
+        width, n_rows = self.in_features, x.numel() // self.in_features
+        if self.blocks is None or not 0 < n_rows <= kernels.FEW_ROWS or x.shape[-1] != width or x.device.type != "cpu":
+            return _linear()(x, self.weight, None, "none", [], "")
+        x, y = x.contiguous(), x.new_empty((*x.shape[:-1], self.out_features))
+        product, result = kernels.product_of_few_rows(), (self.out_features, y.data_ptr())
+        product(x.data_ptr(), n_rows, width, self.blocks, *result, torch.get_num_threads())
+        return y
 
     def to_dense(self) -> torch.Tensor:
         return self.weight.to_dense()

@@ -50,7 +50,7 @@ class Split(Packable):
 class Linear(Split):
     """A matrix to multiply by, [out_features, in_features], or this rank's part of it."""
 
-    def leave_pack(self, x: torch.Tensor) -> Pack | None:
+    def leave_pack(self, pack: Pack, x: torch.Tensor) -> Pack | None:
         """Unpacks the matrix and returns None, or returns the pack of a quantised matrix, which cannot be unpacked.
 
         Called if the pack does not support x. Also called for a matrix that is packed with others but runs alone,
@@ -59,11 +59,11 @@ class Linear(Split):
         Raises:
             RuntimeError: a gradient through a quantised matrix is needed.
         """
-        if not self.pack.quantized:
+        if not pack.quantized:
             return self.unpack()
         if _needs_gradient(x):
             raise RuntimeError(self._refusal("has no gradient"))
-        return self.pack
+        return pack
 
 
 def multiply_together(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -101,7 +101,7 @@ class ColumnParallelLinear(Linear, fairscale_layers.ColumnParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features (/ world_size)]
         pack = self.pack
         if pack is not None and (len(pack.rows) > 1 or not pack.supports(x)):
-            pack = self.leave_pack(x)
+            pack = self.leave_pack(pack, x)
         if pack is not None:
             y = pack.layout(x) if len(pack.rows) == 1 else pack.layout(x)[..., self.rows]
         elif self.world_size > 1 and _needs_gradient(x, self.weight):
@@ -134,7 +134,7 @@ class RowParallelLinear(Linear, fairscale_layers.RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in_features / world_size] -> [..., out_features]
         pack = self.pack
         if pack is not None and (len(pack.rows) > 1 or not pack.supports(x)):
-            pack = self.leave_pack(x)
+            pack = self.leave_pack(pack, x)
         if pack is not None:
             y = pack.layout(x)
             return y if self.world_size == 1 else sum_over_ranks(y, self.group)

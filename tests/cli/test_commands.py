@@ -376,7 +376,7 @@ def test_help_says_what_each_option_means(capsys):
     assert (
         "--temperature FLOAT Divides the logits before sampling" in chat and "None: 0.6, or 0 in a beam search" in chat
     )
-    assert "of every token of the prompt and the answer so far" in chat  # the second line of its docstring
+    assert "if positive and multiplies it if negative" in chat  # at the end of the comment's first line
     assert "--ckpt_dir STR Meta's directory or Hugging Face's; the embedded checkpoint when left out" in chat
     assert "--system STR the system prompt" in chat
     assert "-n INT, --n INT" in sample and "Under torchrun write -n, because torchrun has an option --n" in sample

@@ -202,6 +202,31 @@ def test_cancelling_frees_the_slot_within_one_step(make):
     assert_idle(llama)
 
 
+def test_a_free_slot_is_filled_although_other_answers_to_the_same_prompt_still_run(make):
+    """Four answers to each prompt, of very unequal lengths: all four slots are busy until no prompt is left to add."""
+    llama = make(max_batch_size=4)
+    llama.tokenizer.stop_tokens = set(range(0, 250, 20))
+    engine, n_busy, n_prompts = llama._engine, [], 5
+    decode = engine._decode
+
+    def counting():
+        n_started = len({tuple(sequence.prompt) for sequence in [*llama.answerer.shared.owners]})
+        n_done = len(seen - {tuple(sequence.prompt) for sequence in [*llama.answerer.shared.owners]})
+        seen.update(tuple(sequence.prompt) for sequence in engine.running)
+        if n_started + n_done < n_prompts:
+            n_busy.append(len(engine.running))
+        decode()
+
+    seen: set[tuple] = set()
+    engine._decode = counting
+    prompts = [[7 * n, 3, 9] for n in range(n_prompts)]
+    tokens, _ = llama.generate(prompts, 60, temperature=1.0, top_p=1.0, num_return_sequences=4, seed=3)
+    engine._decode = decode
+    assert max(map(len, tokens)) > 2 * sum(map(len, tokens)) / len(tokens)  # unequal
+    assert len(n_busy) > 20 and n_busy.count(4) >= 0.9 * len(n_busy), n_busy  # an answer may end with its prefill
+    assert_idle(llama)
+
+
 def test_a_processor_may_not_call_the_model_that_runs_it(make):
     llama = make()
 

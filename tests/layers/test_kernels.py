@@ -122,6 +122,9 @@ def test_few_rows_of_bfloat16_read_what_onednn_has_packed(shape):
         assert torch.equal(layout(x[:n]), y[:n]), n
     assert torch.equal(layout(x[:32].view(4, 8, -1)), y.view(4, 8, -1))
     assert torch.equal(layout(x[:32].T.contiguous().T), y)
+    assert layout(x[:0]).shape == (0, shape[0])
+    with pytest.raises(RuntimeError):
+        layout(numbers(3, shape[1] + 32).bfloat16())
     n_threads = torch.get_num_threads()
     try:
         for n in (1, 3):
