@@ -21,6 +21,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+GRACE = 2  # seconds to the end of the others, once one has failed: they may be about to say why
 MOST = 1 << 20  # bytes of an order
 
 
@@ -94,17 +95,19 @@ def run_all(
         files[0].seek(0)
         streams, deadline = [file.fileno() for file in files], time.monotonic() + timeout
         forks = [parent().start(words, streams, env, cwd) for words, env in runs]
-        code, waiting = 0, list(forks)
+        code, waiting, ends_at = 0, list(forks), deadline
         try:
             while waiting:
                 for fork in waiting[:]:
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        found = fork.wait(0.02 if len(waiting) > 1 else max(0, deadline - time.monotonic()))
+                        found = fork.wait(0.02 if len(waiting) > 1 else max(0, ends_at - time.monotonic()))
                         waiting.remove(fork)
-                        if found and not code:
-                            code = found
-                            for other in waiting:
-                                other.send_signal(signal.SIGTERM)
+                        code = code or found
+                        ends_at = min(ends_at, time.monotonic() + GRACE) if found else ends_at
+                if waiting and ends_at < deadline and time.monotonic() > ends_at:
+                    ends_at = deadline
+                    for fork in waiting:
+                        fork.send_signal(signal.SIGTERM)
                 if waiting and time.monotonic() > deadline:
                     raise subprocess.TimeoutExpired(str(runs[0][0])[:200], timeout)
         finally:
