@@ -24,6 +24,9 @@ from llama.decoding.answering import Job
 from llama.decoding.shared_engine import Call
 from llama.sequence import Sequence
 
+# An idle engine waits this long for another request before it begins with those that have come, and at most ten times.
+GATHER_SECONDS = 0.004
+
 
 @dataclass(eq=False)
 class Ticket:
@@ -165,6 +168,8 @@ class Driver:
             with self._changed:
                 while not (self._added or self._cancelled or self._stopping or call.n_open):
                     self._changed.wait()
+                if not call.n_open:
+                    self._gather()
                 added, self._added = list(self._added), deque()
                 cancelled, self._cancelled = list(self._cancelled), deque()
                 stopping = self._stopping
@@ -188,6 +193,14 @@ class Driver:
                 call.add(sequence)
             ended = call.step(every=True) if call.n_open else []
             self._report(ended)
+
+    def _gather(self) -> None:
+        """While the engine is idle, waits for more of the requests that come at the same time: they share a prefill."""
+        until = time.perf_counter() + 10 * GATHER_SECONDS
+        n = 0
+        while len(self._added) > n and not self._stopping and time.perf_counter() < until:
+            n = len(self._added)
+            self._changed.wait(GATHER_SECONDS)
 
     def _report(self, ended: list[Sequence]) -> None:
         """Tells each ticket what is new, by one call to the event loop for all tickets."""
