@@ -23,6 +23,16 @@ from llama.layers.hooks import Logits, watched
 from llama.layers.packing import signature
 from llama.model import Transformer
 
+# Importing the compiler takes two seconds. A thread does it while prompts are prefilled. Nobody else may import a part
+# of it meanwhile, because its modules import each other.
+COMPILER = "torch._inductor.compile_fx"
+_importers: list[threading.Thread] = []
+
+
+def _finish_import() -> None:
+    for thread in _importers:
+        thread.join()
+
 
 class DecodeStep:
     """Runs the last token of each of the first slots of the cache; call it as `step(tokens, positions, spare)`.
@@ -45,10 +55,12 @@ class DecodeStep:
             options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else {}
             # The model does not change, so a step need not check each of its modules.
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-            # Importing the compiler takes two seconds; a thread does it while the weights are loaded.
-            threading.Thread(target=importlib.import_module, args=["torch._inductor.compile_fx"], daemon=True).start()
+            _finish_import()
             # Isolated, because PyTorch otherwise counts the programs of all models together, and stops at eight.
             self._step = torch.compile(model.step, fullgraph=True, isolate_recompiles=True, options=options)
+            if not _importers:
+                _importers.append(threading.Thread(target=importlib.import_module, args=[COMPILER], daemon=True))
+                _importers[0].start()
         self._uncompiled = {"one sequence", "several sequences"} if compile else set()
         self._graphs: CUDAGraphs | None = None
         if self.device.type == "cuda" and self._step is not None:
@@ -94,6 +106,7 @@ class DecodeStep:
         if rows not in self._uncompiled:
             yield
             return
+        _finish_import()
         own = os.path.join(tempfile.gettempdir(), f"torchinductor_{getuser()}")
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", own)
         started = time.perf_counter()
