@@ -86,7 +86,7 @@ def main(
     temperature: float = 1.8,
     epochs: float = 2,
     lora_rank: int = 16,
-    lr: float = 1e-3,
+    lr: float = 7e-4,
     seed: int = 1,
 ):
     """Prints and plots the accuracy of single answers before and after each round.
