@@ -48,9 +48,9 @@ for line in sys.stdin:
     unequal = [prompt(draw.randint(8, 64)) for _ in range(16)]
     budgets = [draw.randint(4, 24) for _ in unequal]
     figures = {
+        "prefill of 512, tok/s": 512 / statistics.median(seconds([prompt(512)], [1]) for _ in range(7)),
         "decode, 1 row, tok/s": 24 / seconds(one, [24]),
         "decode, 8 rows, tok/s": 128 / seconds(many, [16] * 8),
-        "prefill of 512, tok/s": 512 / statistics.median(seconds([prompt(512)], [1]) for _ in range(5)),
         "16 unequal prompts, tok/s": sum(budgets) / seconds(unequal, budgets),
         "memory, GB": int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e9,
     }
